@@ -1,0 +1,118 @@
+"""The configuration of Kalman Normalization: ``cfg.MODEL.KN``."""
+
+from typing import Any, Callable, Tuple
+
+from detectron2.config import CfgNode as CN
+
+from .errors import InputError
+from .layers.kalman_norm import EVAL_STATISTICS, VARIANTS
+
+__all__ = ["add_kn_config", "check_config"]
+
+PREDICTIONS = ("closed_form", "monte_carlo")
+
+
+def add_kn_config(cfg: CN) -> None:
+    """Adds the node ``MODEL.KN`` with its defaults to a detectron2 config.
+
+    They apply to MODEL.RESNETS.NORM "KN" and "GKN" in the backbones ``build_kn_resnet_backbone``
+    and ``build_kn_resnet_fpn_backbone`` and in the heads ``KNRes5ROIHeads``. Calling it again
+    leaves values that are already there alone.
+    """
+    if "KN" in cfg.MODEL:
+        return
+    cfg.MODEL.KN = kn = CN()
+    # "network": the belief goes through the layer's own normalisation, the chain starts at the
+    # image. "paper": Eq. 7 as the authors released it, the chain starts behind the first conv.
+    kn.VARIANT = "network"
+    # How a belief crosses ReLU and conv: "closed_form", or "monte_carlo" as in Sec. 3.2.
+    kn.PREDICTION = "closed_form"
+    # Side in pixels of the map that "monte_carlo" samples; 0 is the feature map's own size.
+    kn.MONTE_CARLO_SIZE = 0
+    # Initial gain q: the weight of what is measured against what is predicted. With weights from
+    # a calibrated BatchNorm checkpoint 0.02 is better.
+    kn.GAIN = 0.1
+    # Whether the gain of each layer is learned.
+    kn.LEARN_GAIN = True
+    # The gain falls linearly to 0 between these two fractions of SOLVER.MAX_ITER, so that training
+    # ends with statistics that depend on no batch. Off when they are equal.
+    kn.GAIN_ANNEAL = [0.6, 0.9]
+    # Whether each layer learns a correction of its prior (b and r, or the paper's R).
+    kn.PROCESS_MODEL = True
+    # Whether gradients flow through the prior to the layers below. Most of the gain comes from it.
+    kn.PRIOR_GRADIENT = True
+    # Standard deviation of the pixels of the training images, in 0..255 and the channel order of
+    # PIXEL_MEAN: the belief about the image, where the chain starts. The default is ImageNet's.
+    kn.IMAGE_STD = [57.375, 57.120, 58.395]
+    # Inference with "moving" averages (the paper's Option A), or with the filtered statistics of
+    # the "batch" at hand (Option B). GKN has no moving averages and always uses the latter.
+    kn.EVAL_STATISTICS = "moving"
+    # Groups of GKN; must divide all the widths of the network.
+    kn.NUM_GROUPS = 32
+
+
+def _one_of(values: Tuple[str, ...]) -> Tuple[Callable[[Any], bool], str]:
+    return lambda v: v in values, f"one of {', '.join(repr(v) for v in values)}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_numbers(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (list, tuple)) and all(_is_number(v) and low <= v <= high for v in value)
+
+
+_BOOL = (lambda v: isinstance(v, bool), "True or False")
+
+_RULES = {
+    "VARIANT": _one_of(VARIANTS),
+    "PREDICTION": _one_of(PREDICTIONS),
+    "MONTE_CARLO_SIZE": (
+        lambda v: _is_count(v) and (v == 0 or v >= 8),
+        "0 (the feature map's own size) or a number of pixels of at least 8",
+    ),
+    "GAIN": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "LEARN_GAIN": _BOOL,
+    "GAIN_ANNEAL": (
+        lambda v: _are_numbers(v, 0, 1) and len(v) == 2 and v[0] <= v[1],
+        "two fractions of the schedule from 0 to 1, the first not above the second",
+    ),
+    "PROCESS_MODEL": _BOOL,
+    "PRIOR_GRADIENT": _BOOL,
+    "IMAGE_STD": (
+        lambda v: _are_numbers(v, 1e-6, 1e6),
+        "a list of positive numbers, one per channel of MODEL.PIXEL_STD",
+    ),
+    "EVAL_STATISTICS": _one_of(EVAL_STATISTICS),
+    "NUM_GROUPS": (lambda v: _is_count(v) and v > 0, "a positive whole number"),
+}
+
+
+def check_config(cfg: CN) -> None:
+    """Checks every key of ``MODEL.KN``.
+
+    Raises:
+        InputError: naming the key, the value it has and the values it takes.
+    """
+    kn = cfg.MODEL.KN
+    for key, value in kn.items():
+        if key not in _RULES:
+            raise InputError(f"MODEL.KN.{key} is unknown: the keys are {', '.join(_RULES)}")
+        accepts, wanted = _RULES[key]
+        if not accepts(value):
+            raise InputError(f"MODEL.KN.{key} is {value!r}, but must be {wanted}")
+    if len(kn.IMAGE_STD) != len(cfg.MODEL.PIXEL_STD):
+        raise InputError(
+            f"MODEL.KN.IMAGE_STD has {len(kn.IMAGE_STD)} values, but must have as many as "
+            f"MODEL.PIXEL_STD: {len(cfg.MODEL.PIXEL_STD)}"
+        )
+    if kn.LEARN_GAIN and kn.GAIN in (0, 1):
+        raise InputError(
+            f"MODEL.KN.GAIN is {kn.GAIN}, which cannot be learned: set MODEL.KN.LEARN_GAIN False, "
+            "or a gain strictly between 0 and 1"
+        )

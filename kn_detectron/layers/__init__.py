@@ -1,0 +1,24 @@
+"""The normalisation layers, and the beliefs that chain them. Knows nothing of detectron2, apart
+from ``registration``, which is not imported here."""
+
+from .belief import Belief
+from .kalman_norm import (
+    KN_STATE,
+    GroupKalmanNorm2d,
+    KalmanNorm2d,
+    kalman_layers,
+    set_gain_scale,
+)
+from .transition import ClosedFormTransition, MonteCarloTransition, build_transition
+
+__all__ = [
+    "Belief",
+    "ClosedFormTransition",
+    "GroupKalmanNorm2d",
+    "KN_STATE",
+    "KalmanNorm2d",
+    "MonteCarloTransition",
+    "build_transition",
+    "kalman_layers",
+    "set_gain_scale",
+]

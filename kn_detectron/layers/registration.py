@@ -1,0 +1,74 @@
+"""KN and GKN as norm types of detectron2's ``get_norm``."""
+
+import logging
+import sys
+from typing import Callable
+
+import detectron2.layers
+from torch import nn
+
+from .kalman_norm import GroupKalmanNorm2d, KalmanNorm2d
+
+__all__ = ["NORMS", "register_norms", "unregister_norms"]
+
+logger = logging.getLogger(__name__)
+
+_original_get_norm = detectron2.layers.get_norm
+
+
+# With detectron2's default group count for GN.
+def _group_head(channels: int) -> nn.Module:
+    return GroupKalmanNorm2d(32, channels, gain=None)
+
+
+NORMS = {"KN": lambda channels: KalmanNorm2d(channels, gain=None), "GKN": _group_head}
+
+_EQUIVALENT = {"KN": "BatchNorm", "GKN": "GroupNorm"}
+_told = set()
+
+
+def get_norm(norm, out_channels):
+    """detectron2's ``get_norm`` with two more names, ``"KN"`` and ``"GKN"``.
+
+    A layer that is built here gets no prior from the module that uses it, since that module knows
+    nothing of beliefs: it is the head of its own chain, which is plain BatchNorm (GroupNorm for
+    GKN). The log says so once. Layers with a prior are built by ``build_kn_resnet_backbone`` and
+    ``KNRes5ROIHeads``.
+
+    Args:
+        norm (str or callable): as for detectron2's, or "KN" or "GKN".
+        out_channels (int): the number of channels.
+
+    Returns:
+        nn.Module or None: the normalization layer.
+    """
+    if norm not in ("KN", "GKN"):
+        return _original_get_norm(norm, out_channels)
+    if norm not in _told:
+        _told.add(norm)
+        logger.warning(
+            f"A layer with norm={norm!r} is built where nothing passes it a prior: it is the head "
+            f"of its own chain, that is {_EQUIVALENT[norm]}. For a chain use "
+            "MODEL.BACKBONE.NAME build_kn_resnet_backbone and MODEL.ROI_HEADS.NAME KNRes5ROIHeads."
+        )
+    return NORMS[norm](out_channels)
+
+
+def _rebind(old: Callable, new: Callable) -> None:
+    # A dozen modules of detectron2, and any plugin, hold their own binding of the function.
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get("get_norm") is old and module.__name__ != __name__:
+            module.get_norm = new
+
+
+def register_norms() -> None:
+    """Makes "KN" and "GKN" known to ``get_norm``, wherever it was or will be imported from.
+
+    May be called any number of times.
+    """
+    _rebind(_original_get_norm, get_norm)
+
+
+def unregister_norms() -> None:
+    """Undoes :func:`register_norms`."""
+    _rebind(get_norm, _original_get_norm)

@@ -1,0 +1,104 @@
+"""Transitions: what carries the belief about one layer's features to the next.
+
+A transition is a value without state: the blocks of a network share one. Between two normalised
+layers it is ``transition.conv(transition.relu(belief, x), conv)``; the intermediate result is kept
+apart because a block uses it more than once (its first convolution and its shortcut).
+"""
+
+from typing import Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import belief as closed_form
+from .belief import Belief
+
+__all__ = ["ClosedFormTransition", "MonteCarloTransition", "build_transition"]
+
+
+class ClosedFormTransition:
+    """Moments are computed (:mod:`kn_detectron.layers.belief`): exact, and free of image size."""
+
+    def start(self, belief: Belief, x: Tensor) -> Belief:
+        """A belief that no ReLU follows, such as that about the image, ready for :meth:`conv`."""
+        return belief
+
+    def relu(self, belief: Belief, x: Tensor) -> Belief:
+        """The belief behind the ReLU that made the features ``x``, ready for :meth:`conv`."""
+        return closed_form.relu(belief)
+
+    def conv(self, source: Belief, conv: nn.Conv2d) -> Belief:
+        """The prior behind a convolution, shape (rows, C_out)."""
+        return closed_form.conv2d(source, conv.weight, conv.bias, conv.groups)
+
+    def moments(self, source: Belief) -> Belief:
+        """The belief about what :meth:`start` or :meth:`relu` returned."""
+        return source
+
+    def __repr__(self) -> str:
+        return "ClosedFormTransition()"
+
+
+class MonteCarloTransition:
+    """Moments are measured on a sampled feature map (Sec. 3.2): y ~ N(mean, var), ReLU, conv.
+
+    One map is drawn per row of the belief, from torch's global generator. It costs one more
+    convolution per layer, and the prior is as noisy as the map is small.
+
+    Args:
+        size: side of the sampled map in pixels; 0 for the feature map's own height and width, as
+            the released code has it.
+    """
+
+    def __init__(self, size: int = 0):
+        self.size = size
+
+    def start(self, belief: Belief, x: Tensor) -> Tensor:
+        """Samples a feature map from the belief: shape (rows, C, H, W)."""
+        height, width = (self.size, self.size) if self.size else x.shape[-2:]
+        mean, std = belief.mean, belief.var.clamp_min(torch.finfo(belief.var.dtype).tiny).sqrt()
+        noise = torch.randn(*mean.shape, height, width, device=mean.device, dtype=mean.dtype)
+        return mean[:, :, None, None] + std[:, :, None, None] * noise
+
+    def relu(self, belief: Belief, x: Tensor) -> Tensor:
+        """Samples a feature map from the belief and rectifies it."""
+        return self.start(belief, x).relu()
+
+    def conv(self, source: Tensor, conv: nn.Conv2d) -> Belief:
+        """Convolves the sampled map as the network does, and measures it."""
+        with torch.autocast(source.device.type, enabled=False):
+            y = F.conv2d(
+                source,
+                conv.weight.to(source.dtype),
+                None if conv.bias is None else conv.bias.to(source.dtype),
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                conv.groups,
+            )
+        return self.moments(y)
+
+    def moments(self, source: Tensor) -> Belief:
+        """Mean and biased variance per row and channel."""
+        var, mean = torch.var_mean(source, dim=(2, 3), unbiased=False)
+        return Belief(mean, var)
+
+    def __repr__(self) -> str:
+        return f"MonteCarloTransition(size={self.size})"
+
+
+Transition = Union[ClosedFormTransition, MonteCarloTransition]
+
+
+def build_transition(prediction: str, size: int = 0) -> Transition:
+    """The transition named ``prediction``: ``"closed_form"`` or ``"monte_carlo"``.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    if prediction == "closed_form":
+        return ClosedFormTransition()
+    if prediction == "monte_carlo":
+        return MonteCarloTransition(size)
+    raise ValueError(f"prediction is 'closed_form' or 'monte_carlo', not {prediction!r}")

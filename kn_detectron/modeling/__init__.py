@@ -1,0 +1,25 @@
+"""Backbones and heads for detectron2."""
+
+from .resnet import (
+    ChainConfig,
+    Feature,
+    KNBasicBlock,
+    KNBasicStem,
+    KNBottleneckBlock,
+    KNResNet,
+    build_kn_resnet_backbone,
+    build_kn_resnet_fpn_backbone,
+)
+from .roi_heads import KNRes5ROIHeads
+
+__all__ = [
+    "ChainConfig",
+    "Feature",
+    "KNBasicBlock",
+    "KNBasicStem",
+    "KNBottleneckBlock",
+    "KNRes5ROIHeads",
+    "KNResNet",
+    "build_kn_resnet_backbone",
+    "build_kn_resnet_fpn_backbone",
+]
