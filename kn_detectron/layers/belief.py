@@ -50,26 +50,28 @@ class Belief(NamedTuple):
 _TAIL = 40.0
 
 
-def _normal(t: Tensor):
-    """Density and cdf of the standard normal at t, and its mean excess h(t) = pdf(t) - t cdf(-t).
+def _upper_tail(t: Tensor):
+    """Of a standard normal z, for t >= 0: pdf(t), Mills' ratio M = P(z > t) / pdf(t), 1 - t M.
 
-    h is E[max(z - t, 0)]. The cdf keeps its relative accuracy in the lower tail (it is an erfc).
+    In this form all three keep their relative accuracy however far out t is. The last one times
+    pdf(t) is E[max(z - t, 0)].
     """
     pdf = torch.exp(-0.5 * t * t) * (1.0 / math.sqrt(2.0 * math.pi))
-    return pdf, torch.special.ndtr(t), (pdf - t * torch.special.ndtr(-t)).clamp_min(0.0)
+    mills = torch.special.erfcx(t * math.sqrt(0.5)) * math.sqrt(0.5 * math.pi)
+    return pdf, mills, (1.0 - t * mills).clamp_min(0.0)
 
 
 class _RectifiedMoments(torch.autograd.Function):
     """Moments of max(x, 0) for x ~ N(mean, var).
 
-    With s = sqrt(v), a = m/s, t = |a| and h = pdf(t) - t cdf(-t)::
+    With s = sqrt(v), a = m/s, t = |a| and h = E[max(z - t, 0)] of a standard normal z::
 
         mean = max(m, 0) + s h
         var  = v (cdf(a) - h (t + h))
 
-    which is the textbook m cdf(a) + s pdf(a) and E[x^2] - E[x]^2 rearranged so that nothing
-    cancels in either tail. The derivatives are written out because those of |a| are wrong at
-    m = 0, which is where every fresh network starts (its norm biases are 0)::
+    which is the textbook m cdf(a) + s pdf(a) and E[x^2] - E[x]^2 rearranged so that next to nothing
+    cancels in either tail. The derivatives are written out because those of |a| are wrong at m = 0,
+    which is where every fresh network starts (its norm biases are 0)::
 
         d mean/dm = cdf(a)              d mean/dv = pdf(a) / (2 s)
         d var/dm  = 2 mean cdf(-a)      d var/dv  = cdf(a) - mean pdf(a) / s
@@ -77,29 +79,38 @@ class _RectifiedMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean: Tensor, var: Tensor):
-        std = var.clamp_min(torch.finfo(var.dtype).tiny).sqrt()
-        a = (mean / std).clamp(-_TAIL, _TAIL)
+        std = var.sqrt()
+        # At v = 0 there is no slope in v where m is not 0, and an infinite one, cut off, where it is.
+        inv_std = torch.where(var > torch.finfo(var.dtype).tiny, std.reciprocal(), 0.0)
+        a = torch.where(inv_std > 0, mean * inv_std, mean.sign() * _TAIL).clamp(-_TAIL, _TAIL)
         t = a.abs()
-        _, _, h = _normal(t)
+        pdf, mills, excess = _upper_tail(t)
+        h = pdf * excess
         out_mean = mean.clamp_min(0.0) + std * h
-        out_var = var * (torch.special.ndtr(a) - h * (t + h)).clamp_min(0.0)
-        ctx.save_for_backward(std, a, out_mean)
+        below = pdf * (mills - excess * (t + h))
+        above = 1.0 - pdf * (mills + excess * (t + h))
+        out_var = var * torch.where(a < 0, below, above).clamp_min(0.0)
+        ctx.save_for_backward(inv_std, a, out_mean)
         return out_mean, out_var
 
     @staticmethod
     def backward(ctx, grad_mean: Tensor, grad_var: Tensor):
-        std, a, out_mean = ctx.saved_tensors
-        pdf, cdf, _ = _normal(a)
-        d_mean = grad_mean * cdf + grad_var * (2.0 * out_mean * torch.special.ndtr(-a))
-        d_var = grad_mean * (0.5 * pdf / std) + grad_var * (cdf - out_mean * pdf / std)
+        inv_std, a, out_mean = ctx.saved_tensors
+        pdf, mills, _ = _upper_tail(a.abs())
+        tail = pdf * mills
+        cdf, cdf_of_minus = torch.where(a < 0, tail, 1.0 - tail), torch.where(a < 0, 1.0 - tail, tail)
+        slope = pdf * inv_std
+        d_mean = grad_mean * cdf + grad_var * (2.0 * out_mean * cdf_of_minus)
+        d_var = grad_mean * (0.5 * slope) + grad_var * (cdf - out_mean * slope)
         return d_mean, d_var
 
 
 def relu(belief: Belief) -> Belief:
     """The belief behind a ReLU: the first two moments of a rectified Gaussian.
 
-    Accurate to a few float32 roundings for mean/std from -40 to 40 and variances of 0 and from
-    1e-12 to 1e12. At variance 0 it is the ReLU of the mean.
+    Sound for any mean/std and for variances of 0 and from 1e-12 to 1e12: in float32 a relative
+    error of some 1e-7 where the ReLU is open, growing to 1e-3 where it is 12 deviations closed. At
+    variance 0 it is the ReLU of the mean.
 
     Args:
         belief: in front of the ReLU, any shape.

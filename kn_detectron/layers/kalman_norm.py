@@ -100,7 +100,8 @@ class _KalmanFilter(nn.Module):
         """The gain q in [0, 1] in effect, a tensor of no dimensions; None for a head."""
         if self.is_head:
             return None
-        return self.gain_scale.float() * self.gain_logit.float().sigmoid()
+        dtype = torch.promote_types(self.gain_logit.dtype, torch.float32)
+        return self.gain_scale.to(dtype) * self.gain_logit.to(dtype).sigmoid()
 
     def set_gain_scale(self, scale: float) -> None:
         """Multiplies the gain by ``scale`` in [0, 1], for annealing. At 0 nothing is measured.
