@@ -1,0 +1,110 @@
+"""Two processes on the CPU (gloo): the same step as one process, and no unused parameter."""
+
+import datetime
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.utils.events import EventStorage
+from torch.nn.parallel import DistributedDataParallel
+
+from kn_detectron.layers import set_gain_scale
+
+from ..models import build_backbone, build_rcnn, images, rcnn_cfg, rcnn_inputs, resnet_cfg
+
+
+def start(rank, path):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{path}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=120),
+    )
+
+
+def step(backbone, x, optimizer):
+    optimizer.zero_grad()
+    loss = backbone(x.double())["res4"].square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def build(gain_scale):
+    # In double precision, since the differences of rounding grow from step to step.
+    backbone = build_backbone(resnet_cfg("KN")).double()
+    set_gain_scale(backbone, gain_scale)
+    return backbone, torch.optim.SGD(backbone.parameters(), lr=1e-3, momentum=0.9)
+
+
+def same_step(rank, path, gain_scale):
+    start(rank, path)
+    backbone, optimizer = build(gain_scale)
+    model = DistributedDataParallel(backbone, broadcast_buffers=False)
+    for k in range(3):
+        step(model, images(2, seed=k)[rank : rank + 1], optimizer)
+    if rank == 0:
+        torch.save(backbone.state_dict(), os.path.join(path, "two.pth"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("gain_scale", [0.0, 1.0])
+def test_two_processes_take_the_step_of_one(gain_scale, tmp_path):
+    """At gain 0 no statistic depends on the batch, so splitting it changes nothing.
+
+    With a gain each process measures its own image, and the step must differ: as with BatchNorm.
+    """
+    mp.spawn(same_step, (str(tmp_path), gain_scale), nprocs=2)
+    two = torch.load(tmp_path / "two.pth")
+    backbone, optimizer = build(gain_scale)
+    for k in range(3):
+        step(backbone, images(2, seed=k), optimizer)
+    start_of_run = build(gain_scale)[0].state_dict()
+    error = moved = 0.0
+    for name, p in backbone.named_parameters():
+        error += (p - two[name]).square().sum().item()
+        moved += (p - start_of_run[name]).square().sum().item()
+    relative = (error / moved) ** 0.5
+    assert relative < 1e-9 if gain_scale == 0 else relative > 1e-2
+
+
+def no_unused_parameters(rank, path, configs):
+    start(rank, path)
+    steps = 0
+    for norm, options in configs:
+        model = build_rcnn(rcnn_cfg(norm, **options))
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+        # A parameter that gets no gradient makes the step after it fail. Rank 1 has no ground truth
+        # in the first one; the last two are those of an annealed gain.
+        for k, gain_scale in enumerate((1.0, 1.0, 0.0, 0.0)):
+            set_gain_scale(model, gain_scale)
+            with EventStorage():
+                losses = model(rcnn_inputs(1, objects=0 if rank == 1 and k == 0 else 1))
+            sum(losses.values()).backward()
+            steps += 1
+    with open(os.path.join(path, f"rank{rank}"), "w") as f:
+        f.write(str(steps))
+    dist.destroy_process_group()
+
+
+VARIANTS = [
+    (norm, dict(MODEL__KN__VARIANT=variant, MODEL__KN__PREDICTION=prediction))
+    for norm in ("KN", "GKN")
+    for variant, prediction in (("network", "closed_form"), ("paper", "closed_form"), ("paper", "monte_carlo"))
+]
+FREEZE = [
+    ("KN", dict(MODEL__KN__VARIANT=variant, MODEL__BACKBONE__FREEZE_AT=freeze_at))
+    for variant in ("network", "paper")
+    for freeze_at in (1, 2, 3, 4, 5)
+]
+
+
+@pytest.mark.parametrize("configs", [VARIANTS, FREEZE], ids=["variants", "freeze_at"])
+def test_no_parameter_is_unused(configs, tmp_path):
+    mp.spawn(no_unused_parameters, (str(tmp_path), configs), nprocs=2)
+    for rank in range(2):
+        assert (tmp_path / f"rank{rank}").read_text() == str(4 * len(configs))

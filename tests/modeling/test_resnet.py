@@ -1,0 +1,333 @@
+import copy
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling.backbone.resnet import ResNet
+from torch.utils.checkpoint import checkpoint
+
+from kn_detectron import GroupKalmanNorm2d, InputError, KalmanNorm2d
+from kn_detectron.layers import KN_STATE, kalman_layers, set_gain_scale
+from kn_detectron.layers import belief as B
+from kn_detectron.modeling import KNResNet
+from kn_detectron.modeling.resnet import belief_keys
+
+from ..models import build_backbone, images, randomize, resnet_cfg
+
+ALL_STAGES = dict(MODEL__RESNETS__OUT_FEATURES=["stem", "res2", "res3", "res4", "res5"])
+SMALL_DEPTH = dict(MODEL__RESNETS__RES2_OUT_CHANNELS=64, MODEL__RESNETS__STEM_OUT_CHANNELS=64)
+
+NETWORKS = {
+    "R18": dict(MODEL__RESNETS__DEPTH=18, **SMALL_DEPTH),
+    "R34": dict(MODEL__RESNETS__DEPTH=34, **SMALL_DEPTH),
+    "R50": {},
+    "R50 torchvision": dict(MODEL__RESNETS__STRIDE_IN_1X1=False),
+    "R101": dict(MODEL__RESNETS__DEPTH=101),
+    "R152": dict(MODEL__RESNETS__DEPTH=152),
+    "ResNeXt": dict(MODEL__RESNETS__NUM_GROUPS=4, MODEL__RESNETS__WIDTH_PER_GROUP=2),
+    "DC5": dict(MODEL__RESNETS__RES5_DILATION=2),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_same_network_and_keys_as_detectron2(network):
+    options = {**NETWORKS[network], **ALL_STAGES}
+    theirs = randomize(build_backbone(resnet_cfg("BN", **options)))
+    ours = build_backbone(resnet_cfg("KN", MODEL__KN__GAIN=1.0, MODEL__KN__LEARN_GAIN=False, **options))
+    own = {k for k in ours.state_dict() if k.rsplit(".", 1)[1] in KN_STATE}
+    assert {k: v.shape for k, v in ours.state_dict().items() if k not in own} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
+    assert ours.output_shape() == theirs.output_shape()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = images()
+    # With gain 1 it is the same function in training, statistics and all, and then in evaluation.
+    for training in (True, False):
+        got, want = ours.train(training)(x), theirs.train(training)(x)
+        for name in theirs.output_shape():
+            assert (got[name] - want[name]).abs().max() < 1e-3 * want[name].abs().max(), name
+    assert set(got) == set(want)  # no beliefs in evaluation
+
+
+@pytest.mark.parametrize("norm", ["KN", "GKN"])
+@pytest.mark.parametrize("variant", ["network", "paper"])
+@pytest.mark.parametrize("prediction", ["closed_form", "monte_carlo"])
+def test_every_parameter_gets_a_gradient(norm, variant, prediction):
+    backbone = build_backbone(
+        resnet_cfg(norm, MODEL__KN__VARIANT=variant, MODEL__KN__PREDICTION=prediction, **ALL_STAGES)
+    )
+    out = backbone(images())
+    assert belief_keys("res5")[0] in out
+    sum(out[name].square().mean() for name in backbone.output_shape()).backward()
+    # The last norm of a network hands its belief to nobody, but its scale and shift are used.
+    for name, p in backbone.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("depth, batch_norm, paper", [(50, 25_557_032, 25_583_580), (101, 44_549_160, 44_601_871)])
+def test_parameter_counts_of_table_2(depth, batch_norm, paper):
+    def count(norm, **kn):
+        cfg = resnet_cfg(
+            norm,
+            MODEL__RESNETS__DEPTH=depth,
+            MODEL__RESNETS__STEM_OUT_CHANNELS=64,
+            MODEL__RESNETS__RES2_OUT_CHANNELS=256,
+            MODEL__RESNETS__WIDTH_PER_GROUP=64,
+            MODEL__RESNETS__OUT_FEATURES=["res5"],
+            **kn,
+        )
+        features = sum(p.numel() for p in build_backbone(cfg).parameters())
+        return features + 2048 * 1000 + 1000
+
+    assert count("BN") == batch_norm
+    # One R per channel and one q for every norm but the head of the chain.
+    assert count("KN", MODEL__KN__VARIANT="paper") == paper
+    assert [round(n / 1e6, 2) for n in (batch_norm, paper)] == {
+        50: [25.56, 25.58],
+        101: [44.55, 44.60],
+    }[depth]
+    # b and r per channel, q for every norm: about twice that.
+    extra = {50: 2 * 26_560 + 53, 101: 2 * 52_672 + 104}[depth]
+    assert count("KN") == batch_norm + extra
+
+
+def test_classification_network():
+    cfg = resnet_cfg("KN", **ALL_STAGES)
+    backbone = build_backbone(cfg)
+    net = KNResNet(
+        backbone.stem,
+        [list(stage) for stage in backbone.stages],
+        num_classes=10,
+        image_var=backbone.image_var,
+        chain=backbone.chain,
+    )
+    assert set(net(images())) == {"linear"} and net.eval()(images())["linear"].shape == (2, 10)
+
+
+@pytest.mark.parametrize("variant", ["network", "paper"])
+@pytest.mark.parametrize("freeze_at", range(6))
+def test_freeze_at(variant, freeze_at):
+    cfg = resnet_cfg(
+        "KN", MODEL__BACKBONE__FREEZE_AT=freeze_at, MODEL__KN__VARIANT=variant, **ALL_STAGES
+    )
+    backbone = randomize(build_backbone(cfg))
+    stages = [backbone.stem, *backbone.stages]
+    for k, stage in enumerate(stages):
+        frozen = k < freeze_at
+        assert any(isinstance(m, FrozenBatchNorm2d) for m in stage.modules()) == frozen
+        assert any(isinstance(m, KalmanNorm2d) for m in stage.modules()) != frozen
+        assert not any(p.requires_grad for p in stage.parameters()) or not frozen
+    before = copy.deepcopy(backbone.state_dict())
+    out = backbone(images())
+    if freeze_at < 5:
+        sum(v.square().mean() for v in out.values()).backward()
+    for name, p in backbone.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+    for k, stage in enumerate(["stem", "res2", "res3", "res4", "res5"]):
+        moved = [
+            not torch.equal(v, before[n])
+            for n, v in backbone.state_dict().items()
+            if n.startswith(stage) and "running" in n
+        ]
+        assert all(moved) if k >= freeze_at else not any(moved)
+
+
+def test_the_chain_goes_through_frozen_stages():
+    # The running statistics of a frozen norm are its posterior.
+    cfg = resnet_cfg("KN", MODEL__BACKBONE__FREEZE_AT=1, MODEL__RESNETS__OUT_FEATURES=["stem", "res2"])
+    backbone = randomize(build_backbone(cfg))
+    norm = backbone.stem.conv1.norm
+    mean, var = (backbone(images())[k] for k in belief_keys("stem"))
+    torch.testing.assert_close(mean, norm.bias[None])
+    torch.testing.assert_close(var, norm.weight.square()[None])
+    cfg.MODEL.KN.VARIANT = "paper"
+    backbone = randomize(build_backbone(cfg))
+    norm = backbone.stem.conv1.norm
+    mean, var = (backbone(images())[k] for k in belief_keys("stem"))
+    torch.testing.assert_close(mean, norm.running_mean[None])
+    torch.testing.assert_close(var, norm.running_var[None])
+
+
+def priors_of(backbone, x):
+    """The prior that each KN layer is given in one forward pass."""
+    priors, hooks = {}, []
+    for name, layer in kalman_layers(backbone).items():
+
+        def record(module, args, kwargs, name=name):
+            priors[name] = kwargs["prior"]
+
+        hooks.append(layer.register_forward_pre_hook(record, with_kwargs=True))
+    backbone(x)
+    for hook in hooks:
+        hook.remove()
+    return priors
+
+
+def test_chain_of_a_bottleneck_stage_by_hand():
+    cfg = resnet_cfg("KN", MODEL__RESNETS__OUT_FEATURES=["res2"])
+    backbone = randomize(build_backbone(cfg))
+    priors = priors_of(backbone, images())
+    relu = B.relu
+
+    def passed_on(norm):
+        return B.normalized(norm.weight, norm.bias)
+
+    image = B.Belief(torch.zeros(1, 3), torch.tensor([cfg.MODEL.KN.IMAGE_STD]).square())
+    want = {"stem.conv1.norm": B.conv2d(image, backbone.stem.conv1.weight)}
+    source = relu(passed_on(backbone.stem.conv1.norm))
+    for i, block in enumerate(backbone.res2):
+        name = f"res2.{i}"
+        shortcut = source
+        if block.shortcut is not None:
+            want[f"{name}.shortcut.norm"] = B.conv2d(source, block.shortcut.weight)
+            shortcut = passed_on(block.shortcut.norm)
+        for k, conv in enumerate([block.conv1, block.conv2, block.conv3], start=1):
+            want[f"{name}.conv{k}.norm"] = B.conv2d(source, conv.weight)
+            source = relu(passed_on(conv.norm))
+        source = relu(B.add(passed_on(block.conv3.norm), shortcut))
+    assert set(want) == set(priors)
+    for name, belief in want.items():
+        torch.testing.assert_close(priors[name], belief, msg=name)
+
+
+def test_closed_form_agrees_with_monte_carlo_in_every_layer():
+    exact = randomize(build_backbone(resnet_cfg("KN", MODEL__RESNETS__OUT_FEATURES=["res3"])))
+    cfg = resnet_cfg(
+        "KN",
+        MODEL__RESNETS__OUT_FEATURES=["res3"],
+        MODEL__KN__PREDICTION="monte_carlo",
+        MODEL__KN__MONTE_CARLO_SIZE=160,
+    )
+    sampled = randomize(build_backbone(cfg))
+    torch.manual_seed(0)
+    got, want = priors_of(sampled, images()), priors_of(exact, images())
+    for name in want:
+        std = want[name].var.sqrt()
+        assert ((got[name].mean - want[name].mean).abs() < 0.1 * std).all(), name
+        # The map's border, where taps fall outside, is in the sample.
+        assert ((got[name].var / want[name].var).log().abs() < 0.15).all(), name
+
+
+def test_network_priors_do_not_depend_on_the_images():
+    backbone = randomize(build_backbone(resnet_cfg("KN")))
+    a, b = priors_of(backbone, images(2, 64, seed=1)), priors_of(backbone, 3 * images(1, 96, seed=2))
+    for name in a:
+        assert torch.equal(a[name].mean, b[name].mean) and torch.equal(a[name].var, b[name].var)
+
+
+def test_at_gain_0_training_is_inference_and_batches_do_not_matter():
+    backbone = randomize(build_backbone(resnet_cfg("KN")))
+    set_gain_scale(backbone, 0.0)
+    x = images(3)
+    together = backbone(x)["res4"]
+    alone = torch.cat([backbone(image[None])["res4"] for image in x])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(backbone.eval()(x)["res4"], together, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["KN", "GKN"])
+@pytest.mark.parametrize("variant", ["network", "paper"])
+def test_activation_checkpointing(norm, variant):
+    backbone = build_backbone(resnet_cfg(norm, MODEL__KN__VARIANT=variant))
+    other = copy.deepcopy(backbone)
+    for stage in other.stages:
+        for k, block in enumerate(stage):
+            block.forward = lambda x, f=block.forward: checkpoint(f, x, use_reentrant=False)
+    backbone(images())["res4"].square().mean().backward()
+    other(images())["res4"].square().mean().backward()
+    for (name, p), q in zip(backbone.named_parameters(), other.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+@pytest.mark.parametrize("norm", ["KN", "GKN"])
+def test_two_calls_in_one_step_and_deepcopy(norm):
+    backbone = build_backbone(resnet_cfg(norm))
+    loss = sum(backbone(images(seed=s))["res4"].square().mean() for s in range(2))
+    loss.backward()
+    copied = copy.deepcopy(backbone)
+    assert torch.equal(copied(images())["res4"], backbone(images())["res4"])
+
+
+@pytest.mark.parametrize("variant", ["network", "paper"])
+def test_backbone_compiles_without_graph_breaks(variant):
+    cfg = resnet_cfg("KN", MODEL__KN__VARIANT=variant, MODEL__RESNETS__OUT_FEATURES=["res2"])
+    backbone = build_backbone(cfg)
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(backbone), backend="aot_eager", fullgraph=True)
+    want, got = backbone(images())["res2"], compiled(images())["res2"]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    got.square().mean().backward()
+
+
+@pytest.mark.parametrize("statistics", ["moving", "batch"])
+def test_option_b_predicts_in_evaluation(statistics):
+    cfg = resnet_cfg("KN", MODEL__KN__EVAL_STATISTICS=statistics)
+    backbone = build_backbone(cfg)
+    trained = backbone(images())["res4"]
+    out = backbone.eval()(images())
+    assert (belief_keys("res4")[0] in out) == (statistics == "batch")
+    assert torch.allclose(out["res4"], trained, atol=1e-4) == (statistics == "batch")
+
+
+def test_fpn():
+    fpn = dict(
+        MODEL__RESNETS__OUT_FEATURES=["res2", "res3", "res4", "res5"],
+        MODEL__FPN__IN_FEATURES=["res2", "res3", "res4", "res5"],
+        MODEL__FPN__OUT_CHANNELS=8,
+        MODEL__FPN__NORM="KN",
+    )
+    cfg = resnet_cfg("KN", MODEL__BACKBONE__NAME="build_kn_resnet_fpn_backbone", **fpn)
+    theirs = resnet_cfg("BN", MODEL__BACKBONE__NAME="build_resnet_fpn_backbone", **fpn)
+    theirs.MODEL.FPN.NORM = "BN"
+    ours, theirs = build_backbone(cfg), randomize(build_backbone(theirs))
+    assert set(ours(images())) == {"p2", "p3", "p4", "p5", "p6"}
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    got, want = ours.eval()(images()), theirs.eval()(images())
+    for name in want:
+        assert torch.equal(got[name], want[name])
+
+
+def test_gkn_layers_are_built_with_the_configured_groups():
+    layers = kalman_layers(build_backbone(resnet_cfg("GKN", MODEL__KN__NUM_GROUPS=2)))
+    assert all(isinstance(m, GroupKalmanNorm2d) and m.num_groups == 2 for m in layers.values())
+
+
+def test_config_reaches_the_layers():
+    cfg = resnet_cfg(
+        "KN",
+        MODEL__KN__GAIN=0.25,
+        MODEL__KN__LEARN_GAIN=False,
+        MODEL__KN__PROCESS_MODEL=False,
+        MODEL__KN__PRIOR_GRADIENT=False,
+        MODEL__KN__IMAGE_STD=[10.0, 20.0, 30.0],
+        MODEL__PIXEL_STD=[1.0, 2.0, 5.0],
+    )
+    backbone = build_backbone(cfg)
+    assert torch.equal(backbone.image_var, torch.tensor([100.0, 100.0, 36.0]))
+    assert "image_var" not in backbone.state_dict()
+    for layer in kalman_layers(backbone).values():
+        assert layer.gain.item() == pytest.approx(0.25)
+        assert not layer.has_process_model and not layer.prior_gradient
+        assert {n for n, _ in layer.named_parameters()} == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(MODEL__RESNETS__DEFORM_ON_PER_STAGE=[False, True, False, False]), "DEFORM_ON_PER_STAGE asks"),
+        (dict(MODEL__RESNETS__DEPTH=20), "DEPTH is 20, but must be one of 18, 34"),
+        (dict(MODEL__RESNETS__RES5_DILATION=3), "RES5_DILATION is 3"),
+        (dict(MODEL__RESNETS__DEPTH=18), "RES2_OUT_CHANNELS is 16, but must be 64"),
+        (dict(MODEL__RESNETS__NORM="GN"), "NORM is 'GN'"),
+        (dict(MODEL__RESNETS__NORM="GKN", MODEL__KN__NUM_GROUPS=3), "NUM_GROUPS is 3, which does not divide"),
+    ],
+)
+def test_what_it_refuses(options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        build_backbone(resnet_cfg("KN", **options))
+
+
+def test_it_is_a_detectron2_resnet():
+    backbone = build_backbone(resnet_cfg("KN"))
+    assert isinstance(backbone, ResNet) and backbone.image_var.shape == (3,)
+    assert backbone.output_shape()["res4"] == ShapeSpec(channels=64, stride=16)

@@ -1,0 +1,94 @@
+"""The wheel has what an installed kn_detectron needs, and asks for what it can get."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import kn_detectron
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    # Built from a copy, since building leaves files beside the sources.
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "kn_detectron", folder / "kn_detectron")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    result = subprocess.run(
+        [*command, "--no-index", "--wheel-dir", str(folder), str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def files(pattern):
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "kn_detectron").glob(pattern)}
+
+
+def test_wheel_has_all_modules_and_configs(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules, configs = files("**/*.py"), files("model_zoo/configs/**/*.yaml")
+    assert "kn_detectron/__init__.py" in modules
+    assert "kn_detectron/model_zoo/configs/mask_rcnn_R50_C4_KN.yaml" in configs
+    assert modules | configs <= names
+    assert not [name for name in names if name.startswith(("tests/", "tools/"))]
+
+
+def test_configs_lie_at_the_top_too():
+    assert (ROOT / "configs").samefile(ROOT / "kn_detectron" / "model_zoo" / "configs")
+
+
+def test_wheel_does_not_ask_for_detectron2(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        metadata = Parser().parsestr(archive.read(name).decode())
+    requirements = metadata.get_all("Requires-Dist")
+    assert any(requirement.startswith("torch>=") for requirement in requirements)
+    assert not [requirement for requirement in requirements if "detectron" in requirement.lower()]
+    assert metadata["Name"] == "kn_detectron"
+    assert metadata["Requires-Python"] == ">=3.10"
+
+
+def test_the_wheels_version_is_the_packages(wheel):
+    assert wheel.name.split("-")[1] == kn_detectron.__version__
+
+
+@pytest.mark.parametrize(
+    "variables, sentence",
+    [
+        (["PYTHON=no-such-python"], "There is no no-such-python here"),
+        (["PYTHON=./old-python"], "./old-python is older than Python 3.10"),
+        (["DETECTRON2=no/such/folder"], "DETECTRON2=no/such/folder is not a checkout"),
+    ],
+)
+def test_make_says_what_it_lacks(tmp_path, variables, sentence):
+    for name in ("Makefile", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    old_python = tmp_path / "old-python"
+    # As far as the Makefile can tell: the check of its version fails.
+    old_python.write_text("#!/bin/sh\nexit 1\n")
+    old_python.chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    result = subprocess.run(
+        ["make", "venv", *variables],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert sentence in result.stderr
+    assert not (tmp_path / ".venv").exists()
