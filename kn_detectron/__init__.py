@@ -5,7 +5,7 @@ from .compat import prepare_detectron2
 # Before anything of detectron2 is imported, here or by a module of this package.
 prepare_detectron2()
 
-from . import modeling  # noqa: E402  # registers datasets, backbones and heads
+from . import data, modeling  # noqa: E402  # registers datasets, backbones and heads
 from .config import add_kn_config, check_config  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .layers import Belief, GroupKalmanNorm2d, KalmanNorm2d  # noqa: E402

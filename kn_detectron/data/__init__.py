@@ -1,0 +1,27 @@
+"""Datasets and loaders: importing this registers `shapes_train` and `shapes_val`."""
+
+from .drawing import CATEGORIES
+from .loader import TrainLoader, build_test_loader, build_train_loader
+from .mapper import CheckedMapper, first_sentence
+from .register import prepare_dataset, register_shapes, register_shapes_lazily
+from .shapes import ShapesSpec, draw_image, generate_shapes, shapes_paths
+from .validate import check_dataset
+
+__all__ = [
+    "CATEGORIES",
+    "CheckedMapper",
+    "ShapesSpec",
+    "TrainLoader",
+    "build_test_loader",
+    "build_train_loader",
+    "check_dataset",
+    "draw_image",
+    "first_sentence",
+    "generate_shapes",
+    "prepare_dataset",
+    "register_shapes",
+    "register_shapes_lazily",
+    "shapes_paths",
+]
+
+register_shapes_lazily()

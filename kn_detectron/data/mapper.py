@@ -1,0 +1,105 @@
+"""A dataset mapper that names the image it cannot use."""
+
+from detectron2.data import detection_utils
+
+from ..errors import InputError
+
+__all__ = ["CheckedMapper", "first_sentence"]
+
+
+class CheckedMapper:
+    """Calls a mapper; where that fails because of the image, says which image and why.
+
+    An image is at fault when it cannot be read, in whole, or when its size is not the one in the
+    annotations. Every other failure of the mapper is passed on as it is.
+    """
+
+    def __init__(self, mapper):
+        """
+        Args:
+            mapper (callable): takes a dataset dict, for example a detectron2 `DatasetMapper`.
+        """
+        self.mapper = mapper
+
+    def __call__(self, dataset_dict):
+        """
+        Args:
+            dataset_dict (dict): one image of a dataset in detectron2's format.
+
+        Returns:
+            what the mapper returns.
+
+        Raises:
+            InputError: the image is missing, damaged or of another size than annotated, or its
+                masks do not fit INPUT.MASK_FORMAT.
+        """
+        try:
+            return self.mapper(dataset_dict)
+        except Exception as error:
+            # Looked for after the failure, so that sound images are read only once.
+            sentence = self._fault_of_image(dataset_dict) or self._fault_of_masks(dataset_dict)
+            if sentence is None:
+                raise
+            raise InputError(sentence) from error
+
+    @staticmethod
+    def _fault_of_image(dataset_dict):
+        name = dataset_dict["file_name"]
+        try:
+            image = detection_utils.read_image(name)
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
+            if isinstance(error, FileNotFoundError):
+                reason = "no such file"
+            else:
+                reason = f"{error}".replace("\n", " ") or type(error).__name__
+            return (
+                f"Image {name} of the dataset cannot be read ({reason}): expected an intact image "
+                "file, replace it or remove it from the annotations."
+            )
+        found = image.shape[1], image.shape[0]
+        expected = dataset_dict.get("width", found[0]), dataset_dict.get("height", found[1])
+        if found != expected:
+            return (
+                f"Image {name} of the dataset is {found[0]} x {found[1]} pixels, but its "
+                f"annotation says {expected[0]} x {expected[1]}: replace the image or correct the "
+                "annotation."
+            )
+        return None
+
+    def _fault_of_masks(self, dataset_dict):
+        wants_polygons = (
+            getattr(self.mapper, "is_train", False)
+            and getattr(self.mapper, "use_instance_mask", False)
+            and getattr(self.mapper, "instance_mask_format", None) == "polygon"
+        )
+        has_rle = any(
+            isinstance(annotation.get("segmentation"), dict)
+            for annotation in dataset_dict.get("annotations", ())
+            if not annotation.get("iscrowd", 0)
+        )
+        if wants_polygons and has_rle:
+            return (
+                f"Image {dataset_dict['file_name']} of the dataset has masks that are not "
+                'polygons: set INPUT.MASK_FORMAT to "bitmask".'
+            )
+        return None
+
+
+def first_sentence(error):
+    """Gives the sentence of an InputError, also of one that comes from a worker process.
+
+    A torch DataLoader puts the worker's whole traceback into the message of what it raises again.
+
+    Args:
+        error (InputError): the error as it was caught.
+
+    Returns:
+        str: one line without a traceback.
+    """
+    text = str(error).strip()
+    if "Traceback (most recent call last):" not in text:
+        return text
+    # The last line of a traceback is the name of the class, a colon and the original message.
+    return text.splitlines()[-1].partition(f"{type(error).__name__}: ")[2]

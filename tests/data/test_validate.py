@@ -1,0 +1,151 @@
+import json
+import time
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from kn_detectron.data import ShapesSpec, check_dataset, register_shapes_lazily
+from kn_detectron.errors import InputError
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A dataset of three images in COCO's format, registered as `tiny`: its two paths."""
+    json_file, image_root = tmp_path / "sets" / "tiny.json", tmp_path / "sets" / "images"
+    image_root.mkdir(parents=True)
+    images = [dict(id=i, file_name=f"{i}.jpg", width=4, height=3) for i in range(3)]
+    for image in images:
+        (image_root / image["file_name"]).touch()
+    annotations = [dict(id=1, image_id=2, category_id=7, bbox=[0, 0, 2, 2], area=4, iscrowd=0)]
+    content = dict(images=images, annotations=annotations, categories=[dict(id=7, name="cat")])
+    json_file.write_text(json.dumps(content))
+    register_coco_instances("tiny", {}, str(json_file), str(image_root))
+    yield json_file, image_root
+    DatasetCatalog.pop("tiny")
+    MetadataCatalog.pop("tiny")
+
+
+def _refused(name="tiny"):
+    with pytest.raises(InputError) as caught:
+        check_dataset(name)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and sentence.endswith(".") and ". " not in sentence
+    return sentence
+
+
+def _change(json_file, change):
+    content = json.loads(json_file.read_text())
+    change(content)
+    json_file.write_text(json.dumps(content))
+
+
+def test_sound_dataset_passes(coco, shapes):
+    check_dataset("tiny")
+    check_dataset("shapes_train")
+
+
+def test_generated_dataset_is_generated(tmp_path, default_registration):
+    register_shapes_lazily(tmp_path / "shapes", ShapesSpec(num_train=1, num_val=1, size=32))
+    check_dataset("shapes_train")
+    assert (tmp_path / "shapes" / "train" / "000000.png").is_file()
+
+
+def test_unknown_name():
+    assert "coco_2017_train" in _refused("coco_2017_trian")
+    assert _refused("xyzzy").endswith("correct the name.")
+
+
+def test_missing_datasets_folder(coco, tmp_path, monkeypatch):
+    folder = tmp_path / "sets"
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(folder))
+    check_dataset("tiny")
+    folder.rename(tmp_path / "elsewhere")
+    sentence = _refused()
+    assert sentence.startswith(f"Folder {folder}, ") and "DETECTRON2_DATASETS" in sentence
+
+
+def test_missing_annotation_file(coco):
+    coco[0].unlink()
+    assert f"Annotation file {coco[0]} of dataset tiny does not exist" in _refused()
+
+
+def test_truncated_json(coco):
+    text = coco[0].read_text()
+    coco[0].write_text(text[:100])
+    sentence = _refused()
+    assert f"{coco[0]} is not valid JSON" in sentence and "line 1, column" in sentence
+    assert "of 100)" in sentence
+    coco[0].write_bytes(b"\xff\xd8\xff\xe0" + text.encode())
+    assert f"{coco[0]} is not text (byte 0" in _refused()
+
+
+@pytest.mark.parametrize("part", ["images", "annotations", "categories"])
+def test_json_that_is_not_coco(coco, part):
+    _change(coco[0], lambda content: content.pop(part))
+    assert f"{coco[0]} has no list {part}" in _refused()
+
+
+@pytest.mark.parametrize(
+    "part, key", [("images", "height"), ("annotations", "bbox"), ("categories", "name")]
+)
+def test_entries_that_are_not_coco(coco, part, key):
+    _change(coco[0], lambda content: content[part][0].pop(key))
+    sentence = _refused()
+    assert key in sentence and f"entry 0 of {part}" in sentence
+
+
+def test_annotations_that_point_nowhere(coco):
+    _change(coco[0], lambda content: content["annotations"][0].update(category_id=8))
+    assert "category_id 8" in _refused()
+
+
+def test_other_json(coco):
+    coco[0].write_text("[1, 2]")
+    assert "holds a JSON list" in _refused()
+    coco[0].write_text(json.dumps(dict(images=[], annotations=[], categories=[])))
+    assert "has an empty list images" in _refused()
+
+
+def test_image_list_of_a_test_set_needs_no_annotations(coco):
+    json_file = coco[0].with_name("image_info_tiny.json")
+    json_file.write_text(coco[0].read_text())
+    _change(json_file, lambda content: content.pop("annotations"))
+    register_coco_instances("tiny_test", {}, str(json_file), str(coco[1]))
+    try:
+        check_dataset("tiny_test")
+        (coco[1] / "0.jpg").unlink()
+        assert "lacks 1 of the 3 images" in _refused("tiny_test")
+    finally:
+        DatasetCatalog.pop("tiny_test")
+        MetadataCatalog.pop("tiny_test")
+
+
+def test_missing_image_folder(coco):
+    coco[1].rename(coco[1].with_name("pictures"))
+    assert f"Image folder {coco[1]} of dataset tiny does not exist" in _refused()
+
+
+def test_images_that_are_half_there(coco):
+    for name in ("1.jpg", "2.jpg"):
+        (coco[1] / name).unlink()
+    sentence = _refused()
+    assert "lacks 2 of the 3 images" in sentence and "the first is 1.jpg" in sentence
+
+
+def test_images_in_subfolders(coco):
+    (coco[1] / "a").mkdir()
+    (coco[1] / "2.jpg").rename(coco[1] / "a" / "2.jpg")
+    assert "lacks 1 of the 3" in _refused()
+    _change(coco[0], lambda content: content["images"][2].update(file_name="a/2.jpg"))
+    check_dataset("tiny")
+    _change(coco[0], lambda content: content["images"][1].update(file_name="b/1.jpg"))
+    assert "the first is b/1.jpg" in _refused()
+
+
+def test_as_many_images_as_coco_has_take_seconds(coco):
+    images = [dict(id=i, file_name=f"{i:012}.jpg", width=4, height=3) for i in range(118_287)]
+    _change(coco[0], lambda content: content.update(images=images))
+    start = time.perf_counter()
+    assert "lacks 118287 of the 118287 images" in _refused()
+    assert time.perf_counter() - start < 5
