@@ -1,0 +1,231 @@
+"""What the commands share: arguments, the config, several processes, and sentences for faults."""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import sys
+
+import torch
+import yaml
+from detectron2.config import get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from ..config import add_kn_config, check_config
+from ..data import check_dataset
+from ..errors import InputError
+
+__all__ = ["argument_parser", "launch_ranks", "load_config", "run", "set_up"]
+
+
+def argument_parser():
+    """detectron2's argument parser, in which ``--config`` is another name of ``--config-file``."""
+    parser = default_argument_parser()
+    # The pairs come last: what argparse takes for them, it takes with all that follows.
+    parser.usage = "%(prog)s --config FILE [options] [KEY VALUE ...]"
+    parser.add_argument(
+        "--config",
+        dest="config_file",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="the same as --config-file",
+    )
+    return parser
+
+
+def load_config(args):
+    """Loads and checks the config that the arguments name, and the datasets it names.
+
+    Without a GPU, MODEL.DEVICE "cuda", which is detectron2's default, becomes "cpu", and mixed
+    precision is switched off; only where the command line asks for "cuda" itself it is refused.
+
+    Args:
+        args (argparse.Namespace): of :func:`argument_parser`.
+
+    Returns:
+        CfgNode: frozen.
+
+    Raises:
+        InputError: something in it is wrong.
+    """
+    cfg = get_cfg()
+    add_kn_config(cfg)
+    _merge_file(cfg, args.config_file)
+    _merge_options(cfg, args.opts)
+    _choose_device(cfg, args.opts)
+    cfg.freeze()
+    check_config(cfg)
+    for key in ("TEST",) if args.eval_only else ("TRAIN", "TEST"):
+        if not cfg.DATASETS[key]:
+            raise InputError(f"DATASETS.{key} is empty: name at least one dataset.")
+        for name in cfg.DATASETS[key]:
+            check_dataset(name)
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be created ({error.strerror}): "
+            "give a folder that can be written to."
+        ) from error
+    return cfg
+
+
+def _merge_file(cfg, path):
+    if not path:
+        raise InputError("No config is given: give one with --config FILE.")
+    if not os.path.isfile(path):
+        raise InputError(f"Config file {path} does not exist: give the path of a YAML file.")
+    try:
+        cfg.merge_from_file(path)
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"Config file {path} is not valid YAML ({_one_line(error)}): correct it."
+        ) from error
+    except OSError as error:  # of _BASE_
+        raise InputError(
+            f"Config file {path} has a _BASE_ that cannot be read ({_one_line(error)}): correct it."
+        ) from error
+    # What detectron2 and yacs raise depends on how the content is wrong.
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"Config file {path} cannot be used ({_one_line(error)}): correct or remove the entry."
+        ) from error
+
+
+def _merge_options(cfg, options):
+    flags = [option for option in options if option.startswith("--")]
+    if flags:
+        raise InputError(f"{flags[0]} comes after KEY VALUE pairs: put it before them.")
+    if len(options) % 2:
+        raise InputError(
+            f"The last of the KEY VALUE pairs, {options[-1]}, is only half a pair: give a key and "
+            "a value, separated by a space."
+        )
+    for key, value in zip(options[::2], options[1::2]):
+        try:
+            cfg.merge_from_list([key, value])
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{key} {value} cannot be set ({_one_line(error)}): correct the key or the value."
+            ) from error
+
+
+def _choose_device(cfg, options):
+    if torch.cuda.is_available() or not cfg.MODEL.DEVICE.startswith("cuda"):
+        return
+    if "MODEL.DEVICE" in options[::2]:
+        raise InputError(
+            f"MODEL.DEVICE {cfg.MODEL.DEVICE} asks for a GPU and torch finds none: check the "
+            "driver and torch's CUDA version, or give MODEL.DEVICE cpu."
+        )
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.SOLVER.AMP.ENABLED = False  # torch has it for GPUs only
+
+
+def _one_line(error):
+    # str() of a KeyError is in quotes.
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split()).rstrip(".")
+
+
+def set_up(cfg, args):
+    """Sets up the logs and writes the config, in every process of a run.
+
+    Args:
+        cfg (CfgNode): of :func:`load_config`.
+        args (argparse.Namespace): of :func:`argument_parser`.
+    """
+    default_setup(cfg, args)
+    logger = setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="kn_detectron")
+    if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():
+        logger.info("No GPU is found: the CPU is used, in full precision.")
+
+
+def launch_ranks(main, cfg, args):
+    """Calls ``main(cfg, args)`` in as many processes as the arguments ask for.
+
+    Args:
+        main (callable): importable by its name from a new process.
+        cfg (CfgNode): of :func:`load_config`.
+        args (argparse.Namespace): of :func:`argument_parser`.
+
+    Raises:
+        InputError: also one that was raised in any of the processes.
+    """
+    if args.num_gpus * args.num_machines <= 1:
+        main(cfg, args)
+        return
+    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        raise InputError(
+            f"--num-gpus {args.num_gpus} asks for more than the {torch.cuda.device_count()} GPUs "
+            "that torch finds: give that many or fewer."
+        )
+    if not torch.cuda.is_available() and not hasattr(comm, "create_local_process_group"):
+        raise InputError(
+            f"--num-gpus {args.num_gpus} needs GPUs with this version of detectron2: leave it out, "
+            "or install a newer detectron2, which can use several processes on a CPU."
+        )
+    try:
+        with _signals_left_to_children():
+            launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(cfg, args),
+            )
+    except ProcessRaisedException as error:
+        found = re.search(rf"^{InputError.__module__}\.InputError: (.+)$", str(error), re.MULTILINE)
+        if found:
+            raise InputError(found[1]) from None
+        raise
+    except ProcessExitedException as error:
+        if error.exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise SystemExit(error.exit_code) from None  # stopped, and said so
+        raise
+
+
+@contextlib.contextmanager
+def _signals_left_to_children():
+    """Has this process wait for its children when it is told to stop, and tell them."""
+
+    def forward(signum, frame):
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+    # A terminal sends Ctrl-C to the children by itself.
+    former = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda signum, frame: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
+    }
+    try:
+        yield
+    finally:
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
+
+
+def run(command):
+    """Runs a command line: a fault of the input is one sentence and exit status 1.
+
+    Args:
+        command (callable): called without arguments.
+
+    Returns:
+        int: the exit status.
+    """
+    try:
+        command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0

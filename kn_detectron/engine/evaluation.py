@@ -1,0 +1,82 @@
+"""COCO evaluation with all of COCO's numbers."""
+
+import json
+import math
+import os
+
+from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.coco_evaluation import COCOeval, COCOeval_opt
+from detectron2.utils.logger import create_small_table
+
+from ..checkpoint.files import atomic_write
+
+__all__ = ["FullCOCOEvaluator", "build_coco_evaluator", "write_results"]
+
+_PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_RECALLS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+class FullCOCOEvaluator(COCOEvaluator):
+    """detectron2's evaluator, with the recalls and with numbers for a model that finds nothing.
+
+    detectron2 leaves out six of the twelve numbers that COCO defines for boxes and masks, and
+    reports no detections as "not a number", where COCO's precision and recall are 0.
+    """
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        if iou_type not in ("bbox", "segm"):
+            return super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if coco_eval is None:
+            nothing = 0.0 if self._coco_api.anns else math.nan
+            results = dict.fromkeys(_PRECISIONS + _RECALLS, nothing)
+            self._logger.warning("The model finds nothing in any of the images.")
+        else:
+            results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+            for name, value in zip(_RECALLS, coco_eval.stats[len(_PRECISIONS) :]):
+                results[name] = float(value) * 100 if value >= 0 else math.nan
+        numbers = {name: results[name] for name in _PRECISIONS + _RECALLS}
+        self._logger.info("All numbers of %s:\n%s", iou_type, create_small_table(numbers))
+        return results
+
+
+def build_coco_evaluator(cfg, dataset_name):
+    """Builds the evaluator of a dataset for what the config's model predicts.
+
+    Args:
+        cfg (CfgNode): detectron2's config.
+        dataset_name (str): a registered dataset in COCO's format.
+
+    Returns:
+        FullCOCOEvaluator: it writes the detections to OUTPUT_DIR/inference/<dataset>.
+    """
+    tasks = ["bbox"]
+    if cfg.MODEL.MASK_ON:
+        tasks.append("segm")
+    if cfg.MODEL.KEYPOINT_ON:
+        tasks.append("keypoints")
+    return FullCOCOEvaluator(
+        dataset_name,
+        tuple(tasks),
+        output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+        # Without the compiled extension both names are the same class.
+        use_fast_impl=COCOeval_opt is not COCOeval,
+    )
+
+
+def write_results(cfg, results):
+    """Writes the numbers of an evaluation to OUTPUT_DIR/inference/results.json.
+
+    Args:
+        cfg (CfgNode): detectron2's config.
+        results (dict): what ``Trainer.test`` returns; numbers that cannot be had become null.
+    """
+    path = os.path.join(cfg.OUTPUT_DIR, "inference", "results.json")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(json.dumps(_without_nan(results), indent=2).encode())
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,218 @@
+"""What happens around a training step."""
+
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from ..layers import kalman_layers, set_gain_scale
+
+__all__ = [
+    "AverageRunningStatistics",
+    "GainAnneal",
+    "KalmanStatistics",
+    "PreciseStatistics",
+    "SeedStep",
+    "average_running_statistics",
+]
+
+
+def _unwrap(model):
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+class SeedStep(HookBase):
+    """Seeds every random number generator before each step, from seed, rank and iteration.
+
+    So the anchors and regions that a step samples are the same in a run that was interrupted
+    before it, and whatever an evaluation draws in between changes nothing. The seed is the
+    trainer's attribute ``seed``.
+    """
+
+    def before_step(self):
+        """Seeds the step."""
+        entropy = [self.trainer.seed, comm.get_rank(), self.trainer.iter]
+        seeds = np.random.SeedSequence(entropy).generate_state(3)
+        random.seed(int(seeds[0]))
+        np.random.seed(seeds[1])
+        torch.manual_seed(int(seeds[2]))
+
+
+class GainAnneal(HookBase):
+    """Lowers the gain of all Kalman layers over the schedule, from the iteration alone.
+
+    The scale of the gains is 1 until ``start``, falls linearly, and is 0 from ``end`` on, as
+    fractions of the trainer's ``max_iter``. When both are equal it is 1 throughout, also where
+    the weights come from a checkpoint that was annealed.
+    """
+
+    def __init__(self, start, end):
+        """
+        Args:
+            start, end (float): fractions of the schedule, start <= end.
+        """
+        self._start = start
+        self._end = end
+        self._scale = None
+
+    def scale(self, iteration):
+        """The scale in force during a step, in [0, 1]."""
+        done = iteration / self.trainer.max_iter
+        if self._start == self._end:
+            return 1.0
+        return min(1.0, max(0.0, (self._end - done) / (self._end - self._start)))
+
+    def before_step(self):
+        """Sets the scale of the step."""
+        scale = self.scale(self.trainer.iter)
+        if scale != self._scale:  # setting it waits for the GPU
+            set_gain_scale(_unwrap(self.trainer.model), scale)
+            self._scale = scale
+
+
+@torch.no_grad()
+def average_running_statistics(model):
+    """Makes the running statistics of all norm layers the same on all ranks: their averages.
+
+    Every rank has taken part in every step with the same momentum, so all count the same. The
+    averaged variance is that within a rank's batches, as BatchNorm's is within a batch.
+
+    Args:
+        model (nn.Module): every rank has to call this with its own.
+    """
+    world_size = comm.get_world_size()
+    if world_size == 1:
+        return
+    statistics = [
+        statistic
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        for statistic in (module.running_mean, module.running_var)
+    ]
+    if not statistics:
+        return
+    flat = torch.cat([statistic.float().flatten() for statistic in statistics])
+    dist.all_reduce(flat)
+    flat /= world_size
+    for statistic, part in zip(statistics, flat.split([s.numel() for s in statistics])):
+        statistic.copy_(part.view_as(statistic))
+
+
+class AverageRunningStatistics(HookBase):
+    """Averages the running statistics over ranks where they are about to be used.
+
+    Evaluation shares the images among the ranks and only the main one saves its state: without
+    this, an AP mixes the statistics of all ranks and belongs to no checkpoint. To be placed after
+    PreciseBN and before the hooks that save and evaluate.
+    """
+
+    def __init__(self, periods):
+        """
+        Args:
+            periods (Iterable[int]): the periods of those hooks; 0 is never. They are also
+                averaged after the last step.
+        """
+        self._periods = [period for period in periods if period > 0]
+
+    def after_step(self):
+        """Averages if a period ends here."""
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
+            average_running_statistics(self.trainer.model)
+
+
+class PreciseStatistics(hooks.PreciseBN):
+    """detectron2's PreciseBN on batches that depend on nothing but the seed and the iteration.
+
+    Its own goes on through a stream that a resumed run would begin anew.
+    """
+
+    def update_stats(self):
+        """Replaces the running statistics by those over the next batches of the training."""
+        if not self._disabled:
+            self._data_loader.seed = self.trainer.seed
+            self._data_loader.start_iter = self.trainer.iter + 1
+            self._data_iter = None
+        super().update_stats()
+
+
+class KalmanStatistics(HookBase):
+    """Puts the gain and the innovations of every Kalman layer into the event storage.
+
+    Under ``kn/gain/<layer>``, and, as averages of absolute values over the channels,
+    ``kn/innovation_mean/<layer>`` (in standard deviations of the prior) and
+    ``kn/innovation_logvar/<layer>``; ``kn/gain``, ``kn/innovation_mean`` and
+    ``kn/innovation_logvar`` are averages over the layers. Heads of chains have neither.
+
+    The layers are measured a second time for it, in the logged steps only. For the main process.
+    """
+
+    def __init__(self, period=20):
+        """
+        Args:
+            period (int): iterations between two entries, best that of the writers.
+        """
+        self._period = period
+        self._handles = []
+        self._innovations = {}
+
+    def before_step(self):
+        """Starts to listen to the layers in a step that is logged."""
+        done = self.trainer.iter + 1
+        if done % self._period != 0 and done != self.trainer.max_iter:
+            return
+        for name, layer in self._layers().items():
+            handle = layer.register_forward_pre_hook(self._listener(name), with_kwargs=True)
+            self._handles.append(handle)
+
+    def _layers(self):
+        layers = kalman_layers(_unwrap(self.trainer.model))
+        return {name: layer for name, layer in layers.items() if not layer.is_head}
+
+    def _listener(self, name):
+        def listen(layer, args, kwargs):
+            prior = kwargs.get("prior")
+            # Without ground truth a mask head gets no regions: nothing to measure.
+            if prior is not None and args[0].numel() > 0:
+                innovation = torch.stack(
+                    [part.abs().mean() for part in layer.innovation(args[0], prior)]
+                )
+                self._innovations.setdefault(name, []).append(innovation)
+
+        return listen
+
+    def _stop_listening(self):
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def after_step(self):
+        """Stores what was heard."""
+        if not self._handles:
+            return
+        self._stop_listening()
+        gains = {name: layer.gain.detach() for name, layer in self._layers().items()}
+        self._put(["gain"], {name: gain[None] for name, gain in gains.items()})
+        self._put(
+            ["innovation_mean", "innovation_logvar"],
+            {name: torch.stack(heard).mean(0) for name, heard in self._innovations.items()},
+        )
+        self._innovations.clear()
+
+    def _put(self, kinds, values):
+        if not values:
+            return
+        table = torch.stack(list(values.values())).double()
+        rows = torch.cat([table, table.mean(0, keepdim=True)]).tolist()  # one wait for the GPU
+        for suffix, row in zip([f"/{name}" for name in values] + [""], rows):
+            for kind, value in zip(kinds, row):
+                self.trainer.storage.put_scalar(f"kn/{kind}{suffix}", value, smoothing_hint=False)
+
+    def after_train(self):
+        """Stops listening if a step failed."""
+        self._stop_listening()

@@ -1,0 +1,100 @@
+"""Stopping a run so that nothing is lost."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+__all__ = ["StopOnSignal", "Stopped"]
+
+_logger = logging.getLogger(__name__)
+
+
+class Stopped(SystemExit):
+    """A run was stopped by a signal after its state was saved; the exit status is 128 + signal."""
+
+
+class StopOnSignal(HookBase):
+    """Ends the training on SIGINT (Ctrl-C) or SIGTERM when the step is done and saved.
+
+    The trainer's ``save_checkpoint()`` writes the checkpoint; then :class:`Stopped` leaves the
+    loop. If any rank got a signal, all of them stop after the same step. A second signal does
+    what it would without this hook. To be placed after the hooks that change the model, and
+    before evaluation.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.requested = None  # the signal that this process got, or None
+        self._at_once = False
+        self._former = {}
+        self._process = os.getpid()
+
+    def before_train(self):
+        """Takes over the signals."""
+        if threading.current_thread() is threading.main_thread():  # no other one may
+            self._process = os.getpid()
+            self._former = {s: signal.signal(s, self._on_signal) for s in self._SIGNALS}
+
+    def after_train(self):
+        """Gives the signals back."""
+        self._give_back()
+
+    def _give_back(self):
+        for signum, handler in self._former.items():
+            signal.signal(signum, handler)
+        self._former = {}
+
+    def _on_signal(self, signum, frame):
+        if os.getpid() != self._process:
+            return  # a forked loader process: the training decides
+        self.requested = signum
+        self._give_back()
+        # A signal to the whole group kills the loader processes too, and torch's handler would
+        # report that by an exception in the middle of the step that is to be finished.
+        if hasattr(signal, "SIGCHLD"):
+            self._former = {signal.SIGCHLD: signal.signal(signal.SIGCHLD, signal.SIG_DFL)}
+        name = signal.Signals(signum).name
+        _logger.warning("Got %s: stopping after this step; once more stops at once.", name)
+        if self._at_once:
+            raise self.stop()
+
+    def stop(self, signum=None):
+        """Says how to go on.
+
+        Args:
+            signum (int or None): the signal to report; None is the one that this process got.
+
+        Returns:
+            Stopped: to be raised.
+        """
+        signum = self.requested if signum is None else signum
+        _logger.warning(
+            "Stopped by %s after iteration %d: run the same command with --resume to go on.",
+            signal.Signals(signum).name,
+            min(self.trainer.iter, self.trainer.max_iter - 1),
+        )
+        return Stopped(128 + signum)
+
+    def after_step(self):
+        """Stops if any rank was asked to."""
+        signum = max(comm.all_gather(self.requested or 0))
+        if signum:
+            self.trainer.save_checkpoint()
+            raise self.stop(signum)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Within it, a signal raises Stopped where it arrives: there is no step to finish."""
+        self._at_once = True
+        try:
+            if self.requested is not None:
+                raise self.stop()
+            yield
+        finally:
+            self._at_once = False

@@ -1,0 +1,346 @@
+"""detectron2's trainer for Kalman Normalization, with an exact resume."""
+
+import contextlib
+import logging
+import weakref
+
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    hooks,
+)
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
+
+from ..checkpoint import KNCheckpointer
+from ..data import build_test_loader, build_train_loader, first_sentence
+from ..errors import InputError
+from .evaluation import build_coco_evaluator, write_results
+from .hooks import (
+    AverageRunningStatistics,
+    GainAnneal,
+    KalmanStatistics,
+    PreciseStatistics,
+    SeedStep,
+    average_running_statistics,
+)
+from .stopping import StopOnSignal, Stopped
+
+__all__ = ["Trainer"]
+
+_logger = logging.getLogger(__name__)
+
+# How often detectron2's writers print and write.
+_WRITE_PERIOD = 20
+
+
+class Trainer(DefaultTrainer):
+    """``DefaultTrainer`` with KN's loaders, checkpointer, evaluator and hooks.
+
+    A run that was interrupted and resumed computes what an uninterrupted one computes, to the bit
+    on a CPU: the checkpoint holds the optimizer, the schedule, the loss scaler and the seed, from
+    which the order and augmentation of the images and all sampling within a step follow.
+
+    Running statistics are averaged over the ranks before they are evaluated or saved. A signal
+    stops the run when its step is saved; see :class:`StopOnSignal`. An image that cannot be used
+    raises :class:`~kn_detectron.InputError` on all ranks, after the steps before it were saved.
+
+    Attributes:
+        seed (int): cfg.SEED, or one drawn once; a resumed run has that of the run it goes on with.
+    """
+
+    def __init__(self, cfg):
+        """
+        Args:
+            cfg (CfgNode): detectron2's config with ``MODEL.KN``.
+        """
+        # Not DefaultTrainer's own: its checkpointer writes in place, and its data-parallel model
+        # is for GPUs only.
+        TrainerBase.__init__(self)
+        for name in ("detectron2", "kn_detectron"):
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):  # nobody has set up logging
+                setup_logger(name=name)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        PathManager.mkdirs(cfg.OUTPUT_DIR)  # detectron2 0.4's writers take it for granted
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self._batches = _AgreedBatches(self.build_train_loader(cfg))
+        on_gpu = next(model.parameters()).is_cuda
+        model = create_ddp_model(
+            model, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None})
+        )
+        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(
+            model, self._batches, optimizer
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = KNCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.seed = self._batches.loader.seed
+        self.cfg = cfg
+        self._stop = StopOnSignal()
+        self._batches.stop = self._stop
+        self._last_eval_results = None
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self):
+        """Builds the hooks; their order matters and is explained where it does.
+
+        Returns:
+            list[HookBase]
+        """
+        cfg = self.cfg
+        is_main = comm.is_main_process()
+        precise = cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)
+        return [
+            hook
+            for hook in (
+                hooks.IterationTimer(),
+                SeedStep(),
+                GainAnneal(*cfg.MODEL.KN.GAIN_ANNEAL),
+                # Before the hooks that run the model: it is to hear the training step only.
+                KalmanStatistics(_WRITE_PERIOD) if is_main else None,
+                hooks.LRScheduler(),
+                self._build_precise_statistics() if precise else None,
+                AverageRunningStatistics([cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD]),
+                # From here on the state of the step is complete.
+                (
+                    hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+                    if is_main
+                    else None
+                ),
+                self._stop,
+                hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+                # Last, to write what the others have stored.
+                hooks.PeriodicWriter(self.build_writers(), _WRITE_PERIOD) if is_main else None,
+            )
+            if hook is not None
+        ]
+
+    def _build_precise_statistics(self):
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0  # it runs seldom
+        loader = self.build_train_loader(cfg)
+        precise_bn = cfg.TEST.PRECISE_BN
+        return PreciseStatistics(cfg.TEST.EVAL_PERIOD, self.model, loader, precise_bn.NUM_ITER)
+
+    def resume_or_load(self, resume=True):
+        """Goes on from the last checkpoint of OUTPUT_DIR, or loads MODEL.WEIGHTS.
+
+        Args:
+            resume (bool): whether to go on; without a checkpoint MODEL.WEIGHTS is loaded.
+
+        Raises:
+            InputError: the checkpoint cannot be read or does not fit.
+        """
+        self.checkpointer.remove_partial_files()
+        there = self.checkpointer.has_checkpoint()
+        weights = self.cfg.MODEL.WEIGHTS
+        if resume and not there:
+            _logger.warning(
+                "There is no checkpoint to resume from in %s: starting from %s.",
+                self.cfg.OUTPUT_DIR,
+                weights or "scratch",
+            )
+        if there and not resume:
+            _logger.warning(
+                "%s has a checkpoint that this run does not go on from (--resume would) and will "
+                "replace.",
+                self.cfg.OUTPUT_DIR,
+            )
+        self.checkpointer.resume_or_load(weights, resume=resume)
+        if resume and there:
+            self.start_iter = self.iter + 1
+
+    def train(self):
+        """Trains from ``start_iter`` to ``max_iter``.
+
+        Returns:
+            dict or None: the last evaluation's results on the main process.
+
+        Raises:
+            InputError: the loss diverged, or the data or the output folder cannot be used.
+            Stopped: a signal ended the run.
+        """
+        self._batches.loader.seed = self.seed
+        self._batches.loader.start_iter = self.start_iter
+        if self.start_iter >= self.max_iter:
+            self._finish()
+        else:
+            with _without_tracebacks_of_input_errors():
+                super().train()
+        return self._last_eval_results
+
+    def _finish(self):
+        """What remains of a run whose steps are all done: the evaluation."""
+        _logger.warning(
+            "Nothing is left to train: iteration %d of SOLVER.MAX_ITER %d is done. Evaluating.",
+            self.start_iter,
+            self.max_iter,
+        )
+        self.iter = self.max_iter
+        with EventStorage(self.max_iter) as self.storage:
+            try:
+                self.before_train()
+            finally:
+                self.after_train()
+
+    def run_step(self):
+        """Does one step; see ``DefaultTrainer``."""
+        try:
+            super().run_step()
+        except (InputError, Stopped):
+            # There is no batch, so the last complete step is the one before.
+            self.iter -= 1
+            if self.iter >= self.start_iter:
+                self.save_checkpoint()
+            raise
+        except FloatingPointError as error:
+            raise InputError(
+                f"The training diverged in iteration {self.iter} ({' '.join(str(error).split())}): "
+                "start again with a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, or "
+                "SOLVER.CLIP_GRADIENTS.ENABLED True."
+            ) from error
+
+    def save_checkpoint(self):
+        """Saves the state after iteration ``iter`` if it is not yet; to be called on all ranks."""
+        average_running_statistics(self.model)
+        self._save()
+        comm.synchronize()
+
+    def _save(self):
+        if self.checkpointer.saved_iteration != self.iter:
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+
+    def _evaluate(self):
+        if self.iter == self.max_iter - 1:
+            # Only a last step that failed or was stopped comes here: detectron2's hook skips it
+            # during the training, and takes it for a success afterwards.
+            return None
+        try:
+            with self._stop.at_once():
+                self._last_eval_results = self.test(self.cfg, self.model)
+        except (InputError, Stopped):
+            if self.iter < self.max_iter:  # after the last step all is saved
+                self._save()
+            raise
+        return self._last_eval_results
+
+    def state_dict(self):
+        """What a checkpoint has to hold beside the model."""
+        # detectron2 0.4's does not have the optimizer, newer ones do.
+        state = TrainerBase.state_dict(self)
+        state["_trainer"] = self._trainer.state_dict()
+        state["seed"] = self.seed
+        return state
+
+    def load_state_dict(self, state_dict):
+        """Restores :meth:`state_dict`.
+
+        Raises:
+            InputError: the state is that of another optimizer, as with another config.
+        """
+        try:
+            TrainerBase.load_state_dict(self, state_dict)
+            self._trainer.load_state_dict(state_dict["_trainer"])
+            self.seed = state_dict["seed"]
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                f"The checkpoint in {self.cfg.OUTPUT_DIR} is not of a run like this one ({error}): "
+                "resume with the config and the detectron2 it was started with, or give the "
+                "checkpoint as MODEL.WEIGHTS of a new run."
+            ) from error
+        if self.cfg.SEED not in (-1, self.seed):
+            _logger.warning(
+                "The resumed run has seed %d, and keeps it instead of SEED %d.",
+                self.seed,
+                self.cfg.SEED,
+            )
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        """Builds the training loader, whose stream of batches can be entered anywhere."""
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        """Builds the loader of a test dataset."""
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        """Builds the COCO evaluator of a test dataset."""
+        return build_coco_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        """Evaluates on DATASETS.TEST and writes OUTPUT_DIR/inference/results.json.
+
+        See ``DefaultTrainer.test`` for arguments and result.
+        """
+        try:
+            results = super().test(cfg, model, evaluators)
+        except InputError as error:
+            raise InputError(first_sentence(error)) from error
+        if comm.is_main_process():
+            write_results(cfg, results)
+        return results
+
+
+class _AgreedBatches:
+    """The batches of a loader, which every rank gets or none does.
+
+    A rank that failed alone would leave the others waiting for it in the middle of a step, and
+    nobody could save the steps before.
+    """
+
+    def __init__(self, loader):
+        self.loader = loader
+        self.stop = None  # the trainer's StopOnSignal
+        self._iterator = None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch, fault, signum = None, None, 0
+        try:
+            # Not in __iter__, which detectron2 0.4 calls before the trainer can be resumed.
+            self._iterator = self._iterator or iter(self.loader)
+            batch = next(self._iterator)
+        except InputError as error:
+            fault = str(error)
+        except RuntimeError:
+            # The signal that is to stop the run has ended the loader's processes as well.
+            if self.stop.requested is None:
+                raise
+            signum = self.stop.requested
+        faults, signums = zip(*comm.all_gather((fault, signum)))
+        if any(signums):
+            raise self.stop.stop(max(signums))
+        if any(faults):
+            raise InputError(next(filter(None, faults)))
+        return batch
+
+
+@contextlib.contextmanager
+def _without_tracebacks_of_input_errors():
+    """Keeps detectron2 from logging a traceback of an exception that is reported in a sentence."""
+
+    def is_worth_it(record):
+        return not (record.exc_info and isinstance(record.exc_info[1], expected))
+
+    expected = (InputError, FloatingPointError)
+    logger = logging.getLogger("detectron2.engine.train_loop")
+    logger.addFilter(is_worth_it)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_worth_it)

@@ -1,0 +1,3 @@
+"""What the tests of training have too."""
+
+from ..engine.conftest import fresh_logs, kn_log, one_thread  # noqa: F401

@@ -1,0 +1,312 @@
+"""Checkpoints are whole or not there, and fit or are refused."""
+
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from kn_detectron import InputError
+from kn_detectron.checkpoint import KNCheckpointer
+from kn_detectron.layers import KN_STATE
+
+from ..engine import tiny
+
+_BN = ("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.NAME", "build_resnet_backbone")
+_BN += ("MODEL.ROI_HEADS.NAME", "Res5ROIHeads")
+
+
+def _model(*options):
+    return build_model(tiny.config("", *options))
+
+
+@pytest.fixture(scope="module")
+def kn_state():
+    """The state of a Kalman model."""
+    return _model().state_dict()
+
+
+def _save(folder, state, name="model.pth"):
+    path = folder / name
+    torch.save({"model": state}, path)
+    return str(path)
+
+
+def _assert_refused(path, *patterns, model=None, checkpointables=(), strict=None):
+    """The file is refused in one sentence that names it, and the model is as it was."""
+    model = model or _model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    checkpointer = KNCheckpointer(model)
+    for _ in range(2):  # the second time as the first
+        with pytest.raises(InputError) as error:
+            checkpointer.load(path, list(checkpointables), strict=strict)
+        message = str(error.value)
+        assert path in message and "\n" not in message
+        for pattern in patterns:
+            assert pattern in message
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+# Loading what is sound.
+
+
+def test_round_trip(tmp_path, kn_log):
+    one, other = _model(), _model()
+    KNCheckpointer(one, str(tmp_path)).save("model", iteration=4)
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model.pth"]
+    rest = KNCheckpointer(other, str(tmp_path)).resume_or_load("", resume=True)
+    assert rest["iteration"] == 4
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+    assert "0 of the model keep their initial values" in kn_log.text
+
+
+def test_batch_norm_weights_leave_the_filters_as_initialised(tmp_path, kn_log):
+    source, model = _model(*_BN), _model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    KNCheckpointer(model).load(_save(tmp_path, source.state_dict()), [])
+    of_kn = 0
+    for name, value in model.state_dict().items():
+        if name.rpartition(".")[2] in KN_STATE:
+            of_kn += 1
+            assert torch.equal(value, before[name])
+        else:
+            assert torch.equal(value, source.state_dict()[name])
+    assert of_kn > 50 * 3
+    assert f"{of_kn} of the model keep their initial values, {of_kn} of them of Kal" in kn_log.text
+
+
+def _as_imagenet_pickle(path, state, **changes):
+    """Writes a ResNet's weights as detectron2's model zoo has them, without prefixes."""
+    arrays = {"fc1000.weight": torch.zeros(3, 3).numpy()}
+    for name, value in state.items():
+        for prefix in ("backbone.", "roi_heads."):
+            if name.startswith((prefix + "stem", prefix + "res")):
+                arrays[name[len(prefix) :]] = value.numpy()
+    arrays.update(changes)
+    content = {"model": arrays, "__author__": "nobody", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content))
+    return str(path)
+
+
+def test_imagenet_pickle_reaches_backbone_and_res5(tmp_path):
+    source, model = _model(*_BN), _model()
+    KNCheckpointer(model).load(_as_imagenet_pickle(tmp_path / "r50.pkl", source.state_dict()), [])
+    for name in ("backbone.stem.conv1.weight", "roi_heads.res5.2.conv3.norm.running_var"):
+        assert torch.equal(model.state_dict()[name], source.state_dict()[name])
+
+
+def test_other_classes_are_initialised_with_a_warning(tmp_path, kn_log):
+    source, model = _model("MODEL.ROI_HEADS.NUM_CLASSES", 2), _model()
+    bias = model.roi_heads.box_predictor.cls_score.bias.clone()
+    KNCheckpointer(model).load(_save(tmp_path, source.state_dict()), [])
+    assert torch.equal(model.roi_heads.box_predictor.cls_score.bias, bias)
+    assert torch.equal(model.backbone.stem.conv1.weight, source.backbone.stem.conv1.weight)
+    (warning,) = [
+        record.getMessage()
+        for record in kn_log.records
+        if record.levelname == "WARNING" and record.name.startswith("kn_detectron.")
+    ]
+    assert "another shape" in warning and "roi_heads.box_predictor.cls_score.bias" in warning
+
+
+def test_empty_path_is_from_scratch(kn_log):
+    assert KNCheckpointer(_model()).load("", []) == {}
+    assert "from scratch" in kn_log.text
+
+
+def test_a_gain_fixed_at_zero_has_a_logit_that_is_not_finite_and_loads(tmp_path):
+    fixed = ("MODEL.KN.GAIN", 0.0, "MODEL.KN.LEARN_GAIN", False)
+    source, model = _model(*fixed), _model(*fixed)
+    path = _save(tmp_path, source.state_dict())
+    KNCheckpointer(model).load(path, [], strict=True)
+    name = "backbone.stem.conv1.weight"
+    assert torch.equal(model.state_dict()[name], source.state_dict()[name])
+
+
+# Refusing what is not.
+
+
+def test_missing_file(tmp_path):
+    _assert_refused(str(tmp_path / "model.pth"), "MODEL.WEIGHTS", "does not exist", '""')
+
+
+def test_url_that_cannot_be_had():
+    # The discard port of this machine: refused at once, with and without a network.
+    path = "http://127.0.0.1:9/ImageNetPretrained/MSRA/R-50.pkl"
+    _assert_refused(path, "MODEL.WEIGHTS", "cannot be downloaded", "local file", '""')
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_truncated_file(tmp_path, kn_state, share):
+    path = _save(tmp_path, kn_state)
+    size = os.path.getsize(path)
+    os.truncate(path, int(size * share))
+    _assert_refused(path, "is truncated", "another checkpoint")
+
+
+def test_damaged_file(tmp_path, kn_state):
+    path = _save(tmp_path, kn_state)
+    with open(path, "r+b") as file:
+        file.write(b"\0" * 200)
+    _assert_refused(path)
+
+
+class _Harmful:
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle"])
+def test_file_that_would_run_code(tmp_path, kind):
+    harmful = _Harmful()
+    _Harmful.path = str(tmp_path / "it_ran")
+    if kind == "torch":
+        _assert_refused(_save(tmp_path, {"stem": harmful}), "could run code")
+    else:
+        path = tmp_path / "model.pkl"
+        path.write_bytes(pickle.dumps({"model": {"stem": harmful}, "__author__": "x"}))
+        _assert_refused(str(path), "not a checkpoint", "mkdir")
+    assert not os.path.exists(harmful.path)
+
+
+@pytest.mark.parametrize(
+    "name, content, pattern",
+    [
+        ("model.pth", b"just text", "not a checkpoint"),
+        ("model.pkl", b"just text", "not a checkpoint"),
+        ("model.pkl", pickle.dumps(["a list"]), "holds a list"),
+        ("model.pkl", pickle.dumps({"blobs": {"w": "text"}}), "of type str"),
+    ],
+)
+def test_not_a_checkpoint(tmp_path, name, content, pattern):
+    path = tmp_path / name
+    path.write_bytes(content)
+    _assert_refused(str(path), pattern)
+
+
+@pytest.mark.parametrize(
+    "content, pattern",
+    [([1], "holds a list"), ({}, "dict of tensors"), ({"epoch": 3}, "its entry 'epoch'")],
+)
+def test_not_a_model(tmp_path, content, pattern):
+    path = tmp_path / "model.pth"
+    torch.save(content, path)
+    _assert_refused(str(path), "not a checkpoint", pattern)
+
+
+def test_weights_that_are_not_finite(tmp_path, kn_state):
+    state = dict(kn_state)
+    name = "backbone.res2.0.conv1.weight"
+    state[name] = state[name].clone()
+    state[name][0, 0] = float("nan")
+    _assert_refused(_save(tmp_path, state), f"in 1 of {len(state)} tensors", name)
+
+
+def test_other_widths(tmp_path):
+    source = _model("MODEL.RESNETS.RES2_OUT_CHANNELS", 32)
+    path = _save(tmp_path, source.state_dict())
+    _assert_refused(path, "another architecture", "of another shape", "instead of")
+
+
+def test_other_widths_in_an_imagenet_pickle(tmp_path):
+    source = _model(*_BN, "MODEL.RESNETS.STEM_OUT_CHANNELS", 4)
+    path = _as_imagenet_pickle(tmp_path / "r50.pkl", source.state_dict())
+    _assert_refused(path, "of another shape", "backbone.stem.conv1.weight with (4, 3, 7, 7)")
+
+
+def test_incomplete_backbone(tmp_path, kn_state):
+    state = dict(kn_state)
+    del state["backbone.res3.1.conv2.norm.running_var"]
+    path = _save(tmp_path, state)
+    _assert_refused(path, "1 missing, the first backbone.res3.1.conv2.norm.running_var")
+
+
+def test_nothing_in_common(tmp_path):
+    path = _save(tmp_path, {"encoder.weight": torch.ones(3)})
+    _assert_refused(path, "another architecture", "0 tensors fit")
+
+
+def test_evaluation_takes_no_other_norm(tmp_path):
+    path = _save(tmp_path, _model(*_BN).state_dict())
+    _assert_refused(path, "not a checkpoint of this model", "gain_logit", strict=True)
+    other = _save(tmp_path, _model().state_dict())
+    _assert_refused(other, "that the model lacks", model=_model(*_BN), strict=True)
+
+
+def test_resuming_takes_no_bare_weights(tmp_path, kn_state):
+    path = _save(tmp_path, kn_state)
+    (tmp_path / "last_checkpoint").write_text("model.pth")
+    checkpointer = KNCheckpointer(_model(), str(tmp_path), trainer=torch.nn.Identity())
+    with pytest.raises(InputError, match="no state of a training run") as error:
+        checkpointer.resume_or_load("", resume=True)
+    assert path in str(error.value)
+
+
+def test_last_checkpoint_that_is_gone(tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
+    checkpointer = KNCheckpointer(_model(), str(tmp_path))
+    with pytest.raises(InputError, match="model_0000004.pth does not exist although .*last_check"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+# Writing.
+
+_KILLED_WHILE_WRITING = """
+import os, signal, sys
+import torch
+from kn_detectron.checkpoint import KNCheckpointer
+
+class Killer:
+    def state_dict(self):
+        return {"weights": torch.ones(10_000), "end": self}
+    def load_state_dict(self, state):
+        pass
+    def __reduce__(self):  # the file is open and has its beginning by now
+        os.kill(os.getpid(), signal.SIGKILL)
+
+model = torch.nn.Linear(300, 300)
+KNCheckpointer(model, sys.argv[1]).save("first", iteration=0)
+KNCheckpointer(model, sys.argv[1], killer=Killer()).save("second", iteration=1)
+"""
+
+
+def test_killed_write_leaves_the_checkpoint_before(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", _KILLED_WHILE_WRITING, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert result.returncode == -signal.SIGKILL
+    assert sorted(os.listdir(tmp_path)) == ["first.pth", "last_checkpoint", "second.pth.partial"]
+    checkpointer = KNCheckpointer(torch.nn.Linear(300, 300), str(tmp_path))
+    checkpointer.remove_partial_files()
+    assert sorted(os.listdir(tmp_path)) == ["first.pth", "last_checkpoint"]
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 0
+
+
+def test_full_disk_leaves_the_checkpoint_before(tmp_path):
+    checkpointer = KNCheckpointer(torch.nn.Linear(300, 300), str(tmp_path))
+    checkpointer.save("model", iteration=0)
+    before = (tmp_path / "model.pth").read_bytes()
+    torch.nn.init.zeros_(checkpointer.model.weight)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as if there were no more room
+    try:
+        with pytest.raises(InputError, match="model.pth cannot be written .*--resume"):
+            checkpointer.save("model", iteration=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model.pth"]
+    assert (tmp_path / "model.pth").read_bytes() == before
+
+
+def test_nothing_is_written_without_a_folder_or_permission(tmp_path):
+    KNCheckpointer(torch.nn.Linear(2, 2)).save("model")
+    KNCheckpointer(torch.nn.Linear(2, 2), str(tmp_path), save_to_disk=False).save("model")
+    assert os.listdir(tmp_path) == []

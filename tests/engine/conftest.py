@@ -1,0 +1,55 @@
+"""What the tests of training and of checkpoints share."""
+
+import logging
+
+import pytest
+import torch
+from detectron2.utils.logger import setup_logger
+
+from . import tiny
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory):
+    """A folder of datasets with the shapes in it, registered."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with tiny.shapes(folder):
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def plain(datasets, tmp_path_factory):
+    """An uninterrupted run of the tiny config: its folder and its losses."""
+    folder = tmp_path_factory.mktemp("plain")
+    trainer, losses = tiny.trainer(tiny.config(folder))
+    trainer.train()
+    return folder, losses.of
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny tensors are faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fresh_logs():
+    """Takes back the logging that a test set up, since its standard output is gone after it."""
+    yield
+    for name in ("detectron2", "fvcore", "kn_detectron"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
+    setup_logger.cache_clear()
+
+
+@pytest.fixture
+def kn_log(caplog, monkeypatch):
+    """The package's log, which detectron2's setup keeps from pytest."""
+    monkeypatch.setattr(logging.getLogger("kn_detectron"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="kn_detectron")
+    return caplog

@@ -1,0 +1,190 @@
+"""tools/train_net.py: what it takes, what it refuses, and what it prints."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+
+from kn_detectron.engine.command_line import argument_parser, load_config, run
+
+from . import tiny
+
+_TWELVE = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, datasets, capsys):
+    """Runs the command in this process, and gives its status, stdout and stderr."""
+    config = tiny.write_config(tmp_path / "tiny.yaml")
+    train_net = tiny.train_net_module()
+
+    def call(*arguments, config=config, flag="--config-file"):
+        arguments = [flag, config, *arguments] if config else arguments
+        monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, arguments)])
+        status = run(train_net.main)
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+def _assert_one_sentence(result, *patterns):
+    status, out, err = result
+    assert status == 1
+    assert "Traceback" not in out + err
+    sentence = err.splitlines()[-1]  # torch has its own to say before
+    assert sentence.startswith("error: ") and err.count("error: ") == 1
+    for pattern in patterns:
+        assert re.search(pattern, sentence), sentence
+
+
+@pytest.mark.parametrize("flag", ["--config", "--config-file"])
+def test_config_and_overrides(tmp_path, datasets, flag):
+    config = tiny.write_config(tmp_path / "tiny.yaml")
+    options = ["OUTPUT_DIR", str(tmp_path / "run"), "MODEL.KN.GAIN", "0.3"]
+    cfg = load_config(argument_parser().parse_args([flag, str(config), *options]))
+    assert cfg.MODEL.KN.GAIN == 0.3
+    assert cfg.SOLVER.MAX_ITER == 6
+    assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
+def test_without_gpu_the_default_device_is_replaced_but_a_wish_is_refused(tmp_path, datasets):
+    path = tiny.write_config(tmp_path / "tiny.yaml")
+    content = yaml.safe_load(path.read_text())
+    del content["MODEL"]["DEVICE"]
+    content["SOLVER"]["AMP"] = {"ENABLED": True}
+    path.write_text(yaml.safe_dump(content))
+    arguments = ["--config", str(path), "OUTPUT_DIR", str(tmp_path / "run")]
+    cfg = load_config(argument_parser().parse_args(arguments))
+    assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
+    with pytest.raises(Exception, match="MODEL.DEVICE cuda asks for a GPU"):
+        load_config(argument_parser().parse_args([*arguments, "MODEL.DEVICE", "cuda"]))
+
+
+@pytest.mark.parametrize(
+    "arguments, patterns",
+    [
+        (["MODEL.KN.GIAN", "0.1"], ["MODEL.KN.GIAN"]),
+        (["MODEL.KN.GAIN", "1.5"], ["MODEL.KN.GAIN is 1.5"]),
+        (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER many"]),
+        (["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "half a pair"]),
+        (["SOLVER.MAX_ITER", "3", "--eval-only"], ["--eval-only", "before"]),
+        (["DATASETS.TRAIN", "('shape_train',)"], ["'shape_train'", "shapes_train"]),
+        (["DATASETS.TEST", "()"], ["DATASETS.TEST is empty"]),
+        (["MODEL.WEIGHTS", "/nowhere/model.pth"], ["MODEL.WEIGHTS /nowhere/model.pth", '""']),
+        (["OUTPUT_DIR", "/dev/null/run"], ["OUTPUT_DIR /dev/null/run"]),
+    ],
+)
+def test_bad_options(command, tmp_path, arguments, patterns):
+    if "OUTPUT_DIR" not in arguments:
+        arguments = ["OUTPUT_DIR", tmp_path / "run", *arguments]
+    _assert_one_sentence(command(*arguments), *patterns)
+
+
+@pytest.mark.parametrize(
+    "content, patterns",
+    [
+        (None, ["does not exist"]),
+        ("MODEL: [", ["not valid YAML"]),
+        ("- a list", ["cannot be used"]),
+        ("", ["cannot be used"]),
+        ("_BASE_: nothing.yaml", ["_BASE_ that cannot be read"]),
+        ("MODEL: {KN: {GIAN: 1}}\nVERSION: 2", ["MODEL.KN.GIAN"]),
+        ("SOLVER: {MAX_ITER: many}\nVERSION: 2", ["many"]),
+    ],
+)
+def test_bad_config_file(command, tmp_path, content, patterns):
+    path = tmp_path / "bad.yaml"
+    if content is not None:
+        path.write_text(content)
+    _assert_one_sentence(command(config=path), re.escape(str(path)), *patterns)
+
+
+def test_no_config_file(command):
+    _assert_one_sentence(command(config=None), "--config FILE")
+
+
+def test_broken_dataset_is_found_before_the_model_is_built(command, tmp_path, datasets):
+    shutil.copytree(datasets, tmp_path / "datasets")
+    with tiny.shapes(tmp_path / "datasets"):
+        annotations = tmp_path / "datasets/shapes/annotations/instances_val.json"
+        annotations.write_text(annotations.read_text()[:100])
+        result = command("OUTPUT_DIR", tmp_path / "run")
+    _assert_one_sentence(result, re.escape(str(annotations)))
+    assert "GeneralizedRCNN" not in result[1]
+
+
+def test_evaluation_gives_twelve_numbers_each(command, plain, tmp_path):
+    weights = plain[0] / "model_final.pth"
+    status, out, err = command(
+        "--eval-only", "OUTPUT_DIR", tmp_path / "run", "MODEL.WEIGHTS", weights
+    )
+    assert status == 0, err
+    for task in ("bbox", "segm"):
+        assert f"Evaluate annotation type *{task}*" in out
+    assert out.count("Average Precision") == out.count("Average Recall") == 12
+    results = json.loads((tmp_path / "run/inference/results.json").read_text())
+    assert set(results) == {"bbox", "segm"}
+    for numbers in results.values():
+        assert _TWELVE <= set(numbers)
+        assert all(0 <= numbers[name] <= 100 for name in ("AP", "AR100", "ARs"))
+    assert (tmp_path / "run/inference/shapes_val/coco_instances_results.json").exists()
+    # The weights were those of the run, whose own evaluation found the same.
+    assert results == json.loads((plain[0] / "inference/results.json").read_text())
+
+
+def test_evaluation_of_a_model_that_finds_nothing(command, plain, tmp_path):
+    weights = plain[0] / "model_final.pth"
+    options = ["OUTPUT_DIR", tmp_path / "run", "MODEL.WEIGHTS", weights]
+    status, out, _ = command("--eval-only", *options, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.99")
+    assert status == 0
+    results = json.loads((tmp_path / "run/inference/results.json").read_text())
+    assert results == {task: dict.fromkeys(_TWELVE, 0.0) for task in ("bbox", "segm")}
+
+
+def test_evaluation_names_a_broken_image(command, plain, datasets, tmp_path):
+    shutil.copytree(datasets, tmp_path / "datasets")
+    options = ["OUTPUT_DIR", tmp_path / "run", "MODEL.WEIGHTS", plain[0] / "model_final.pth"]
+    with tiny.shapes(tmp_path / "datasets"):
+        image = sorted((tmp_path / "datasets/shapes/val").iterdir())[0]
+        image.write_bytes(image.read_bytes()[:50])
+        result = command("--eval-only", *options, "DATALOADER.NUM_WORKERS", "1")
+    _assert_one_sentence(result, re.escape(str(image)))
+
+
+def test_training_names_a_broken_image(command, datasets, tmp_path):
+    shutil.copytree(datasets, tmp_path / "datasets")
+    with tiny.shapes(tmp_path / "datasets"):
+        images = list((tmp_path / "datasets/shapes/train").iterdir())
+        for image in images:
+            image.write_bytes(image.read_bytes()[:50])
+        result = command("OUTPUT_DIR", tmp_path / "run", "DATALOADER.NUM_WORKERS", "1")
+    _assert_one_sentence(result, re.escape(str(images[0].parent)))
+
+
+def test_divergence(command, tmp_path):
+    options = ["SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0"]
+    result = command("OUTPUT_DIR", tmp_path / "run", *options)
+    _assert_one_sentence(result, "diverged in iteration", "lower SOLVER.BASE_LR")
+
+
+def test_evaluation_needs_weights_that_match(command, plain, tmp_path):
+    run = ["OUTPUT_DIR", tmp_path / "run"]
+    _assert_one_sentence(command("--eval-only", *run), "no weights to evaluate")
+    weights = plain[0] / "model_final.pth"
+    result = command(
+        "--eval-only", *run, "MODEL.WEIGHTS", weights, "MODEL.ROI_HEADS.NUM_CLASSES", "7"
+    )
+    _assert_one_sentence(result, "is not a checkpoint of this model", "roi_heads.box_predictor")
+
+
+def test_training_writes_progress_curves_and_gains(plain):
+    lines = [json.loads(line) for line in (plain[0] / "metrics.json").read_text().splitlines()]
+    names = {name for line in lines for name in line}
+    assert {"total_loss", "loss_mask", "lr", "eta_seconds", "kn/gain", "bbox/AP"} <= names
+    assert "kn/innovation_mean/roi_heads.res5.2.conv3.norm" in names
+    assert list(plain[0].glob("events.out.tfevents.*"))

@@ -1,0 +1,137 @@
+"""A run that was interrupted is the run that was not."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from kn_detectron import InputError
+
+from . import tiny
+
+# An evaluation and PreciseBN in between must not leave a trace either.
+_BUSY = ("SEED", -1, "TEST.EVAL_PERIOD", 2)
+_BUSY += ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1)
+
+
+@pytest.fixture(scope="module")
+def whole(datasets, tmp_path_factory):
+    """An uninterrupted run, its folder and its losses."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer, losses = tiny.trainer(tiny.config(folder, *_BUSY))
+    trainer.train()
+    return trainer, folder, losses
+
+
+def _folder_with(checkpoint, folder):
+    folder.mkdir(exist_ok=True)
+    shutil.copy(checkpoint, folder)
+    (folder / "last_checkpoint").write_text(checkpoint.name)
+    return folder
+
+
+def test_resumed_run_is_bit_equal(whole, tmp_path):
+    whole_trainer, whole_folder, whole_losses = whole
+    folder = _folder_with(whole_folder / "model_0000002.pth", tmp_path)
+    trainer, losses = tiny.trainer(tiny.config(folder, *_BUSY), resume=True)
+    assert trainer.start_iter == 3
+    trainer.train()
+    assert trainer.seed == whole_trainer.seed
+    assert list(losses.of) == [3, 4, 5]
+    assert len(losses.of[3]) == 6  # five losses and their sum
+    assert losses.of == {k: whole_losses.of[k] for k in (3, 4, 5)}
+    tiny.assert_same_state(folder / "model_final.pth", whole_folder / "model_final.pth")
+
+
+def test_steps_differ(whole):
+    losses = whole[2].of
+    assert len({step["total_loss"] for step in losses.values()}) == 6
+
+
+def test_annealing_ends_at_gain_zero_and_is_saved(whole):
+    scale = "backbone.res2.0.conv1.norm.gain_scale"
+    assert tiny.read(whole[1] / "model_0000002.pth")["model"][scale] == pytest.approx(
+        (0.8 - 2 / 6) / 0.5
+    )
+    assert tiny.read(whole[1] / "model_final.pth")["model"][scale] == 0
+
+
+def test_resuming_a_finished_run_evaluates(whole, tmp_path, kn_log):
+    folder = _folder_with(whole[1] / "model_final.pth", tmp_path)
+    trainer, losses = tiny.trainer(tiny.config(folder, *_BUSY), resume=True)
+    results = trainer.train()
+    assert losses.of == {}
+    assert "Nothing is left to train" in kn_log.text
+    assert set(results) == {"bbox", "segm"}
+    assert (folder / "metrics.json").read_text().count("bbox/AP50") == 1
+
+
+def test_nothing_to_resume_starts_and_says_so(datasets, tmp_path, kn_log):
+    trainer, _ = tiny.trainer(tiny.config(tmp_path), resume=True)
+    assert trainer.start_iter == 0
+    assert "no checkpoint to resume from" in kn_log.text
+
+
+def test_other_optimizer_is_refused(whole, tmp_path):
+    folder = _folder_with(whole[1] / "model_0000002.pth", tmp_path)
+    path = folder / "model_0000002.pth"
+    checkpoint = tiny.read(path)
+    checkpoint["trainer"]["_trainer"]["optimizer"]["param_groups"].pop()
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match="not of a run like this one"):
+        tiny.trainer(tiny.config(folder, *_BUSY), resume=True)
+
+
+def _file_names(cfg):
+    loader = iter(tiny.Trainer.build_train_loader(cfg))
+    batches = (next(loader) for _ in range(cfg.SOLVER.MAX_ITER))
+    return [{sample["file_name"] for sample in batch} for batch in batches]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_broken_image_loses_nothing(plain, datasets, tmp_path, num_workers):
+    plain_folder, plain_losses = plain
+    shutil.copytree(datasets, tmp_path / "datasets")
+    run = tmp_path / "run"
+    with tiny.shapes(tmp_path / "datasets"):
+        cfg = tiny.config(run, "DATALOADER.NUM_WORKERS", num_workers)
+        batches = _file_names(cfg)
+        seen = [set().union(*batches[:k]) for k in range(len(batches))]
+        k = next(k for k in range(1, len(batches)) if batches[k] - seen[k])
+        image = (batches[k] - seen[k]).pop()
+        whole_image = Path(image).read_bytes()
+        Path(image).write_bytes(whole_image[: len(whole_image) // 2])
+
+        trainer, losses = tiny.trainer(cfg)
+        with pytest.raises(InputError, match=re.escape(image)) as error:
+            trainer.train()
+        assert "\n" not in str(error.value)
+        assert losses.of == {i: plain_losses[i] for i in range(k)}
+        assert (run / "last_checkpoint").read_text() == f"model_{k - 1:07d}.pth"
+        # detectron2 takes a failure in the last step for a success, and would evaluate.
+        assert not (run / "inference").exists()
+
+        Path(image).write_bytes(whole_image)
+        trainer, losses = tiny.trainer(cfg, resume=True)
+        trainer.train()
+    assert losses.of == {i: plain_losses[i] for i in range(k, 6)}
+    tiny.assert_same_state(run / "model_final.pth", plain_folder / "model_final.pth")
+
+
+def test_divergence_is_a_sentence(datasets, tmp_path):
+    trainer, losses = tiny.trainer(tiny.config(tmp_path))
+    torch.nn.init.constant_(trainer.model.roi_heads.box_predictor.cls_score.bias, float("inf"))
+    with pytest.raises(InputError, match="diverged in iteration 0 .*lower SOLVER.BASE_LR") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+    assert losses.of == {}
+
+
+def test_defect_in_the_last_step_is_no_success(datasets, tmp_path):
+    trainer, _ = tiny.trainer(tiny.config(tmp_path, "SOLVER.MAX_ITER", 1))
+    trainer.model.register_forward_pre_hook(lambda model, _: 1 / 0 if model.training else None)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert not (tmp_path / "inference").exists()

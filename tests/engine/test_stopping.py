@@ -1,0 +1,112 @@
+"""Signals stop a run after its step, and lose nothing."""
+
+import os
+import signal
+
+import pytest
+
+from kn_detectron.engine import StopOnSignal, Stopped
+
+from . import tiny
+from .loop import Loop
+
+
+def _send(*signals, at):
+    def in_step(iteration):
+        if iteration == at:
+            for signum in signals:
+                os.kill(os.getpid(), signum)
+
+    return in_step
+
+
+def _handlers():
+    return [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
+
+
+@pytest.fixture
+def child_handler():
+    """A handler like torch's, which reports that a loader process was killed."""
+    former = signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+    yield
+    signal.signal(signal.SIGCHLD, former)
+
+
+def test_undisturbed_run_gives_the_signals_back():
+    handlers, within = _handlers(), []
+    Loop(StopOnSignal(), in_step=lambda _: within.append(_handlers())).train(0, 2)
+    assert _handlers() == handlers
+    assert all(step[0] == step[1] not in handlers for step in within) and len(within) == 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_finishes_the_step_and_saves(tmp_path, signum, kn_log, child_handler):
+    handlers = _handlers()
+    loop = Loop(StopOnSignal(), folder=tmp_path, in_step=_send(signum, at=2))
+    with pytest.raises(Stopped) as stopped:
+        loop.train(0, 9)
+    assert stopped.value.code == 128 + signum
+    assert loop.steps == [0, 1, 2]
+    assert tiny.read(tmp_path / "model_2.pth")["iteration"] == 2
+    assert "after iteration 2" in kn_log.text and "--resume" in kn_log.text
+    assert _handlers() == handlers
+
+
+def test_second_signal_stops_at_once(tmp_path):
+    in_step = _send(signal.SIGTERM, signal.SIGINT, at=2)
+    loop = Loop(StopOnSignal(), folder=tmp_path, in_step=in_step)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(0, 9)
+    assert loop.steps == [0, 1]
+    assert os.listdir(tmp_path) == []
+
+
+def test_signal_during_evaluation_stops_it_and_saves(datasets, tmp_path):
+    cfg = tiny.config(tmp_path, "SOLVER.CHECKPOINT_PERIOD", 100, "TEST.EVAL_PERIOD", 2)
+    trainer, losses = tiny.trainer(cfg)
+    handle = trainer.model.register_forward_pre_hook(
+        lambda model, _: None if model.training else os.kill(os.getpid(), signal.SIGTERM)
+    )
+    with pytest.raises(Stopped):
+        trainer.train()
+    handle.remove()
+    assert list(losses.of) == [0]  # its hook comes after the evaluation
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert not (tmp_path / "inference" / "results.json").exists()
+
+
+def test_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(datasets, tmp_path):
+    trainer, _ = tiny.trainer(tiny.config(tmp_path, "SOLVER.MAX_ITER", 1))
+    trainer.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["model_final.pth"]
+    assert not (tmp_path / "inference").exists()
+
+    trainer, _ = tiny.trainer(tiny.config(tmp_path, "SOLVER.MAX_ITER", 1), resume=True)
+    assert set(trainer.train()) == {"bbox", "segm"}
+
+
+def test_killed_command_line_run_resumes_as_if_nothing_had_happened(plain, datasets, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--config", tiny.write_config(tmp_path / "tiny.yaml"), "OUTPUT_DIR", run]
+    # A process that loads is forked from the training and must not mind its signals.
+    arguments += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.CHECKPOINT_PERIOD", "2"]
+    process = tiny.start_train_net(*arguments, datasets=datasets)
+    with process:
+        for line in process.stdout:
+            if "model_0000001.pth" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        output = process.stdout.read()
+    assert process.returncode == 143, output
+    assert "Traceback" not in output
+    stopped_after = tiny.read(run / (run / "last_checkpoint").read_text())["iteration"]
+    assert 1 <= stopped_after < 5, output
+
+    process = tiny.start_train_net("--resume", *arguments, datasets=datasets)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert f"Starting training from iteration {stopped_after + 1}" in output
+    tiny.assert_same_state(run / "model_final.pth", plain[0] / "model_final.pth")

@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Trains and evaluates detectron2 models with Kalman Normalization.
+
+Examples:
+    tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --num-gpus 8
+    tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --resume SOLVER.MAX_ITER 90000
+    tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --eval-only MODEL.WEIGHTS a.pth
+"""
+
+import sys
+
+from kn_detectron.checkpoint import KNCheckpointer
+from kn_detectron.engine import Trainer
+from kn_detectron.engine.command_line import argument_parser, launch_ranks, load_config, run, set_up
+
+
+def train_or_evaluate(cfg, args):
+    """What each process does."""
+    set_up(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = KNCheckpointer(model, cfg.OUTPUT_DIR)
+        checkpointer.load_for_evaluation(cfg.MODEL.WEIGHTS, resume=args.resume)
+        Trainer.test(cfg, model)
+        return
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def main():
+    """Parses the command line."""
+    args = argument_parser().parse_args()
+    launch_ranks(train_or_evaluate, load_config(args), args)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
