@@ -16,11 +16,26 @@ from ..layers import Belief, KalmanNorm2d, kalman_layers
 from ..modeling import Feature, KNRes5ROIHeads, KNResNet
 from ..modeling.resnet import belief_keys
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "can_be_calibrated"]
 
 # Where nothing varies, in the prediction or in the checkpoint, the exact corrections are infinite.
 _LARGEST_OFFSET = 1e6
 _LARGEST_LOG_SCALE = 50.0
+
+
+def can_be_calibrated(model: nn.Module) -> bool:
+    """Whether the model has Kalman layers, all with moving statistics and a process model for them."""
+    layers = kalman_layers(model).values()
+    return bool(layers) and all(_is_fit(layer) for layer in layers)
+
+
+def _is_fit(layer: nn.Module) -> bool:
+    return (
+        isinstance(layer, KalmanNorm2d)
+        and layer.variant == "network"
+        and layer.has_process_model
+        and layer.track_running_stats
+    )
 
 
 @torch.no_grad()
@@ -45,12 +60,13 @@ def calibrate(model: nn.Module) -> Dict[str, float]:
     Raises:
         InputError: if a layer has no process model that could be set.
     """
-    layers = {n: m for n, m in kalman_layers(model).items() if isinstance(m, KalmanNorm2d)}
+    layers = kalman_layers(model)
     for name, layer in layers.items():
-        if layer.variant != "network" or not layer.has_process_model:
+        if not _is_fit(layer):
             raise InputError(
-                f"{name} cannot be calibrated: its process model cannot express any statistics; "
-                'set MODEL.KN.VARIANT "network" and MODEL.KN.PROCESS_MODEL True'
+                f"{name} cannot be calibrated, for which it takes moving statistics and a process "
+                'model that can express them: set MODEL.RESNETS.NORM "KN", MODEL.KN.VARIANT '
+                '"network" and MODEL.KN.PROCESS_MODEL True'
             )
     changes = {}
 

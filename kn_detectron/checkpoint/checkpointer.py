@@ -10,6 +10,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ..errors import InputError
 from ..layers import KN_STATE
+from .calibration import calibrate, can_be_calibrated
 from .files import atomic_write, check_pickle, read_torch_file, remove_partial_files
 from .matching import check_tensors, essential_names, match
 
@@ -24,8 +25,8 @@ class KNCheckpointer(DetectionCheckpointer):
     A checkpoint appears under its name when it is complete, and ``last_checkpoint`` names it only
     then, so that a killed run goes on from the last whole one.
 
-    A checkpoint to start from must have the whole ResNet. What Kalman Normalization adds keeps its
-    initial values when the checkpoint is of BatchNorm, and what has another shape, like the
+    A checkpoint to start from must have the whole ResNet. When it is of BatchNorm, what Kalman
+    Normalization adds is fitted to it (:func:`~kn_detectron.checkpoint.calibrate`); what has another shape, like the
     predictors of another number of classes, is left as initialised with a warning. To go on from a
     checkpoint or to evaluate it, everything must match. A file that does not give that leaves the
     model as it was and raises :class:`~kn_detectron.InputError`.
@@ -186,7 +187,26 @@ class KNCheckpointer(DetectionCheckpointer):
             state.pop(name, None)
         incompatible = super()._load_model({"model": state})
         self._report(found)
+        if any(name.rpartition(".")[2] in KN_STATE for name in found.missing):
+            self._calibrate()
         return incompatible
+
+    def _calibrate(self):
+        """Fits the priors to a checkpoint that knows the statistics but nothing of priors."""
+        if can_be_calibrated(self.model):
+            changes = calibrate(self.model)
+            _logger.info(
+                "The priors of %d Kalman layers were set to the running statistics of the "
+                "checkpoint.",
+                len(changes),
+            )
+        else:
+            _logger.warning(
+                "The priors of the Kalman layers do not fit the weights of %s, which were not "
+                "trained with them: MODEL.KN.GAIN should be near 1 at first, or set "
+                'MODEL.KN.VARIANT "network", whose priors can be fitted.',
+                self._source,
+            )
 
     def _align(self, model_state, state, from_caffe2):
         try:

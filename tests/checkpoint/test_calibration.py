@@ -5,7 +5,7 @@ import torch
 from detectron2.structures import Boxes
 
 from kn_detectron import InputError
-from kn_detectron.checkpoint import calibrate
+from kn_detectron.checkpoint import KNCheckpointer, calibrate
 from kn_detectron.layers import kalman_layers, set_gain_scale
 
 from ..models import build_backbone, build_rcnn, images, randomize, rcnn_cfg, resnet_cfg
@@ -78,3 +78,29 @@ def test_a_dead_channel_keeps_everything_finite():
 def test_what_cannot_be_calibrated(option):
     with pytest.raises(InputError, match="cannot be calibrated"):
         calibrate(build_backbone(resnet_cfg("KN", **option)))
+
+
+def test_batch_norm_weights_are_calibrated_when_they_are_loaded(tmp_path, caplog):
+    bn = trained_batch_norm()
+    torch.save({"model": bn.state_dict()}, tmp_path / "bn.pth")
+    model, want = build_rcnn(rcnn_cfg("KN")), build_rcnn(rcnn_cfg("KN"))
+    with caplog.at_level("INFO", "kn_detectron"):
+        KNCheckpointer(model).load(str(tmp_path / "bn.pth"), checkpointables=[])
+    assert "priors of 53 Kalman layers were set" in caplog.text
+    want.load_state_dict(bn.state_dict())
+    calibrate(want)
+    for name, value in want.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    # What has priors of its own is left alone.
+    model.backbone.stem.conv1.norm.mean_offset.data.fill_(7.0)
+    torch.save({"model": model.state_dict()}, tmp_path / "kn.pth")
+    KNCheckpointer(want).load(str(tmp_path / "kn.pth"), checkpointables=[])
+    assert (want.backbone.stem.conv1.norm.mean_offset == 7.0).all()
+
+
+def test_weights_whose_priors_cannot_be_fitted_are_loaded_with_a_warning(tmp_path, caplog):
+    torch.save({"model": trained_batch_norm().state_dict()}, tmp_path / "bn.pth")
+    model = build_rcnn(rcnn_cfg("KN", MODEL__KN__VARIANT="paper"))
+    with caplog.at_level("WARNING", "kn_detectron"):
+        KNCheckpointer(model).load(str(tmp_path / "bn.pth"), checkpointables=[])
+    assert "do not fit the weights" in caplog.text

@@ -1,0 +1,134 @@
+"""Pictures of a run: predictions, curves, and what each layer trusts."""
+
+import json
+import os
+from typing import Dict, List
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from matplotlib.figure import Figure
+from torch import nn
+
+from ..data import build_test_loader
+from ..layers import kalman_layers
+
+__all__ = ["draw_curves", "draw_gains", "draw_predictions", "read_metrics"]
+
+def read_metrics(output_dir: str) -> List[Dict]:
+    """The lines of ``metrics.json``, oldest first; of an iteration that was resumed, the last."""
+    lines = {}
+    with open(os.path.join(output_dir, "metrics.json")) as file:
+        for line in file:
+            entry = json.loads(line)
+            lines.setdefault(entry["iteration"], {}).update(entry)
+    return [lines[iteration] for iteration in sorted(lines)]
+
+
+def _save(figure: Figure, path: str) -> None:
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+@torch.no_grad()
+def draw_predictions(
+    cfg: CfgNode, model: nn.Module, path: str, count: int = 8, min_score: float = 0.5
+) -> None:
+    """Draws ground truth (left) and predictions (right) on the first test images with objects.
+
+    Args:
+        cfg: its DATASETS.TEST[0] is drawn.
+        model: a detectron2 detector; left in its mode.
+        path: of the picture.
+        count: number of images.
+        min_score: predictions below are left out.
+    """
+    name = cfg.DATASETS.TEST[0]
+    metadata = MetadataCatalog.get(name)
+    truth = {d["file_name"]: d for d in DatasetCatalog.get(name)}
+    training, pairs = model.training, []
+    model.eval()
+    for (inputs,) in build_test_loader(cfg, name):
+        record = truth[inputs["file_name"]]
+        if not record["annotations"]:
+            continue
+        image = utils.read_image(inputs["file_name"], "RGB")
+        found = model([inputs])[0]["instances"].to("cpu")
+        found = found[found.scores >= min_score]
+        scale = max(1.0, 320 / min(image.shape[:2]))
+        shown = [
+            Visualizer(image, metadata, scale, ColorMode.IMAGE).draw_dataset_dict(record),
+            Visualizer(image, metadata, scale, ColorMode.IMAGE).draw_instance_predictions(found),
+        ]
+        pairs.append(np.concatenate([picture.get_image() for picture in shown], axis=1))
+        if len(pairs) == count:
+            break
+    model.train(training)
+    figure = Figure(figsize=(12, 3.1 * ((len(pairs) + 1) // 2)))
+    for axes, pair in zip(figure.subplots((len(pairs) + 1) // 2, 2, squeeze=False).flat, pairs):
+        axes.imshow(pair)
+        axes.set_title("ground truth | predictions", fontsize=8)
+    for axes in figure.axes:
+        axes.axis("off")
+    _save(figure, path)
+
+
+def draw_curves(output_dir: str, path: str) -> None:
+    """Draws the losses of a run, and its APs where it was evaluated, over the iterations.
+
+    Args:
+        output_dir: of the run, with its ``metrics.json``.
+        path: of the picture.
+    """
+    metrics = read_metrics(output_dir)
+    figure = Figure(figsize=(11, 4))
+    losses, aps = figure.subplots(1, 2)
+    names = sorted({key for entry in metrics for key in entry if "loss" in key})
+    for key in names:
+        points = [(e["iteration"], e[key]) for e in metrics if key in e]
+        losses.plot(*zip(*points), label=key, linewidth=2 if key == "total_loss" else 1)
+    losses.set(xlabel="iteration", ylabel="loss", title="training losses")
+    losses.legend(fontsize=8)
+    for key in ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50"):
+        points = [(e["iteration"], e[key]) for e in metrics if key in e]
+        if points:
+            aps.plot(*zip(*points), "o-", label=key)
+    aps.set(xlabel="iteration", ylabel="AP in percent", title="COCO evaluation", ylim=(0, None))
+    if aps.has_data():
+        aps.legend(fontsize=8)
+    for axes in (losses, aps):
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_gains(output_dir: str, model: nn.Module, path: str) -> None:
+    """Draws what each layer trusts: its gain, and how far its measurements are from its prior.
+
+    Args:
+        output_dir: of the run, with the innovations in its ``metrics.json``.
+        model: after the run.
+        path: of the picture.
+    """
+    layers = kalman_layers(model)
+    gains = {name: torch.sigmoid(layer.gain_logit.detach()).item() for name, layer in layers.items()}
+    latest = {}
+    for entry in read_metrics(output_dir):
+        latest.update(entry)
+    figure = Figure(figsize=(max(8, 0.2 * len(gains)), 6))
+    axes = figure.subplots(3, 1, sharex=True)
+    at = range(len(gains))
+    axes[0].bar(at, gains.values(), color="tab:blue")
+    axes[0].set(ylabel="gain q", title="weight of the measurement against the prediction, by layer")
+    for row, kind, label in (
+        (axes[1], "innovation_mean", "|mean innovation|\n(prior std)"),
+        (axes[2], "innovation_logvar", "|log variance\nratio|"),
+    ):
+        row.bar(at, [latest.get(f"kn/{kind}/{name}", 0.0) for name in gains], color="tab:orange")
+        row.set_ylabel(label)
+    short = [n.replace("backbone.", "").replace("roi_heads.", "").replace(".norm", "") for n in gains]
+    axes[2].set_xticks(at, short, rotation=90, fontsize=6)
+    for row in axes:
+        row.grid(alpha=0.3, axis="y")
+    _save(figure, path)
