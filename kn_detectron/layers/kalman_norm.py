@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .belief import Belief, normalized
 from .functional import (
     batch_norm,
+    filter_and_normalize,
     gate,
     group_belief,
     measure,
@@ -318,23 +319,36 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
             prior = self._process(prior, statistics_dtype(x))
         elif count == 0:  # an empty batch at the head of a chain
             prior = self._running_belief(x)
-        measurement = measure(x) if measuring else None
-        posterior = self._posterior(prior, measurement)
-        y = normalize(x, posterior, self.weight, self.bias, self.eps)
+        measured_var = None
+        if measuring:
+            released = self.variant == "paper" and prior is not None
+            y, posterior, measured_var = filter_and_normalize(
+                x,
+                prior,
+                None if prior is None else self.gain.to(prior.mean.dtype),
+                self.weight,
+                self.bias,
+                self.eps,
+                mixture=released,
+                limit=_GATE_LIMIT if released else None,
+            )
+        else:
+            posterior = self._posterior(prior, None)
+            y = normalize(x, posterior, self.weight, self.bias, self.eps)
         if self.training and self.track_running_stats and count > 0:
-            self._track(posterior, measurement, count)
+            self._track(posterior, measured_var, count)
         return y, posterior
 
     @torch.no_grad()
-    def _track(self, posterior: Belief, measurement: Optional[Belief], count: int) -> None:
+    def _track(self, posterior: Belief, measured_var: Optional[Tensor], count: int) -> None:
         mean, var = posterior.mean[0], posterior.var[0]
-        if measurement is not None:
+        if measured_var is not None:
             gain = 1.0 if self.is_head else self.gain
-            var = var + gain * measurement.var[0] / max(count - 1, 1)
+            var = var + gain * measured_var[0] / max(count - 1, 1)
         # A batch with a NaN or an overflow would otherwise spoil inference for good.
         finite = torch.isfinite(mean).all() & torch.isfinite(var).all()
         self.num_batches_tracked.add_(finite)
-        if measurement is None:
+        if measured_var is None:
             rate = 1.0  # nothing random to average out
         elif self.momentum is None:
             rate = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype)

@@ -107,3 +107,93 @@ def test_normalize_keeps_dtype_and_memory_format(dtype):
     belief = Belief(torch.zeros(1, 3), torch.ones(1, 3))
     y = KF.normalize(x, belief, torch.ones(3), torch.zeros(3), 1e-5)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+
+
+def plain(x, prior, gain, weight, bias, eps, mixture=False, limit=None):
+    """What filter_and_normalize does, out of the functions that autograd differentiates."""
+    posterior = measured = KF.measure(x)
+    if prior is not None:
+        if limit is not None:
+            prior = KF.gate(prior, measured, limit)
+        posterior = KF.update(prior, measured, gain, mixture)
+    return KF.normalize(x, posterior, weight, bias, eps), posterior, measured.var
+
+
+@pytest.mark.parametrize("has_prior", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("mixture, limit", [(False, None), (True, 100.0), (True, 1e-3)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_filter_and_normalize_is_its_parts(has_prior, affine, mixture, limit, memory_format):
+    g = torch.Generator().manual_seed(0)
+
+    def inputs(x):
+        leaves = [x, torch.randn(1, 4, generator=g), torch.rand(1, 4, generator=g) + 0.5]
+        leaves += [torch.tensor(0.3), *torch.randn(2, 4, generator=g)]
+        return [leaf.double().requires_grad_() for leaf in leaves]
+
+    x = (torch.randn(3, 4, 5, 6, generator=g) * 2 + 1).contiguous(memory_format=memory_format)
+    leaves, results = inputs(x), []
+    for function in (KF.filter_and_normalize, plain):
+        x, mean, var, gain, weight, bias = leaves
+        y, posterior, measured_var = function(
+            x,
+            Belief(mean, var) if has_prior else None,
+            gain if has_prior else None,
+            weight if affine else None,
+            bias if affine else None,
+            1e-5,
+            mixture=mixture and has_prior,
+            limit=limit if has_prior else None,
+        )
+        # The posterior goes on down the chain, so its gradient counts too.
+        loss = y.sigmoid().sum() + posterior.mean.square().sum() + posterior.var.log().sum()
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        results.append([y, *posterior, measured_var, *grads])
+    for got, want in zip(*results):
+        if got is None or want is None:
+            assert got is want
+        else:
+            torch.testing.assert_close(got, want)
+    assert results[0][0].is_contiguous(memory_format=memory_format)
+    assert results[0][4].is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_gradcheck_of_filter_and_normalize(mixture):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 3, 2, generator=g)
+    mean, var = torch.randn(1, 3, generator=g), torch.rand(1, 3, generator=g) + 0.5
+    leaves = [x, mean, var, torch.tensor(0.3), *torch.randn(2, 3, generator=g)]
+
+    def f(x, mean, var, gain, weight, bias):
+        y, posterior, _ = KF.filter_and_normalize(
+            x, Belief(mean, var), gain, weight, bias, 1e-5, mixture
+        )
+        return (y, *posterior)
+
+    assert torch.autograd.gradcheck(f, [leaf.double().requires_grad_() for leaf in leaves])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_filter_and_normalize_in_half_precision(dtype):
+    # Many values per channel: the share of each in the gradient of the statistics is tiny.
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(2, 3, 128, 128, generator=g) + 2).to(dtype)
+    prior, gain = Belief(torch.zeros(1, 3), torch.ones(1, 3)), torch.tensor(0.5)
+    grads = []
+    for x in (x.requires_grad_(), x.detach().double().requires_grad_()):
+        y, posterior, _ = KF.filter_and_normalize(x, prior, gain, None, None, 1e-5)
+        assert y.dtype == x.dtype and posterior.var.dtype in (torch.float32, torch.float64)
+        (posterior.mean.sum() * 100 + posterior.var.sum() * 1000).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=2e-2, atol=1e-7)
+
+
+def test_filter_and_normalize_saves_x_and_vectors_only():
+    saved = []
+    x = torch.randn(2, 8, 16, 16, requires_grad=True)
+    prior, weight = Belief(torch.zeros(1, 8), torch.ones(1, 8)), torch.ones(8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        KF.filter_and_normalize(x, prior, torch.tensor(0.1), weight, torch.zeros(8), 1e-5)
+    large = [t for t in saved if t.numel() > 8]
+    assert len(large) == 1 and large[0].data_ptr() == x.data_ptr()
