@@ -19,6 +19,8 @@ from kn_detectron.engine.command_line import argument_parser, load_config, run, 
 from kn_detectron.engine.pictures import draw_curves, draw_gains, draw_predictions
 from kn_detectron.model_zoo import get_config_file
 
+from detectron2.modeling import build_model  # isort: skip  # made importable by kn_detectron
+
 CONFIG = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml"
 
 
@@ -45,7 +47,7 @@ def main():
         trainer.resume_or_load(resume=True)
         trainer.train()
 
-    model = Trainer.build_model(cfg)
+    model = build_model(cfg)
     KNCheckpointer(model).load_for_evaluation(final)
     pictures = {
         "predictions.png": lambda path: draw_predictions(cfg, model, path),

@@ -133,7 +133,7 @@ class _KalmanFilter(nn.Module):
             )
 
     def _process(self, prior: Belief, dtype: torch.dtype) -> Belief:
-        """The prior after the process model, with the gain tied to the graph."""
+        """The prior after the process model, shape (1, C) or (N, C)."""
         if not self.prior_gradient:
             prior = prior.detach()
         mean, var = prior.mean.to(dtype), prior.var.to(dtype)

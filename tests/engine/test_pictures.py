@@ -1,0 +1,57 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kn_detectron.engine.pictures import draw_curves, draw_gains, read_metrics
+
+from ..models import build_backbone, resnet_cfg
+
+
+def write_metrics(folder, entries):
+    (folder / "metrics.json").write_text("".join(json.dumps(e) + "\n" for e in entries))
+
+
+def test_read_metrics_takes_the_last_word_on_an_iteration(tmp_path):
+    write_metrics(
+        tmp_path,
+        [
+            {"iteration": 19, "total_loss": 3.0},
+            {"iteration": 39, "total_loss": 2.0},
+            {"iteration": 39, "total_loss": 1.5},  # resumed from 20
+            {"iteration": 39, "bbox/AP": 10.0},
+        ],
+    )
+    assert read_metrics(str(tmp_path)) == [
+        {"iteration": 19, "total_loss": 3.0},
+        {"iteration": 39, "total_loss": 1.5, "bbox/AP": 10.0},
+    ]
+
+
+def drawn(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_draw_curves(tmp_path, evaluated):
+    entries = [{"iteration": i, "total_loss": 3.0 / (i + 1), "loss_cls": 0.1} for i in range(5)]
+    if evaluated:
+        entries[-1].update({"bbox/AP": 30.0, "segm/AP": 25.0})
+    write_metrics(tmp_path, entries)
+    draw_curves(str(tmp_path), str(tmp_path / "curves.png"))
+    picture = drawn(tmp_path / "curves.png")
+    right = picture[:, picture.shape[1] // 2 :]
+    colourful = (right.max(2).astype(int) - right.min(2) > 50).sum()
+    assert (colourful > 50) == evaluated  # points of APs, or an empty plot
+
+
+def test_draw_gains_shows_every_layer(tmp_path):
+    backbone = build_backbone(resnet_cfg("KN"))
+    write_metrics(tmp_path, [{"iteration": 0, "kn/innovation_mean/stem.conv1.norm": 0.5}])
+    draw_gains(str(tmp_path), backbone, str(tmp_path / "a.png"))
+    backbone.stem.conv1.norm.gain_logit.data.fill_(2.0)
+    draw_gains(str(tmp_path), backbone, str(tmp_path / "b.png"))
+    a, b = drawn(tmp_path / "a.png"), drawn(tmp_path / "b.png")
+    assert a.shape != b.shape or (a != b).any()
