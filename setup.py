@@ -14,7 +14,7 @@ setup(
     version=version,
     description="Kalman Normalization for detectron2",
     packages=find_packages(include=["kn_detectron", "kn_detectron.*"]),
-    package_data={"kn_detectron": ["model_zoo/configs/**/*.yaml", "model_zoo/weights/*"]},
+    package_data={"kn_detectron": ["model_zoo/configs/**/*.yaml"]},
     python_requires=">=3.10",
     # detectron2 is missing here on purpose: PyPI has no package of that name by its authors.
     install_requires=[

@@ -65,7 +65,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _are_numbers(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (list, tuple)) and all(_is_number(v) and low <= v <= high for v in value)
+    return isinstance(value, (list, tuple)) and all(
+        _is_number(v) and low <= v <= high for v in value
+    )
 
 
 _BOOL = (lambda v: isinstance(v, bool), "True or False")

@@ -26,8 +26,12 @@ CONFIG = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml"
 
 def main():
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--output", default="output/demo", help="folder for everything (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--output", default="output/demo", help="folder for everything (%(default)s)"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args()
     # Layers this small gain nothing from a second thread; the other core loads the images.

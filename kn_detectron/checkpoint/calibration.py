@@ -6,13 +6,14 @@ correct each prior to them. Since those priors depend on parameters only, one pa
 does it, without data.
 """
 
+import dataclasses
 from typing import Dict
 
 import torch
 from torch import nn
 
 from ..errors import InputError
-from ..layers import Belief, KalmanNorm2d, kalman_layers
+from ..layers import Belief, ClosedFormTransition, KalmanNorm2d, kalman_layers
 from ..modeling import Feature, KNRes5ROIHeads, KNResNet
 from ..modeling.resnet import belief_keys
 
@@ -52,7 +53,8 @@ def calibrate(model: nn.Module) -> Dict[str, float]:
 
     Args:
         model: holds :class:`~kn_detectron.modeling.KNResNet`, and maybe C4 heads, of the network
-            variant with a process model and closed-form prediction.
+            variant with a process model. Predictions are made in closed form, also where the model
+            samples them.
 
     Returns:
         dict: by layer, the largest change of log variance or mean (in deviations) that was made.
@@ -81,14 +83,19 @@ def calibrate(model: nn.Module) -> Dict[str, float]:
         for name, layer in layers.items()
     ]
     modes = [(module, module.training) for module in model.modules()]
+    chains = [(module, module.chain) for module in model.modules() if hasattr(module, "chain")]
     try:
         model.train()
+        for module, chain in chains:  # sampled priors would put their noise into b and r
+            module.chain = dataclasses.replace(chain, transition=ClosedFormTransition())
         _pass_beliefs(model)
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes:
             module.training = mode
+        for module, chain in chains:
+            module.chain = chain
     return changes
 
 

@@ -203,8 +203,8 @@ class KNCheckpointer(DetectionCheckpointer):
         else:
             _logger.warning(
                 "The priors of the Kalman layers do not fit the weights of %s, which were not "
-                "trained with them: MODEL.KN.GAIN should be near 1 at first, or set "
-                'MODEL.KN.VARIANT "network", whose priors can be fitted.',
+                "trained with them: MODEL.KN.GAIN should be near 1 at first. (Those of "
+                'MODEL.RESNETS.NORM "KN" with MODEL.KN.VARIANT "network" would be fitted.)',
                 self._source,
             )
 

@@ -171,8 +171,7 @@ class KalmanStatistics(HookBase):
             self._handles.append(handle)
 
     def _layers(self):
-        layers = kalman_layers(_unwrap(self.trainer.model))
-        return {name: layer for name, layer in layers.items() if not layer.is_head}
+        return kalman_layers(_unwrap(self.trainer.model))
 
     def _listener(self, name):
         def listen(layer, args, kwargs):

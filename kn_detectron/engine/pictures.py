@@ -18,6 +18,7 @@ from ..layers import kalman_layers
 
 __all__ = ["draw_curves", "draw_gains", "draw_predictions", "read_metrics"]
 
+
 def read_metrics(output_dir: str) -> List[Dict]:
     """The lines of ``metrics.json``, oldest first; of an iteration that was resumed, the last."""
     lines = {}
@@ -112,7 +113,9 @@ def draw_gains(output_dir: str, model: nn.Module, path: str) -> None:
         path: of the picture.
     """
     layers = kalman_layers(model)
-    gains = {name: torch.sigmoid(layer.gain_logit.detach()).item() for name, layer in layers.items()}
+    gains = {
+        name: torch.sigmoid(layer.gain_logit.detach()).item() for name, layer in layers.items()
+    }
     latest = {}
     for entry in read_metrics(output_dir):
         latest.update(entry)
@@ -127,7 +130,9 @@ def draw_gains(output_dir: str, model: nn.Module, path: str) -> None:
     ):
         row.bar(at, [latest.get(f"kn/{kind}/{name}", 0.0) for name in gains], color="tab:orange")
         row.set_ylabel(label)
-    short = [n.replace("backbone.", "").replace("roi_heads.", "").replace(".norm", "") for n in gains]
+    short = [
+        n.replace("backbone.", "").replace("roi_heads.", "").replace(".norm", "") for n in gains
+    ]
     axes[2].set_xticks(at, short, rotation=90, fontsize=6)
     for row in axes:
         row.grid(alpha=0.3, axis="y")

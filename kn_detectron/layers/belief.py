@@ -98,7 +98,9 @@ class _RectifiedMoments(torch.autograd.Function):
         inv_std, a, out_mean = ctx.saved_tensors
         pdf, mills, _ = _upper_tail(a.abs())
         tail = pdf * mills
-        cdf, cdf_of_minus = torch.where(a < 0, tail, 1.0 - tail), torch.where(a < 0, 1.0 - tail, tail)
+        cdf, cdf_of_minus = torch.where(a < 0, tail, 1.0 - tail), torch.where(
+            a < 0, 1.0 - tail, tail
+        )
         slope = pdf * inv_std
         d_mean = grad_mean * cdf + grad_var * (2.0 * out_mean * cdf_of_minus)
         d_var = grad_mean * (0.5 * slope) + grad_var * (cdf - out_mean * slope)

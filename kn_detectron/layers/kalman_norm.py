@@ -255,10 +255,17 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
     ):
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         if eval_statistics not in EVAL_STATISTICS:
-            raise ValueError(f"eval_statistics is one of {EVAL_STATISTICS}, not {eval_statistics!r}")
+            raise ValueError(
+                f"eval_statistics is one of {EVAL_STATISTICS}, not {eval_statistics!r}"
+            )
         self.eval_statistics = eval_statistics
         self._init_filter(
-            num_features, gain, learn_gain and gain is not None, variant, process_model, prior_gradient
+            num_features,
+            gain,
+            learn_gain and gain is not None,
+            variant,
+            process_model,
+            prior_gradient,
         )
 
     @property
@@ -290,9 +297,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         """
         self._check_input_dim(x)
         if self._uses_moving_statistics():
-            y = batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
-            )
+            y = batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
             posterior = self._running_belief(x)
         else:
             y, posterior = self._filter(x, prior)
@@ -406,7 +411,12 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
     ):
         super().__init__(num_groups, num_channels, eps, affine)
         self._init_filter(
-            num_channels, gain, learn_gain and gain is not None, variant, process_model, prior_gradient
+            num_channels,
+            gain,
+            learn_gain and gain is not None,
+            variant,
+            process_model,
+            prior_gradient,
         )
 
     def forward(

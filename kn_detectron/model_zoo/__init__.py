@@ -25,7 +25,9 @@ def get_config_file(config_path: str) -> str:
     if not path.is_file():
         names = sorted(p.relative_to(_CONFIGS).as_posix() for p in _CONFIGS.rglob("*.yaml"))
         names = [name for name in names if "Base-" not in name]
-        raise InputError(f"there is no config {config_path}: the shipped ones are {', '.join(names)}")
+        raise InputError(
+            f"there is no config {config_path}: the shipped ones are {', '.join(names)}"
+        )
     return str(path)
 
 

@@ -287,7 +287,12 @@ NUM_BLOCKS = {
 
 
 def make_kn_stage(
-    cfg: CfgNode, stage: int, num_blocks: int, chain: ChainConfig, first_stride: int, dilation: int = 1
+    cfg: CfgNode,
+    stage: int,
+    num_blocks: int,
+    chain: ChainConfig,
+    first_stride: int,
+    dilation: int = 1,
 ) -> list:
     """The blocks of res2 (``stage=0``) to res5 (``stage=3``) of the ResNet in ``cfg``."""
     resnets = cfg.MODEL.RESNETS

@@ -65,6 +65,20 @@ def test_it_changes_nothing_but_the_process_models():
     assert model.training and not model.roi_heads.training
 
 
+def test_sampled_priors_are_calibrated_in_closed_form():
+    state = trained_batch_norm().state_dict()
+    models = [
+        build_rcnn(rcnn_cfg("KN", MODEL__KN__PREDICTION=p)) for p in ("closed_form", "monte_carlo")
+    ]
+    for model in models:
+        model.load_state_dict(state)
+        calibrate(model)
+    closed_form, monte_carlo = (model.state_dict() for model in models)
+    for name, value in closed_form.items():
+        assert torch.equal(monte_carlo[name], value), name
+    assert "MonteCarlo" in repr(models[1].backbone.chain.transition)
+
+
 def test_a_dead_channel_keeps_everything_finite():
     backbone = build_backbone(resnet_cfg("KN"))
     backbone.res2[0].conv1.norm.running_var[0] = 0.0
@@ -74,7 +88,9 @@ def test_a_dead_channel_keeps_everything_finite():
     assert backbone(images())["res4"].isfinite().all()
 
 
-@pytest.mark.parametrize("option", [dict(MODEL__KN__VARIANT="paper"), dict(MODEL__KN__PROCESS_MODEL=False)])
+@pytest.mark.parametrize(
+    "option", [dict(MODEL__KN__VARIANT="paper"), dict(MODEL__KN__PROCESS_MODEL=False)]
+)
 def test_what_cannot_be_calibrated(option):
     with pytest.raises(InputError, match="cannot be calibrated"):
         calibrate(build_backbone(resnet_cfg("KN", **option)))

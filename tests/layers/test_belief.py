@@ -83,7 +83,9 @@ def test_relu_against_monte_carlo():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}, {"stride": 2, "dilation": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2}, {"dilation": 2}, {"stride": 2, "dilation": 3}]
+)
 def test_conv_against_monte_carlo(groups, options):
     belief = random_belief(1, 8)
     torch.manual_seed(1)

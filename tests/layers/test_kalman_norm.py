@@ -180,9 +180,7 @@ def test_paper_variant_adds_process_noise(x):
     norm, prior = KalmanNorm2d(4, variant="paper"), prior_of()
     without = KalmanNorm2d(4, variant="paper", process_model=False)
     added = 0.9 * F.softplus(norm.process_noise)
-    torch.testing.assert_close(
-        norm(x, prior=prior)[1].var, without(x, prior=prior)[1].var + added
-    )
+    torch.testing.assert_close(norm(x, prior=prior)[1].var, without(x, prior=prior)[1].var + added)
     assert (added > 0).all()
 
 
@@ -436,7 +434,9 @@ def test_compiles_without_graph_breaks(kind, variant, x):
     block = Block()
     compiled = torch.compile(copy.deepcopy(block), backend="aot_eager", fullgraph=True)
     for scale in (1.0, 2.0):
-        (y, belief), (want, want_belief) = compiled(scale * x, prior_of()), block(scale * x, prior_of())
+        (y, belief), (want, want_belief) = compiled(scale * x, prior_of()), block(
+            scale * x, prior_of()
+        )
         torch.testing.assert_close(y, want)
         torch.testing.assert_close(belief, want_belief)
     y.square().sum().backward()

@@ -22,7 +22,12 @@ def bindings():
 def test_known_everywhere_in_detectron2():
     found = bindings()
     # The modules that the design counts; more may come with newer versions.
-    for name in ("layers", "layers.batch_norm", "modeling.backbone.fpn", "modeling.backbone.resnet"):
+    for name in (
+        "layers",
+        "layers.batch_norm",
+        "modeling.backbone.fpn",
+        "modeling.backbone.resnet",
+    ):
         assert f"detectron2.{name}" in found
     assert len(found) >= 8
     for name, function in found.items():
@@ -33,7 +38,9 @@ def test_known_everywhere_in_detectron2():
 def test_other_norms_are_as_before():
     from detectron2.layers import get_norm
 
-    assert type(get_norm("BN", 4)) is nn.BatchNorm2d or "BatchNorm" in type(get_norm("BN", 4)).__name__
+    assert (
+        type(get_norm("BN", 4)) is nn.BatchNorm2d or "BatchNorm" in type(get_norm("BN", 4)).__name__
+    )
     assert isinstance(get_norm("GN", 64), nn.GroupNorm)
     assert get_norm("", 4) is None and get_norm(None, 4) is None
     assert isinstance(get_norm(nn.BatchNorm2d, 4), nn.BatchNorm2d)

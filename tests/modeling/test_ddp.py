@@ -94,7 +94,11 @@ def no_unused_parameters(rank, path, configs):
 VARIANTS = [
     (norm, dict(MODEL__KN__VARIANT=variant, MODEL__KN__PREDICTION=prediction))
     for norm in ("KN", "GKN")
-    for variant, prediction in (("network", "closed_form"), ("paper", "closed_form"), ("paper", "monte_carlo"))
+    for variant, prediction in (
+        ("network", "closed_form"),
+        ("paper", "closed_form"),
+        ("paper", "monte_carlo"),
+    )
 ]
 FREEZE = [
     ("KN", dict(MODEL__KN__VARIANT=variant, MODEL__BACKBONE__FREEZE_AT=freeze_at))

@@ -14,7 +14,15 @@ from torch import nn
 from kn_detectron import KalmanNorm2d
 from kn_detectron.layers import KN_STATE, kalman_layers
 
-from ..models import build_backbone, build_rcnn, images, randomize, rcnn_cfg, rcnn_inputs, resnet_cfg
+from ..models import (
+    build_backbone,
+    build_rcnn,
+    images,
+    randomize,
+    rcnn_cfg,
+    rcnn_inputs,
+    resnet_cfg,
+)
 
 
 def test_1_freeze_converts_kalman_norms():
@@ -143,7 +151,10 @@ def test_11_buffers_hold_nothing_transient():
 def test_12_no_module_is_registered_twice():
     backbone = build_backbone(resnet_cfg("KN"))
     tensors = [*backbone.parameters(), *backbone.buffers()]
-    named = [*backbone.named_parameters(remove_duplicate=False), *backbone.named_buffers(remove_duplicate=False)]
+    named = [
+        *backbone.named_parameters(remove_duplicate=False),
+        *backbone.named_buffers(remove_duplicate=False),
+    ]
     assert len(tensors) == len(named)
     assert len({t.data_ptr() for _, t in named}) == len(named)
 

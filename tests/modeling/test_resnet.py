@@ -33,7 +33,9 @@ NETWORKS = {
 def test_same_network_and_keys_as_detectron2(network):
     options = {**NETWORKS[network], **ALL_STAGES}
     theirs = randomize(build_backbone(resnet_cfg("BN", **options)))
-    ours = build_backbone(resnet_cfg("KN", MODEL__KN__GAIN=1.0, MODEL__KN__LEARN_GAIN=False, **options))
+    ours = build_backbone(
+        resnet_cfg("KN", MODEL__KN__GAIN=1.0, MODEL__KN__LEARN_GAIN=False, **options)
+    )
     own = {k for k in ours.state_dict() if k.rsplit(".", 1)[1] in KN_STATE}
     assert {k: v.shape for k, v in ours.state_dict().items() if k not in own} == {
         k: v.shape for k, v in theirs.state_dict().items()
@@ -64,7 +66,9 @@ def test_every_parameter_gets_a_gradient(norm, variant, prediction):
         assert p.grad is not None and p.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("depth, batch_norm, paper", [(50, 25_557_032, 25_583_580), (101, 44_549_160, 44_601_871)])
+@pytest.mark.parametrize(
+    "depth, batch_norm, paper", [(50, 25_557_032, 25_583_580), (101, 44_549_160, 44_601_871)]
+)
 def test_parameter_counts_of_table_2(depth, batch_norm, paper):
     def count(norm, **kn):
         cfg = resnet_cfg(
@@ -134,7 +138,9 @@ def test_freeze_at(variant, freeze_at):
 
 def test_the_chain_goes_through_frozen_stages():
     # The running statistics of a frozen norm are its posterior.
-    cfg = resnet_cfg("KN", MODEL__BACKBONE__FREEZE_AT=1, MODEL__RESNETS__OUT_FEATURES=["stem", "res2"])
+    cfg = resnet_cfg(
+        "KN", MODEL__BACKBONE__FREEZE_AT=1, MODEL__RESNETS__OUT_FEATURES=["stem", "res2"]
+    )
     backbone = randomize(build_backbone(cfg))
     norm = backbone.stem.conv1.norm
     mean, var = (backbone(images())[k] for k in belief_keys("stem"))
@@ -210,7 +216,9 @@ def test_closed_form_agrees_with_monte_carlo_in_every_layer():
 
 def test_network_priors_do_not_depend_on_the_images():
     backbone = randomize(build_backbone(resnet_cfg("KN")))
-    a, b = priors_of(backbone, images(2, 64, seed=1)), priors_of(backbone, 3 * images(1, 96, seed=2))
+    a, b = priors_of(backbone, images(2, 64, seed=1)), priors_of(
+        backbone, 3 * images(1, 96, seed=2)
+    )
     for name in a:
         assert torch.equal(a[name].mean, b[name].mean) and torch.equal(a[name].var, b[name].var)
 
@@ -314,12 +322,18 @@ def test_config_reaches_the_layers():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (dict(MODEL__RESNETS__DEFORM_ON_PER_STAGE=[False, True, False, False]), "DEFORM_ON_PER_STAGE asks"),
+        (
+            dict(MODEL__RESNETS__DEFORM_ON_PER_STAGE=[False, True, False, False]),
+            "DEFORM_ON_PER_STAGE asks",
+        ),
         (dict(MODEL__RESNETS__DEPTH=20), "DEPTH is 20, but must be one of 18, 34"),
         (dict(MODEL__RESNETS__RES5_DILATION=3), "RES5_DILATION is 3"),
         (dict(MODEL__RESNETS__DEPTH=18), "RES2_OUT_CHANNELS is 16, but must be 64"),
         (dict(MODEL__RESNETS__NORM="GN"), "NORM is 'GN'"),
-        (dict(MODEL__RESNETS__NORM="GKN", MODEL__KN__NUM_GROUPS=3), "NUM_GROUPS is 3, which does not divide"),
+        (
+            dict(MODEL__RESNETS__NORM="GKN", MODEL__KN__NUM_GROUPS=3),
+            "NUM_GROUPS is 3, which does not divide",
+        ),
     ],
 )
 def test_what_it_refuses(options, sentence):
