@@ -1,0 +1,173 @@
+"""Every shipped config: it loads, its model builds, and it says what it is meant to say."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from detectron2.config import get_cfg
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from torch import nn
+
+import kn_detectron
+from kn_detectron import GroupKalmanNorm2d, KalmanNorm2d, add_kn_config, check_config
+from kn_detectron.engine.command_line import argument_parser, load_config
+
+from ..engine import tiny
+
+CONFIGS = Path(kn_detectron.__file__).parent / "model_zoo" / "configs"
+NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+BASES = [name for name in NAMES if Path(name).name.startswith("Base-")]
+NORMS = ("BN", "GN", "KN", "GKN", "KN_paper")
+
+# What the norm decides, and what follows from it: which weights there are, and where those have
+# their stride.
+OF_THE_NORM = {
+    "MODEL.BACKBONE.NAME",
+    "MODEL.KN.GAIN",
+    "MODEL.KN.GAIN_ANNEAL",
+    "MODEL.KN.PREDICTION",
+    "MODEL.KN.VARIANT",
+    "MODEL.RESNETS.NORM",
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.ROI_HEADS.NAME",
+    "MODEL.WEIGHTS",
+}
+
+# tensorpack's schedule of 280k iterations, and the setting of the paper's Table 6.
+SETTING = {
+    "DATASETS.TEST": ("coco_2017_val",),
+    "DATASETS.TRAIN": ("coco_2017_train",),
+    "INPUT.MAX_SIZE_TEST": 1333,
+    "INPUT.MAX_SIZE_TRAIN": 1333,
+    "INPUT.MIN_SIZE_TEST": 800,
+    "INPUT.MIN_SIZE_TRAIN": (800,),
+    "MODEL.MASK_ON": True,
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 256,
+    "SOLVER.BASE_LR": 0.01,
+    "SOLVER.GAMMA": 0.1,
+    "SOLVER.IMS_PER_BATCH": 8,
+    "SOLVER.MAX_ITER": 280000,
+    "SOLVER.STEPS": (150000, 230000),
+    "SOLVER.WARMUP_ITERS": 1000,
+    "SOLVER.WEIGHT_DECAY": 0.0001,
+}
+
+LAYERS = {
+    "FrozenBN": FrozenBatchNorm2d,
+    "GN": nn.GroupNorm,
+    "GKN": GroupKalmanNorm2d,
+    "KN": KalmanNorm2d,
+}
+
+
+def load(name):
+    cfg = get_cfg()
+    add_kn_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / name))
+    cfg.MODEL.DEVICE = "cpu"
+    check_config(cfg)
+    return cfg
+
+
+def flat(node, prefix=""):
+    """All values of a config by their full names."""
+    values = {}
+    for key, value in node.items():
+        name = prefix + key
+        values.update(flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return values
+
+
+def changes(name, other):
+    """The values of ``name`` that are not those of ``other``."""
+    one, other = flat(load(name)), flat(load(other))
+    assert one.keys() == other.keys()
+    return {key: value for key, value in one.items() if value != other[key]}
+
+
+def test_none_is_lost():
+    ours = {f"mask_rcnn_R50_C4_{norm}" for norm in NORMS}
+    expected = {f"{name}{suffix}.yaml" for name in ours for suffix in ("", "_2im")}
+    expected |= {f"quick_schedules/{name}_instant_test.yaml" for name in ours}
+    assert expected <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(BASES)))
+def test_model_is_built_with_its_norm(name):
+    cfg = load(name)
+    model = build_model(cfg)
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
+    used = {type(module) for module in model.modules() if isinstance(module, kinds)}
+    layer = LAYERS[cfg.MODEL.RESNETS.NORM]
+    assert layer in used
+    # Frozen stages of KN are FrozenBatchNorm2d.
+    assert used <= {layer, FrozenBatchNorm2d}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_base_loads(name):
+    load(name)
+
+
+@pytest.mark.parametrize(
+    "norm, key",
+    [("BN", "FrozenBN"), ("GN", "GN"), ("KN", "KN"), ("GKN", "GKN"), ("KN_paper", "KN")],
+)
+def test_coco_configs_follow_the_paper(norm, key):
+    cfg = load(f"mask_rcnn_R50_C4_{norm}.yaml")
+    assert cfg.MODEL.RESNETS.NORM == key
+    assert cfg.MODEL.KN.VARIANT == ("paper" if norm == "KN_paper" else "network")
+    values = flat(cfg)
+    assert {name: values[name] for name in SETTING} == SETTING
+
+
+def test_coco_configs_differ_in_the_norm_alone():
+    configs = [flat(load(f"mask_rcnn_R50_C4_{norm}.yaml")) for norm in NORMS]
+    differing = {key for key in configs[0] for cfg in configs if cfg[key] != configs[0][key]}
+    assert differing == OF_THE_NORM
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_2im_doubles_images_and_learning_rate(norm):
+    name = f"mask_rcnn_R50_C4_{norm}"
+    doubled = {"SOLVER.IMS_PER_BATCH": 16, "SOLVER.BASE_LR": 0.02}
+    assert changes(f"{name}_2im.yaml", f"{name}.yaml") == doubled
+
+
+def test_instant_tests_change_the_same():
+    names = [f"mask_rcnn_R50_C4_{norm}" for norm in NORMS]
+    first, *others = [
+        changes(f"quick_schedules/{name}_instant_test.yaml", f"{name}.yaml") for name in names
+    ]
+    assert first["MODEL.WEIGHTS"] == "" and first["SOLVER.MAX_ITER"] == 10
+    assert first.keys() & OF_THE_NORM == {"MODEL.WEIGHTS"}
+    assert all(other == first for other in others)
+
+
+@pytest.fixture(scope="module")
+def few_shapes(tmp_path_factory):
+    """A few images as shapes_train and shapes_val."""
+    with tiny.shapes(tmp_path_factory.mktemp("datasets")):
+        yield
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_instant_test_runs(few_shapes, tmp_path, norm):
+    name = CONFIGS / f"quick_schedules/mask_rcnn_R50_C4_{norm}_instant_test.yaml"
+    options = ["OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu", "SEED", "1"]
+    args = argument_parser().parse_args(["--config", str(name), *options])
+    tiny.train_net_module().train_or_evaluate(load_config(args), args)
+
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    (losses,) = [line for line in lines if "total_loss" in line]
+    assert losses["iteration"] == 9
+    assert all(math.isfinite(value) for name, value in losses.items() if "loss" in name)
+    results = json.loads((tmp_path / "inference/results.json").read_text())
+    assert set(results) == {"bbox", "segm"}
+    detections = tmp_path / "inference/shapes_val/coco_instances_results.json"
+    assert len(json.loads(detections.read_text())) == 2 * 5

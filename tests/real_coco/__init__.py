@@ -1,0 +1,1 @@
+"""Tests on real COCO images: `make test-coco`."""

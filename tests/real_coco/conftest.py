@@ -1,0 +1,62 @@
+"""The images, and a Mask R-CNN that was trained on them for a few steps."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from ..engine.conftest import fresh_logs  # noqa: F401
+from .commands import run_train_net, start_train_net
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets():
+    """The folder of datasets; there is nothing to test without COCO in it."""
+    folder = Path(os.environ.get("DETECTRON2_DATASETS", ""))
+    annotations = folder / "coco/annotations/instances_val2017.json"
+    if not annotations.is_file():
+        pytest.fail(
+            f"{annotations} does not exist: set the environment variable DETECTRON2_DATASETS to "
+            "the folder that contains coco/, laid out as detectron2 expects it.",
+            pytrace=False,
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Where runs go; their checkpoints of 290 MB each do not stay there."""
+    folder = tmp_path_factory.mktemp("runs")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def whole(runs):
+    """A run that nothing interrupted: its folder."""
+    status, output = run_train_net("OUTPUT_DIR", runs / "whole")
+    assert status == 0, output
+    return runs / "whole"
+
+
+@pytest.fixture(scope="session")
+def interrupted(runs):
+    """The same run, told to stop on its way: its folder, what it printed and its exit status."""
+    folder = runs / "interrupted"
+    with start_train_net("OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", 2) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "model_0000001.pth" in line:
+                process.send_signal(signal.SIGTERM)
+    return folder, "".join(lines), process.returncode
+
+
+@pytest.fixture(scope="session")
+def resumed(interrupted):
+    """That run, resumed: its folder and what it printed."""
+    status, output = run_train_net("--resume", "OUTPUT_DIR", interrupted[0])
+    assert status == 0, output
+    return interrupted[0], output
