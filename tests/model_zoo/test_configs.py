@@ -102,10 +102,11 @@ def test_model_is_built_with_its_norm(name):
     model = build_model(cfg)
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
     used = {type(module) for module in model.modules() if isinstance(module, kinds)}
-    layer = LAYERS[cfg.MODEL.RESNETS.NORM]
-    assert layer in used
+    assert LAYERS[cfg.MODEL.RESNETS.NORM] in used
+    parts = (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD)
+    named = {LAYERS[part.NORM] for part in parts if part.NORM}
     # Frozen stages of KN are FrozenBatchNorm2d.
-    assert used <= {layer, FrozenBatchNorm2d}
+    assert used <= named | {FrozenBatchNorm2d}
 
 
 @pytest.mark.parametrize("name", BASES)
