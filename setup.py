@@ -25,7 +25,7 @@ setup(
         "matplotlib>=3.5",
         "opencv-python>=4.5",
         "pycocotools>=2.0.4",
-        "fvcore>=0.1.5,<0.1.6",
+        "fvcore>=0.1.5.post20221221,<0.1.6",
         "iopath>=0.1.7,<0.1.11",
         "tensorboard>=2.10",
     ],
