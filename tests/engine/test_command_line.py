@@ -140,7 +140,7 @@ def test_evaluation_gives_twelve_numbers_each(command, plain, tmp_path):
 def test_evaluation_of_a_model_that_finds_nothing(command, plain, tmp_path):
     weights = plain[0] / "model_final.pth"
     options = ["OUTPUT_DIR", tmp_path / "run", "MODEL.WEIGHTS", weights]
-    status, out, _ = command("--eval-only", *options, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.99")
+    status, out, _ = command("--eval-only", *options, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0")
     assert status == 0
     results = json.loads((tmp_path / "run/inference/results.json").read_text())
     assert results == {task: dict.fromkeys(_TWELVE, 0.0) for task in ("bbox", "segm")}

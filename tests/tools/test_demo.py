@@ -44,4 +44,6 @@ def test_demo_says_what_is_wrong_in_a_sentence(tmp_path):
     (tmp_path / "shapes" / "holiday.jpg").touch()
     run = run_demo(tmp_path)
     assert run.returncode == 1
-    assert run.stderr.strip().startswith("error: ") and len(run.stderr.strip().splitlines()) == 1
+    # Nothing else but what torch and detectron2 warn of when they are imported.
+    assert run.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in run.stderr
