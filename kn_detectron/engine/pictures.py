@@ -35,7 +35,7 @@ def _save(figure: Figure, path: str) -> None:
 
 @torch.no_grad()
 def draw_predictions(
-    cfg: CfgNode, model: nn.Module, path: str, count: int = 8, min_score: float = 0.5
+    cfg: CfgNode, model: nn.Module, path: str, count: int = 8, min_score: float = 0.35
 ) -> None:
     """Draws ground truth (left) and predictions (right) on the first test images with objects.
 
