@@ -52,7 +52,15 @@ def test_signal_finishes_the_step_and_saves(tmp_path, signum, kn_log, child_hand
     assert _handlers() == handlers
 
 
-def test_second_signal_stops_at_once(tmp_path):
+@pytest.fixture
+def keyboard_interrupts():
+    """SIGINT as in a terminal: a process that a shell starts in the background ignores it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_second_signal_stops_at_once(tmp_path, keyboard_interrupts):
     in_step = _send(signal.SIGTERM, signal.SIGINT, at=2)
     loop = Loop(StopOnSignal(), folder=tmp_path, in_step=in_step)
     with pytest.raises(KeyboardInterrupt):
