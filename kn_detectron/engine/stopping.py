@@ -59,10 +59,11 @@ class StopOnSignal(HookBase):
         # report that by an exception in the middle of the step that is to be finished.
         if hasattr(signal, "SIGCHLD"):
             self._former = {signal.SIGCHLD: signal.signal(signal.SIGCHLD, signal.SIG_DFL)}
-        name = signal.Signals(signum).name
-        _logger.warning("Got %s: stopping after this step; once more stops at once.", name)
         if self._at_once:
-            raise self.stop()
+            raise Stopped(128 + signum)
+        # Not through logging: the signal may have come in the middle of a line of it.
+        name = signal.Signals(signum).name
+        os.write(2, f"Got {name}: stopping after this step; once more stops at once.\n".encode())
 
     def stop(self, signum=None):
         """Says how to go on.
@@ -94,7 +95,10 @@ class StopOnSignal(HookBase):
         self._at_once = True
         try:
             if self.requested is not None:
-                raise self.stop()
+                raise Stopped(128 + self.requested)
             yield
+        except Stopped:
+            self.stop()
+            raise
         finally:
             self._at_once = False
