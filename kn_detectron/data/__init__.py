@@ -1,5 +1,6 @@
 """Datasets and loaders: importing this registers `shapes_train` and `shapes_val`."""
 
+from .crops import generate_classification_shapes
 from .drawing import CATEGORIES
 from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import CheckedMapper, first_sentence
@@ -17,6 +18,7 @@ __all__ = [
     "check_dataset",
     "draw_image",
     "first_sentence",
+    "generate_classification_shapes",
     "generate_shapes",
     "prepare_dataset",
     "register_shapes",

@@ -8,17 +8,16 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
-from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
 from ..errors import InputError
 from .drawing import CATEGORIES, cover, outline, rim, texture
+from .once import write_once
 
 __all__ = ["SPLITS", "ShapesSpec", "draw_image", "generate_shapes", "shapes_paths"]
 
@@ -92,20 +91,8 @@ def generate_shapes(root, spec=None):
     Raises:
         InputError: `root` holds something else, or a shapes dataset with other parameters.
     """
-    root = Path(root).expanduser().absolute()
-    if _is_there(root, spec):
-        return
-    with file_lock(str(root)):
-        # Another process may have written it while this one waited for the lock.
-        if _is_there(root, spec):
-            return
-        partial = root.with_name(root.name + ".partial")
-        if partial.exists():  # left by a killed run; nobody else writes it while we hold the lock
-            shutil.rmtree(partial)
-        _write_dataset(partial, spec or ShapesSpec())
-        if root.exists():
-            root.rmdir()  # empty, or `_is_there` had refused
-        partial.rename(root)
+    wanted = spec or ShapesSpec()
+    write_once(root, _identity(wanted), lambda folder: _write_dataset(folder, wanted), spec is None)
 
 
 def draw_image(spec, split, index):
@@ -143,42 +130,20 @@ def draw_image(spec, split, index):
     return image, [_annotate(category, crowd, mask) for category, crowd, _, mask in objects]
 
 
-def _is_there(root, spec):
-    """Tells whether `root` holds the dataset; InputError if it holds something else."""
-    marker = root / "shapes.json"
-    if marker.is_file():
-        found = json.loads(marker.read_text())
-        if spec is None or found == _identity(spec):
-            return True
-        raise InputError(
-            f"{root} holds a shapes dataset with other parameters ({_differences(found, spec)}): "
-            "remove that folder or choose another one."
-        )
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError(
-            f"{root} exists and is not a shapes dataset: expected a new or an empty folder, so "
-            "remove it or choose another one."
-        )
-    return False
+def write_image(path, image):
+    """Writes an image, uint8 of shape (H, W, 3) in BGR order, as a PNG file."""
+    if not cv2.imwrite(str(path), image, [cv2.IMWRITE_PNG_COMPRESSION, 1]):
+        raise OSError(f"could not write {path}")
 
 
 def _identity(spec):
-    return {"version": _VERSION, **dataclasses.asdict(spec)}
-
-
-def _differences(found, spec):
-    wanted = _identity(spec)
-    return ", ".join(
-        f"{key} {found.get(key)}, not {value}"
-        for key, value in wanted.items()
-        if found.get(key) != value
-    )
+    return {"kind": "instances", "version": _VERSION, **dataclasses.asdict(spec)}
 
 
 def _write_dataset(folder, spec):
     logger = logging.getLogger(__name__)
     logger.info("Generating the shapes dataset: %d + %d images", spec.num_train, spec.num_val)
-    (folder / "annotations").mkdir(parents=True)
+    (folder / "annotations").mkdir()
     with tqdm(
         total=spec.num_train + spec.num_val, desc="shapes", delay=2, mininterval=1
     ) as progress:
@@ -199,9 +164,7 @@ def _write_dataset(folder, spec):
                     # COCO's evaluation takes id 0 for "no match", hence from 1.
                     number = len(annotations) + 1
                     annotations.append({"id": number, "image_id": index + 1, **annotation})
-                path = os.path.join(image_root, record["file_name"])
-                if not cv2.imwrite(path, image, [cv2.IMWRITE_PNG_COMPRESSION, 1]):
-                    raise OSError(f"could not write {path}")
+                write_image(os.path.join(image_root, record["file_name"]), image)
                 progress.update()
             content = {
                 "info": {"description": "kn_detectron shapes", **_identity(spec)},
@@ -210,7 +173,6 @@ def _write_dataset(folder, spec):
                 "categories": [{"id": i + 1, "name": n} for i, n in enumerate(CATEGORIES)],
             }
             Path(json_file).write_text(json.dumps(content, separators=(",", ":")))
-    (folder / "shapes.json").write_text(json.dumps(_identity(spec), indent=1) + "\n")
 
 
 def _random_object(rng, short_side, height, width):

@@ -1,12 +1,14 @@
-"""KN and GKN as norm types of detectron2's ``get_norm``."""
+"""KN and GKN, and GroupNorm of any number of groups, as norm types of detectron2's ``get_norm``."""
 
 import logging
+import re
 import sys
 from typing import Callable
 
 import detectron2.layers
 from torch import nn
 
+from ..errors import InputError
 from .kalman_norm import GroupKalmanNorm2d, KalmanNorm2d
 
 __all__ = ["NORMS", "register_norms", "unregister_norms"]
@@ -21,6 +23,18 @@ def _group_head(channels: int) -> nn.Module:
     return GroupKalmanNorm2d(32, channels, gain=None)
 
 
+_NUMBERED_GN = re.compile(r"GN(\d+)")
+
+
+def _group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    if groups == 0 or channels % groups:
+        raise InputError(
+            f"the norm GN{groups} cannot divide {channels} channels into {groups} groups: name a "
+            "number of groups that divides all widths of the network"
+        )
+    return nn.GroupNorm(groups, channels)
+
+
 NORMS = {"KN": lambda channels: KalmanNorm2d(channels, gain=None), "GKN": _group_head}
 
 _EQUIVALENT = {"KN": "BatchNorm", "GKN": "GroupNorm"}
@@ -28,7 +42,10 @@ _told = set()
 
 
 def get_norm(norm, out_channels):
-    """detectron2's ``get_norm`` with two more names, ``"KN"`` and ``"GKN"``.
+    """detectron2's ``get_norm`` with the names ``"KN"``, ``"GKN"`` and ``"GN<n>"``, as in "GN8".
+
+    ``"GN<n>"`` is GroupNorm with n groups. detectron2's "GN" has 32, which do not divide the widths
+    of slim networks.
 
     A layer that is built here gets no prior from the module that uses it, since that module knows
     nothing of beliefs: it is the head of its own chain, which is plain BatchNorm (GroupNorm for
@@ -36,12 +53,18 @@ def get_norm(norm, out_channels):
     ``KNRes5ROIHeads``.
 
     Args:
-        norm (str or callable): as for detectron2's, or "KN" or "GKN".
+        norm (str or callable): as for detectron2's, or "KN", "GKN" or "GN<n>".
         out_channels (int): the number of channels.
 
     Returns:
         nn.Module or None: the normalization layer.
+
+    Raises:
+        InputError: the groups of "GN<n>" do not divide the channels.
     """
+    groups = _NUMBERED_GN.fullmatch(norm) if isinstance(norm, str) else None
+    if groups:
+        return _group_norm(int(groups[1]), out_channels)
     if norm not in ("KN", "GKN"):
         return _original_get_norm(norm, out_channels)
     if norm not in _told:
@@ -62,7 +85,7 @@ def _rebind(old: Callable, new: Callable) -> None:
 
 
 def register_norms() -> None:
-    """Makes "KN" and "GKN" known to ``get_norm``, wherever it was or will be imported from.
+    """Makes "KN", "GKN" and "GN<n>" known to ``get_norm``, wherever it was or will be imported from.
 
     May be called any number of times.
     """

@@ -48,6 +48,20 @@ def test_other_norms_are_as_before():
         get_norm("NoSuchNorm", 4)
 
 
+@pytest.mark.parametrize("groups, channels", [(1, 4), (8, 16), (48, 96)])
+def test_group_norm_of_any_number_of_groups(groups, channels):
+    for function in bindings().values():
+        norm = function(f"GN{groups}", channels)
+        assert type(norm) is nn.GroupNorm
+        assert (norm.num_groups, norm.num_channels) == (groups, channels)
+
+
+@pytest.mark.parametrize("norm", ["GN0", "GN3"])
+def test_groups_that_do_not_divide_the_channels_are_named(norm):
+    with pytest.raises(kn_detectron.InputError, match=f"{norm} cannot divide 16 channels"):
+        registration.get_norm(norm, 16)
+
+
 def test_a_foreign_module_gets_a_head():
     head = FastRCNNConvFCHead(
         ShapeSpec(channels=4, height=7, width=7), conv_dims=[8], fc_dims=[], conv_norm="KN"

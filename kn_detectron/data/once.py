@@ -1,0 +1,75 @@
+"""Generated datasets that are written once, and are whole or not there."""
+
+import json
+import shutil
+from pathlib import Path
+
+from iopath.common.file_io import file_lock
+
+from ..errors import InputError
+
+__all__ = ["write_once"]
+
+_MARKER = "shapes.json"
+
+
+def write_once(root, identity, write, accepts_any=False):
+    """Has a generated dataset written to a folder, unless it is there already.
+
+    The dataset appears under its name only when it is complete. Processes that ask for the same
+    folder at the same time wait for the one that writes it.
+
+    Args:
+        root (str or Path): folder of the dataset; new or empty, or this dataset's.
+        identity (dict): what the dataset depends on, plain values; its "kind" is the same for all
+            datasets that can stand in for each other. It is kept in the folder.
+        write (callable): called with a new folder to write to.
+        accepts_any (bool): whether a dataset of the same kind with other parameters will do.
+
+    Raises:
+        InputError: `root` holds something else, or a dataset with another identity.
+    """
+    root = Path(root).expanduser().absolute()
+    if _is_there(root, identity, accepts_any):
+        return
+    with file_lock(str(root)):
+        # Another process may have written it while this one waited for the lock.
+        if _is_there(root, identity, accepts_any):
+            return
+        partial = root.with_name(root.name + ".partial")
+        if partial.exists():  # left by a killed run; nobody else writes it while we hold the lock
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        write(partial)
+        (partial / _MARKER).write_text(json.dumps(identity, indent=1) + "\n")
+        if root.exists():
+            root.rmdir()  # empty, or `_is_there` had refused
+        partial.rename(root)
+
+
+def _is_there(root, identity, accepts_any):
+    """Tells whether `root` holds the dataset; InputError if it holds something else."""
+    marker = root / _MARKER
+    if marker.is_file():
+        found = json.loads(marker.read_text())
+        same_kind = found.get("kind") == identity["kind"]
+        if found == identity or (accepts_any and same_kind):
+            return True
+        raise InputError(
+            f"{root} holds a shapes dataset with other parameters "
+            f"({_differences(found, identity)}): remove that folder or choose another one."
+        )
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise InputError(
+            f"{root} exists and is not a shapes dataset: expected a new or an empty folder, so "
+            "remove it or choose another one."
+        )
+    return False
+
+
+def _differences(found, wanted):
+    return ", ".join(
+        f"{key} {found.get(key)}, not {value}"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    )
