@@ -1,24 +1,26 @@
 """Datasets and loaders: importing this registers `shapes_train` and `shapes_val`."""
 
-from .crops import generate_classification_shapes
 from .drawing import CATEGORIES
 from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import CheckedMapper, first_sentence
 from .register import prepare_dataset, register_shapes, register_shapes_lazily
 from .shapes import ShapesSpec, draw_image, generate_shapes, shapes_paths
+from .single_shapes import SingleShapesSpec, draw_single_shape, generate_single_shapes
 from .validate import check_dataset
 
 __all__ = [
     "CATEGORIES",
     "CheckedMapper",
     "ShapesSpec",
+    "SingleShapesSpec",
     "TrainLoader",
     "build_test_loader",
     "build_train_loader",
     "check_dataset",
     "draw_image",
+    "draw_single_shape",
     "first_sentence",
-    "generate_classification_shapes",
+    "generate_single_shapes",
     "generate_shapes",
     "prepare_dataset",
     "register_shapes",

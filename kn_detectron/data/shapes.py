@@ -118,16 +118,29 @@ def draw_image(spec, split, index):
             objects.append(_random_crowd(rng, spec.size, height, width))
         for _ in range(rng.integers(1, spec.max_shapes + 1)):
             objects.append(_random_object(rng, spec.size, height, width))
-    objects = _visible_objects(objects, height, width)
+    image, objects = render(rng, objects, height, width)
+    return image, [_annotate(category, crowd, mask) for category, crowd, _, mask in objects]
 
+
+def render(rng, objects, height, width):
+    """Paints objects onto a textured ground, with noise over all of it.
+
+    Args:
+        rng (numpy.random.Generator): source of all choices.
+        objects (list[tuple]): (category id, crowd flag, outlines), from back to front.
+        height (int), width (int): size of the image in pixels.
+
+    Returns:
+        tuple: the image, uint8 of shape (height, width, 3) in BGR order, and the objects that are
+        visible: (category id, crowd flag, coverage, visible mask), from back to front.
+    """
+    objects = _visible_objects(objects, height, width)
     ground = rng.uniform(30, 225, 3)
     image = texture(rng, height, width, ground, contrast=rng.uniform(10, 60))
     for _, _, alpha, _ in objects:
         _paint(rng, image, ground, alpha)
     image += rng.standard_normal((height, width, 3)) * rng.uniform(2, 8)
-    image = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
-
-    return image, [_annotate(category, crowd, mask) for category, crowd, _, mask in objects]
+    return np.rint(np.clip(image, 0, 255)).astype(np.uint8), objects
 
 
 def write_image(path, image):
