@@ -5,6 +5,7 @@ Examples:
     tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --num-gpus 8
     tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --resume SOLVER.MAX_ITER 90000
     tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --eval-only MODEL.WEIGHTS a.pth
+    tools/train_net.py --config configs/mask_rcnn_R50_C4_KN_finetune.yaml --dataset my_folder
 """
 
 import sys
@@ -30,7 +31,14 @@ def train_or_evaluate(cfg, args):
 
 def main():
     """Parses the command line."""
-    args = argument_parser().parse_args()
+    parser = argument_parser()
+    parser.add_argument(
+        "--dataset",
+        metavar="FOLDER",
+        help="data of your own in COCO's layout: annotations/instances_{train,val}.json, train/, "
+        "val/; sets DATASETS and the number of classes",
+    )
+    args = parser.parse_args()
     launch_ranks(train_or_evaluate, load_config(args), args)
 
 

@@ -1,5 +1,6 @@
 """Datasets and loaders: importing this registers `shapes_train` and `shapes_val`."""
 
+from .coco_folder import CocoFolder, register_coco_folder
 from .drawing import CATEGORIES
 from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import CheckedMapper, first_sentence
@@ -11,6 +12,7 @@ from .validate import check_dataset
 __all__ = [
     "CATEGORIES",
     "CheckedMapper",
+    "CocoFolder",
     "ShapesSpec",
     "SingleShapesSpec",
     "TrainLoader",
@@ -23,6 +25,7 @@ __all__ = [
     "generate_single_shapes",
     "generate_shapes",
     "prepare_dataset",
+    "register_coco_folder",
     "register_shapes",
     "register_shapes_lazily",
     "shapes_paths",

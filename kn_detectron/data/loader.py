@@ -113,6 +113,7 @@ class TrainLoader:
         aspect_ratio_grouping=True,
         num_workers=0,
         repeat_factors=None,
+        collate=None,
     ):
         """
         Args:
@@ -125,12 +126,15 @@ class TrainLoader:
             num_workers (int): processes that load; 0 loads in this one.
             repeat_factors (Tensor or None): shape (len(dataset),); how often an image is taken
                 per epoch on average. None takes each once.
+            collate (callable or None): makes a batch of a list of samples; None leaves the list,
+                which is what detectron2's models take.
         """
         self.start_iter = 0
         self.seed = seed
         self.batch_size = batch_size
         self.num_workers = num_workers
         self._mapper = mapper
+        self._collate = collate or _as_list
         self._repeat_factors = repeat_factors
         self._groups = _aspect_groups(dataset) if aspect_ratio_grouping else None
         # One block of bytes, which worker processes share instead of copying it.
@@ -144,7 +148,7 @@ class TrainLoader:
             _SeededDataset(self._dicts, self._mapper, self.seed, comm.get_rank()),
             batch_sampler=_Skipping(self._batches, self.start_iter),
             num_workers=self.num_workers,
-            collate_fn=_as_list,
+            collate_fn=self._collate,
             # Of its own, or DataLoader would draw from the global generator, and a resumed run
             # would then see other random numbers in its model than an uninterrupted one.
             generator=torch.Generator().manual_seed(self.seed),

@@ -17,10 +17,19 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..config import add_kn_config, check_config
-from ..data import check_dataset
+from ..data import check_dataset, register_coco_folder
 from ..errors import InputError
 
-__all__ = ["argument_parser", "launch_ranks", "load_config", "run", "set_up"]
+__all__ = [
+    "argument_parser",
+    "launch_ranks",
+    "load_config",
+    "make_output_dir",
+    "merge_options",
+    "read_config",
+    "run",
+    "set_up",
+]
 
 
 def argument_parser():
@@ -35,14 +44,12 @@ def argument_parser():
         metavar="FILE",
         help="the same as --config-file",
     )
+    parser.set_defaults(dataset=None)
     return parser
 
 
 def load_config(args):
     """Loads and checks the config that the arguments name, and the datasets it names.
-
-    Without a GPU, MODEL.DEVICE "cuda", which is detectron2's default, becomes "cpu", and mixed
-    precision is switched off; only where the command line asks for "cuda" itself it is refused.
 
     Args:
         args (argparse.Namespace): of :func:`argument_parser`.
@@ -53,18 +60,65 @@ def load_config(args):
     Raises:
         InputError: something in it is wrong.
     """
-    cfg = get_cfg()
-    add_kn_config(cfg)
-    _merge_file(cfg, args.config_file)
-    _merge_options(cfg, args.opts)
-    _choose_device(cfg, args.opts)
+    cfg = read_config(args)
+    if args.dataset:
+        _use_folder(cfg, args.dataset)
     cfg.freeze()
-    check_config(cfg)
     for key in ("TEST",) if args.eval_only else ("TRAIN", "TEST"):
         if not cfg.DATASETS[key]:
             raise InputError(f"DATASETS.{key} is empty: name at least one dataset.")
         for name in cfg.DATASETS[key]:
             check_dataset(name)
+    make_output_dir(cfg)
+    return cfg
+
+
+def _use_folder(cfg, folder):
+    """Sets what a folder of data decides; in the other processes of a run see :func:`set_up`."""
+    data = register_coco_folder(folder)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (data.train,), (data.val,)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(data.classes)
+    if cfg.MODEL.MASK_ON and not data.has_masks:
+        raise InputError(
+            f"Some objects of {folder} have no segmentation: add them to the annotations, or give "
+            "MODEL.MASK_ON False to learn boxes only."
+        )
+    if data.has_encoded_masks:
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+
+
+def read_config(args, *extensions):
+    """Reads the config that the arguments name; its datasets are not looked at.
+
+    Without a GPU, MODEL.DEVICE "cuda", which is detectron2's default, becomes "cpu", and mixed
+    precision is switched off; only where the command line asks for "cuda" itself it is refused.
+
+    Args:
+        args (argparse.Namespace): of :func:`argument_parser`.
+        extensions (callable): each adds keys to a config, as :func:`add_kn_config` does.
+
+    Returns:
+        CfgNode: not frozen.
+
+    Raises:
+        InputError: something in it is wrong.
+    """
+    cfg = get_cfg()
+    for extend in (add_kn_config, *extensions):
+        extend(cfg)
+    _merge_file(cfg, args.config_file)
+    merge_options(cfg, args.opts)
+    _choose_device(cfg, args.opts)
+    check_config(cfg)
+    return cfg
+
+
+def make_output_dir(cfg):
+    """Creates OUTPUT_DIR.
+
+    Raises:
+        InputError: it cannot be created.
+    """
     try:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     except OSError as error:
@@ -72,7 +126,6 @@ def load_config(args):
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be created ({error.strerror}): "
             "give a folder that can be written to."
         ) from error
-    return cfg
 
 
 def _merge_file(cfg, path):
@@ -97,7 +150,16 @@ def _merge_file(cfg, path):
         ) from error
 
 
-def _merge_options(cfg, options):
+def merge_options(cfg, options):
+    """Sets the KEY VALUE pairs of a command line in a config.
+
+    Args:
+        cfg (CfgNode): not frozen.
+        options (list[str]): KEY, VALUE, ...
+
+    Raises:
+        InputError: a key or a value is wrong, or half a pair is missing.
+    """
     flags = [option for option in options if option.startswith("--")]
     if flags:
         raise InputError(f"{flags[0]} comes after KEY VALUE pairs: put it before them.")
@@ -140,6 +202,8 @@ def set_up(cfg, args):
         cfg (CfgNode): of :func:`load_config`.
         args (argparse.Namespace): of :func:`argument_parser`.
     """
+    if args.dataset:
+        register_coco_folder(args.dataset)
     default_setup(cfg, args)
     logger = setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="kn_detectron")
     if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():

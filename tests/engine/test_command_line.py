@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kn_detectron.engine.command_line import argument_parser, load_config, run
 
@@ -188,3 +189,45 @@ def test_training_writes_progress_curves_and_gains(plain):
     assert {"total_loss", "loss_mask", "lr", "eta_seconds", "kn/gain", "bbox/AP"} <= names
     assert "kn/innovation_mean/roi_heads.res5.2.conv3.norm" in names
     assert list(plain[0].glob("events.out.tfevents.*"))
+
+
+@pytest.fixture
+def own_data(datasets, tmp_path):
+    """A folder of one's own data: the shapes without stars and rings."""
+    folder = tmp_path / "data"
+    shutil.copytree(datasets / "shapes", folder)
+    for path in (folder / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        content["categories"] = content["categories"][:3]
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] <= 3]
+        path.write_text(json.dumps(content))
+    yield folder
+    for name in list(DatasetCatalog.list()):
+        if name.startswith(str(folder)):
+            DatasetCatalog.pop(name)
+            MetadataCatalog.pop(name)
+
+
+def test_fine_tuning_on_a_folder(command, plain, own_data, tmp_path):
+    run = tmp_path / "run"
+    options = ["OUTPUT_DIR", run, "MODEL.WEIGHTS", plain[0] / "model_final.pth"]
+    status, out, err = command("--dataset", own_data, *options, "SOLVER.MAX_ITER", "2")
+    assert status == 0, err
+    assert "another shape" in out and "cls_score" in out  # of 5 classes before
+    results = json.loads((run / "inference/results.json").read_text())
+    assert {f"AP-{name}" for name in ("circle", "square", "triangle")} <= set(results["segm"])
+    assert "AP-star" not in results["segm"]
+    options = ["--eval-only", "OUTPUT_DIR", run, "MODEL.WEIGHTS", run / "model_final.pth"]
+    status, out, err = command("--dataset", own_data, *options)
+    assert status == 0, err
+    assert results == json.loads((run / "inference/results.json").read_text())
+
+
+def test_a_folder_without_masks(command, own_data, tmp_path):
+    path = own_data / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    path.write_text(json.dumps(content))
+    result = command("--dataset", own_data, "OUTPUT_DIR", tmp_path / "run")
+    _assert_one_sentence(result, re.escape(str(own_data)), "MODEL.MASK_ON False")
