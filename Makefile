@@ -16,12 +16,13 @@ endif
 export PYTHONPATH := $(abspath $(DETECTRON2))$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
-.PHONY: help venv demo test test-coco clean
+.PHONY: help venv demo test test-coco bench clean
 
 help:
 	@echo "make demo       install, train on generated images, evaluate, draw: output/demo"
 	@echo "make test       install, run the test suite"
 	@echo "make test-coco  the tests on real COCO images, in the folder DETECTRON2_DATASETS"
+	@echo "make bench      install, measure time and memory beside BatchNorm: output/benchmark"
 	@echo "make venv       install only: into .venv"
 	@echo "make clean      remove .venv and what building left; output/ stays"
 
@@ -35,6 +36,9 @@ test-coco: venv
 	@test -n "$$DETECTRON2_DATASETS" || { echo "DETECTRON2_DATASETS is not set: set it to the\
 	 folder that contains coco/, laid out as detectron2 expects it." >&2; exit 1; }
 	$(bin)/python -m pytest tests/real_coco
+
+bench: venv
+	$(bin)/python tools/benchmark.py --preset cpu --output output/benchmark
 
 # A detectron2 that Python finds already, on PYTHONPATH or installed into .venv by hand, is used
 # as it is. Looking for it takes no time, so it is done at every call: it may be gone since.

@@ -1,0 +1,18 @@
+"""What ``tools/benchmark.py`` does: measures KN beside the other norms, side by side in one run."""
+
+from .measure import measure_group
+from .presets import PRESETS, WHATS, Group, make_groups
+from .report import describe_machine, draw_bars, draw_curves, format_group, write_json
+
+__all__ = [
+    "Group",
+    "PRESETS",
+    "WHATS",
+    "describe_machine",
+    "draw_bars",
+    "draw_curves",
+    "format_group",
+    "make_groups",
+    "measure_group",
+    "write_json",
+]

@@ -1,0 +1,371 @@
+"""What is measured: layers, networks and predictions, each as something to run again and again."""
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Callable, List
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d, get_norm
+from detectron2.modeling import build_backbone, build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from ..layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
+from ..model_zoo import get_config
+from ..modeling import Feature
+from ..modeling.resnet import belief_keys
+from .presets import Group
+
+__all__ = ["Candidate", "NotRun", "build", "network_config"]
+
+
+class NotRun(Exception):
+    """The device, or what is to be measured, lacks what it takes; the message is the reason."""
+
+
+@dataclass
+class Candidate:
+    """One line of a group, ready to run.
+
+    Attributes:
+        forward: computes the result.
+        backward: takes it to the gradients; None where there is none.
+        constants: tensors that are there before and after: parameters, buffers, inputs.
+        finish: what is left to do after the backward: the optimiser's part.
+        parameters: number of learned values.
+    """
+
+    forward: Callable[[], object]
+    backward: Callable[[object], object] = None
+    constants: List[Tensor] = ()
+    finish: Callable[[], None] = lambda: None
+    parameters: int = 0
+
+    def run(self) -> None:
+        """All of it, once."""
+        result = self.forward()
+        if self.backward is not None:
+            self.backward(result)
+        self.finish()
+
+
+def _constants(module: nn.Module) -> List[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@contextlib.contextmanager
+def _autocast(group: Group, device: torch.device):
+    half = group.dtype != "float32"
+    with torch.autocast(
+        device.type, dtype=getattr(torch, group.dtype) if half else None, enabled=half
+    ):
+        # Old versions of torch warn and go on in float32.
+        if half and device.type == "cpu" and not torch.is_autocast_cpu_enabled():
+            raise NotRun(f"autocast to {group.dtype} is not to be had on a CPU with this torch")
+        yield
+
+
+def _memory_format(group: Group) -> torch.memory_format:
+    return {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[
+        group.memory_format
+    ]
+
+
+def _check_sync_bn(norm: str, device: torch.device) -> None:
+    if norm != "SyncBN":
+        return
+    if device.type == "cpu":
+        raise NotRun("SyncBatchNorm takes GPUs and a process group")
+    if comm.get_world_size() < 2:
+        raise NotRun("in one process SyncBatchNorm is BatchNorm: give --num-gpus 2 or more")
+
+
+def _norm_layer(norm: str, channels: int) -> nn.Module:
+    if norm in ("GN", "GKN") and channels % 32:
+        raise NotRun(f"32 groups do not divide {channels} channels")
+    if norm == "KN-paper-MC":
+        raise NotRun("as a layer it is KN-paper: only the prediction differs")
+    if norm == "KN":
+        return KalmanNorm2d(channels)
+    if norm == "KN-gain0":
+        return KalmanNorm2d(channels, gain=0.0, learn_gain=False)
+    if norm == "KN-paper":
+        return KalmanNorm2d(channels, variant="paper")
+    if norm == "GKN":
+        return GroupKalmanNorm2d(32, channels)
+    if norm == "FrozenBN":
+        return FrozenBatchNorm2d(channels)
+    if norm == "FrozenBN-affine":
+        return nn.BatchNorm2d(channels).eval()
+    if norm in ("BN", "SyncBN", "GN"):
+        return get_norm(norm, channels)
+    raise ValueError(f"there is no layer {norm!r}")
+
+
+def _build_layer(group: Group, norm: str, device: torch.device) -> Candidate:
+    """A norm in training on features that need a gradient, with a prior where it takes one."""
+    _check_sync_bn(norm, device)
+    channels = group.shape[1]
+    layer = _norm_layer(norm, channels).to(device)
+    random, dtype = torch.Generator(device).manual_seed(0), getattr(torch, group.dtype)
+    x, dy = (
+        torch.randn(group.shape, generator=random, device=device)
+        .to(dtype)
+        .contiguous(memory_format=_memory_format(group))
+        for _ in range(2)
+    )
+    x = x.mul_(2).add_(1).requires_grad_()
+    inputs, leaves = {}, [x, *layer.parameters()]
+    if getattr(layer, "needs_prior", False):
+        prior = Belief(*(f(1, channels, device=device) for f in (torch.zeros, torch.ones)))
+        leaves += [v.requires_grad_() for v in prior]
+        inputs["prior"] = prior
+
+    def forward():
+        with _autocast(group, device):
+            y = layer(x, **inputs)
+        return y[0] if inputs else y
+
+    def backward(y):
+        nonlocal dy
+        dy = dy.to(y.dtype)  # that of GroupNorm under autocast is float32
+        return torch.autograd.grad(y, leaves, dy, allow_unused=True)
+
+    return Candidate(forward, backward, [*_constants(layer), *leaves, dy], parameters=_count(layer))
+
+
+_CONFIGS = {
+    "BN": ("BN", ("MODEL.RESNETS.NORM", "BN")),
+    "FrozenBN": ("BN", ()),
+    "SyncBN": ("BN", ("MODEL.RESNETS.NORM", "SyncBN")),
+    "GN": ("GN", ()),
+    "KN": ("KN", ()),
+    "KN-gain0": ("KN", ("MODEL.KN.GAIN", 0.0, "MODEL.KN.LEARN_GAIN", False)),
+    "KN-paper": ("KN_paper", ("MODEL.KN.PREDICTION", "closed_form")),
+    "KN-paper-MC": ("KN_paper", ()),
+    "GKN": ("GKN", ()),
+}
+
+
+def network_config(norm: str, device: torch.device, group: Group) -> CfgNode:
+    """The shipped COCO config of a norm, alike for all norms but for the norm.
+
+    Raises:
+        NotRun: if there is no network with this norm.
+    """
+    if norm not in _CONFIGS:
+        raise NotRun("only one layer is measured with it, not a network")
+    name, options = _CONFIGS[norm]
+    file = f"mask_rcnn_R50_C4_{name}.yaml"
+    if group.slim:
+        file = f"quick_schedules/mask_rcnn_R50_C4_{name}_instant_test.yaml"
+    cfg = get_config(file)
+    cfg.merge_from_list(
+        [
+            *("MODEL.DEVICE", str(device), "MODEL.WEIGHTS", ""),
+            # GroupNorm's weights have it otherwise, which changes the work of the convolutions.
+            *("MODEL.RESNETS.STRIDE_IN_1X1", True),
+            # So that frozen statistics do not overflow with random weights.
+            *("MODEL.PIXEL_STD", [57.375, 57.120, 58.395]),
+            # So that every step is the same.
+            *("SOLVER.BASE_LR", 0.0),
+            *options,
+        ]
+    )
+    if group.regions is not None:
+        cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = group.regions
+    return cfg
+
+
+def _images(group: Group, device: torch.device) -> Tensor:
+    images = torch.randn(group.shape, generator=torch.Generator().manual_seed(0))
+    return images.to(device).contiguous(memory_format=_memory_format(group))
+
+
+def _backbone(group: Group, norm: str, device: torch.device) -> nn.Module:
+    _check_sync_bn(norm, device)
+    torch.manual_seed(0)
+    backbone = build_backbone(network_config(norm, device, group))
+    return backbone.to(device).to(memory_format=_memory_format(group))
+
+
+def _build_backbone(group: Group, norm: str, device: torch.device) -> Candidate:
+    backbone = _backbone(group, norm, device).train()
+    images = _images(group, device)
+    function = torch.compile(backbone, fullgraph=True) if group.what == "compiled" else backbone
+    parameters = [p for p in backbone.parameters() if p.requires_grad]
+
+    def forward():
+        with _autocast(group, device):
+            return function(images)["res4"]
+
+    def backward(y):
+        return torch.autograd.grad(y, parameters, torch.ones_like(y), allow_unused=True)
+
+    constants = [*_constants(backbone), images]
+    return Candidate(forward, backward, constants, parameters=_count(backbone))
+
+
+def _build_evaluation(group: Group, norm: str, device: torch.device) -> Candidate:
+    backbone = _backbone(group, norm, device).eval()
+    images = _images(group, device)
+
+    def forward():
+        with torch.no_grad(), _autocast(group, device):
+            return backbone(images)
+
+    return Candidate(forward, parameters=_count(backbone))
+
+
+def _detector_inputs(shape, objects: int = 8) -> List[dict]:
+    """Noise with rectangles to be found, as detectron2's loaders give them."""
+    count, channels, height, width = shape
+    random = np.random.default_rng(0)
+    inputs = []
+    for _ in range(count):
+        size = random.uniform(0.1, 0.5, (objects, 2)) * (width, height)
+        corner = random.uniform(0, 1, (objects, 2)) * ((width, height) - size)
+        boxes = np.concatenate([corner, corner + size], axis=1)
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.from_numpy(boxes).float())
+        instances.gt_classes = torch.arange(objects) % 5
+        instances.gt_masks = PolygonMasks(
+            [[np.array([x0, y0, x1, y0, x1, y1, x0, y1])] for x0, y0, x1, y1 in boxes]
+        )
+        image = torch.from_numpy(random.integers(0, 256, (channels, height, width), np.uint8))
+        inputs.append(dict(image=image, instances=instances, height=height, width=width))
+    return inputs
+
+
+def _detector(group: Group, norm: str, device: torch.device):
+    _check_sync_bn(norm, device)
+    cfg = network_config(norm, device, group)
+    torch.manual_seed(0)
+    model = build_model(cfg).to(memory_format=_memory_format(group)).train()
+    # The anchors become the proposals, so that all norms have the same number of regions and masks.
+    head = model.proposal_generator.rpn_head
+    nn.init.zeros_(head.objectness_logits.weight)
+    nn.init.zeros_(head.anchor_deltas.weight)
+    return cfg, model
+
+
+def _build_step(group: Group, norm: str, device: torch.device) -> Candidate:
+    if norm == "KN-prediction":
+        return _predict(replace(group, shape=(0, *group.shape[1:])), "KN", device)
+    cfg, model = _detector(group, norm, device)
+    optimizer = build_optimizer(cfg, model)
+    inputs = _detector_inputs(group.shape)
+    scaler = None
+    if group.dtype == "float16":
+        if device.type == "cpu":
+            raise NotRun("float16 is trained with gradient scaling, which detectron2 has for GPUs")
+        scaler = torch.cuda.amp.GradScaler()
+
+    def forward():
+        torch.manual_seed(0)
+        with EventStorage(), _autocast(group, device):
+            return sum(model(inputs).values())
+
+    def backward(loss):
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def finish():
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Candidate(forward, backward, _constants(model), finish, _count(model))
+
+
+def _predict(group: Group, norm: str, device: torch.device) -> Candidate:
+    """All the predictions of a training step: the network on a batch of no images.
+
+    Its features are empty but have their height and width, which a sampled prediction takes. What
+    little is done on empty features is measured with it.
+    """
+    if norm not in ("KN", "KN-paper", "KN-paper-MC", "GKN"):
+        raise NotRun("it predicts nothing")
+    _, model = _detector(group, norm, device)
+    images = _images(group, device)
+    parameters = [
+        *(p for p in model.backbone.parameters() if p.requires_grad),
+        *model.roi_heads.res5.parameters(),
+    ]
+
+    def forward():
+        features = model.backbone(images)
+        (name,) = model.roi_heads.in_features
+        belief = Belief(*(features[key] for key in belief_keys(name)))
+        regions = features[name].new_zeros(0, belief.mean.shape[1], 14, 14)
+        result = model.roi_heads.res5(Feature(regions, belief))
+        return [features[name], result.value, *result.belief]
+
+    def backward(results):
+        ones = [torch.ones_like(v) for v in results]
+        return torch.autograd.grad(results, parameters, ones, allow_unused=True)
+
+    return Candidate(forward, backward, _constants(model))
+
+
+def _build_prediction(group: Group, name: str, device: torch.device) -> Candidate:
+    norm, _, size = name.partition("@")
+    return _predict(replace(group, shape=(0, 3, int(size), int(size))), norm, device)
+
+
+def _build_curve(group: Group, name: str, device: torch.device) -> Candidate:
+    """One prediction, through ReLU and convolution, or one layer on the same features."""
+    if name in ("KN", "BN"):
+        return _build_layer(group, name, device)
+    channels = group.shape[1]
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, channels, group.kernel, padding=group.kernel // 2, bias=False)
+    conv = conv.to(device)
+    transition = build_transition(name.lower().replace(" ", "_"))
+    x = torch.empty(group.shape, device=device)
+    belief = Belief(*(f(1, channels, device=device) for f in (torch.zeros, torch.ones)))
+    leaves = [conv.weight, *(v.requires_grad_() for v in belief)]
+
+    def forward():
+        return transition.conv(transition.relu(belief, x), conv)
+
+    def backward(prior):
+        return torch.autograd.grad(list(prior), leaves, [torch.ones_like(v) for v in prior])
+
+    return Candidate(forward, backward, [*leaves, x])
+
+
+_BUILDERS = {
+    "layer": _build_layer,
+    "backbone": _build_backbone,
+    "compiled": _build_backbone,
+    "evaluation": _build_evaluation,
+    "step": _build_step,
+    "prediction": _build_prediction,
+    "size": _build_curve,
+    "channels": _build_curve,
+}
+
+
+def build(group: Group, name: str, device: torch.device) -> Candidate:
+    """Builds a candidate of a group.
+
+    Raises:
+        NotRun: if it cannot be run, on this device or at all.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise NotRun("torch finds no GPU")
+    if name == "KN-prediction" and group.what != "step":
+        raise NotRun("it is measured beside a step")
+    return _BUILDERS[group.what](group, name, device)

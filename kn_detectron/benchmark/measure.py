@@ -1,0 +1,235 @@
+"""Times, memory and launches of the candidates of a group."""
+
+import contextlib
+import dataclasses
+import gc
+import math
+import re
+import time
+import traceback
+from typing import Callable, Dict, List, Tuple
+
+import numpy as np
+import torch
+from detectron2.utils import comm
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .candidates import Candidate, NotRun, build
+from .presets import Group
+
+__all__ = ["count_launches", "measure_group", "saved_bytes", "summarize"]
+
+
+# Operations that compute nothing, beside the views.
+_FREE = {
+    "aten::_unsafe_view",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::lift_fresh",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+}
+
+
+def _is_free(operation) -> bool:
+    schema = getattr(operation, "_schema", None)
+    if schema is None:
+        return False
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return is_view or schema.name in _FREE
+
+
+class _CountOperations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not _is_free(func)
+        return func(*args, **(kwargs or {}))
+
+
+# What torch's profiler calls the start of a kernel: CUDA's functions cudaLaunchKernel,
+# cudaLaunchKernelExC, cudaLaunchCooperativeKernel, cuLaunchKernel and so on.
+_LAUNCH = re.compile(r"cu(da)?Launch\w*Kernel")
+
+
+def count_launches(call: Callable[[], object], device: torch.device) -> Tuple[int, object]:
+    """Counts what a call starts on the device, and returns what the call does.
+
+    On a GPU: kernels, by torch's profiler. On a CPU: torch's operations that are neither views nor
+    allocations, each of which would be one kernel or more on a GPU.
+    """
+    if device.type == "cpu":
+        with _CountOperations() as counter:
+            result = call()
+        return counter.count, result
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        result = call()
+        torch.cuda.synchronize()
+    return sum(bool(_LAUNCH.match(event.name)) for event in profile.events()), result
+
+
+@contextlib.contextmanager
+def saved_bytes(constants: List[Tensor]):
+    """Counts the bytes that are saved for the backward by what runs inside.
+
+    Args:
+        constants: what is in memory anyway, such as parameters and inputs, and does not count.
+
+    Yields:
+        list: of one number, which grows. Tensors that share their memory count once.
+    """
+    # The storages themselves are kept, so that no address is given out a second time.
+    known = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in constants}
+    total = [0]
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known[storage.data_ptr()] = storage
+            total[0] += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield total
+
+
+def _count(candidate: Candidate, group: Group, device: torch.device) -> Dict:
+    """Launches and memory of one run."""
+    found = {"parameters": candidate.parameters, "launches": None, "peak_bytes": None}
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        candidate.run()
+        found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    # What runs compiled on a CPU is not made of torch's operations.
+    counts = device.type == "cuda" or group.what != "compiled"
+
+    def maybe_count(call):
+        return count_launches(call, device) if counts else (None, call())
+
+    with saved_bytes(candidate.constants) as saved:
+        forward, result = maybe_count(candidate.forward)
+    found["saved_bytes"] = saved[0]
+    backward = 0
+    if candidate.backward is not None:
+        backward, _ = maybe_count(lambda: candidate.backward(result))
+    candidate.finish()
+    if counts:
+        found["launches"] = {"forward": forward, "backward": backward}
+    return found
+
+
+def _seconds(candidate: Candidate, repeats: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        candidate.run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+# Parts of torch's messages where something does not exist on a device, or does not fit on it.
+_LACKS = re.compile(
+    r"not implemented|not supported|out of memory|can't allocate|no working|cannot find a working",
+    re.IGNORECASE,
+)
+
+
+def _is_lack(error: Exception, group: Group) -> bool:
+    if group.what == "compiled" and isinstance(error, torch._dynamo.exc.Unsupported):
+        return False  # a graph break
+    return isinstance(error, NotImplementedError) or bool(_LACKS.search(str(error)))
+
+
+def _prepare(group: Group, name: str, device: torch.device, warmup: int):
+    """Builds a candidate, warms it up and counts: (candidate or None, row, seconds of a run)."""
+    row = {"name": name, "status": "measured"}
+    candidate, seconds = None, 0.0
+    try:
+        candidate = build(group, name, device)
+        for _ in range(warmup):
+            seconds = _seconds(candidate, 1, device)
+        row.update(_count(candidate, group, device))
+    except NotRun as reason:
+        row.update(status="not run", reason=str(reason))
+    except (NotImplementedError, RuntimeError) as error:
+        # A whole run must not be lost to one candidate.
+        lacks = _is_lack(error, group)
+        reason = " ".join(str(error).split())[:300]
+        row.update(status="not run" if lacks else "failed", reason=reason)
+        if not lacks:
+            traceback.print_exc()
+    # Where there are several processes they must all do the same, or wait for ever.
+    others = [r for r in comm.all_gather(row) if r["status"] != "measured"]
+    if others and row["status"] == "measured":
+        row = {"name": name, "status": others[0]["status"], "reason": others[0]["reason"]}
+    return (candidate if row["status"] == "measured" else None), row, seconds
+
+
+def summarize(values: List[float]) -> Dict[str, float]:
+    """Median and quartiles of a list of numbers."""
+    q1, median, q3 = np.percentile(values, (25, 50, 75))
+    return {"median": float(median), "q1": float(q1), "q3": float(q3)}
+
+
+def measure_group(
+    group: Group, device: torch.device, warmup: int = 2, min_time: float = 0.02
+) -> Dict:
+    """Measures the candidates of a group side by side.
+
+    All are built, and each is run a few times and its launches and memory are counted. Then they
+    are timed in rounds: in each round all in turn, beginning with another one each time, so that
+    whatever drifts hits all alike. A ratio is taken within each round before the median is.
+
+    Args:
+        group: what to measure.
+        device: where.
+        warmup: runs before anything is measured, 1 or more.
+        min_time: seconds below which a run is repeated within a round.
+
+    Returns:
+        dict: the fields of the group, ``device``, and ``rows``: of each candidate ``name`` and
+        ``status``, "measured", "not run" or "failed". Where it was measured also ``seconds``
+        (median, q1, q3), ``seconds_by_round``, ``ratios`` (the same three by base), ``parameters``,
+        ``launches`` (forward, backward; None where they cannot be counted), ``saved_bytes`` (kept
+        for the backward) and ``peak_bytes`` (the most that a run allocated on a GPU beyond what
+        was there before it, which is weights and momentum; None on a CPU), else ``reason``.
+    """
+    rows, candidates, repeats = [], {}, {}
+    for name in group.candidates:
+        candidate, row, seconds = _prepare(group, name, device, warmup)
+        rows.append(row)
+        if candidate is not None:
+            candidates[name] = candidate
+            needed = max(1, math.ceil(min_time / max(seconds, 1e-6)))
+            repeats[name] = max(comm.all_gather(needed))
+    gc.collect()
+    times = {name: [] for name in candidates}
+    names = list(candidates)
+    for round_ in range(group.rounds):
+        start = round_ % max(len(names), 1)
+        for name in names[start:] + names[:start]:
+            times[name].append(_seconds(candidates[name], repeats[name], device))
+    for row in rows:
+        if row["status"] != "measured":
+            continue
+        own = times[row["name"]]
+        row["seconds"] = summarize(own)
+        row["seconds_by_round"] = own
+        row["ratios"] = {
+            base: summarize([a / b for a, b in zip(own, times[base])])
+            for base in group.bases
+            if base in times
+        }
+    candidates.clear()
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if group.what == "compiled":
+        torch._dynamo.reset()
+    return {**dataclasses.asdict(group), "device": device.type, "rows": rows}

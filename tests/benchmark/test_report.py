@@ -1,0 +1,104 @@
+import json
+from dataclasses import asdict
+
+import pytest
+from PIL import Image
+
+from kn_detectron.benchmark import (
+    Group,
+    describe_machine,
+    draw_bars,
+    draw_curves,
+    format_group,
+    write_json,
+)
+
+
+def row(name, seconds, ratio, **fields):
+    spread = {"median": ratio, "q1": ratio - 0.125, "q3": ratio + 0.25}
+    measured = dict(
+        name=name,
+        status="measured",
+        seconds={"median": seconds, "q1": seconds / 2, "q3": seconds * 2},
+        ratios={"BN": spread},
+        launches={"forward": 6, "backward": 10},
+        saved_bytes=3 * 2**20,
+        peak_bytes=None,
+    )
+    return {**measured, **fields}
+
+
+def result(group, rows, device="cpu"):
+    return {**asdict(group), "device": device, "rows": rows}
+
+
+def layer_result(device="cpu", **fields):
+    group = Group("layer", ("BN", "KN", "SyncBN"), ("BN",), (1, 64, 8, 9))
+    rows = [
+        row("BN", 0.002, 1.0, **fields),
+        row("KN", 0.003, 1.5, saved_bytes=6 * 2**20, **fields),
+        dict(name="SyncBN", status="not run", reason="no GPU"),
+    ]
+    return result(group, rows, device)
+
+
+def curve_results():
+    return [
+        result(
+            Group("size", ("closed form", "KN"), ("closed form",), (1, 4, 2, 2), at=at),
+            [row("closed form", 0.001, 1.0), row("KN", 1e-5 * at, 1.0)],
+        )
+        for at in (200, 400)
+    ]
+
+
+def test_table_has_times_ratios_memory_launches_and_what_was_not_run():
+    title, _, head, _, bn, kn, _, missing = format_group(layer_result()).splitlines()
+    assert title == "**layer: 1x64x8x9, float32, contiguous, cpu**"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, bn, kn)]
+    assert cells[0] == ["", "ms", "/ BN", "saved MiB", "operations"]
+    assert cells[1] == ["BN", "2 (1 to 4)", "1.000 (0.875 to 1.250)", "3 (1.000)", "6 + 10"]
+    assert cells[2] == ["KN", "3 (1.5 to 6)", "1.500 (1.375 to 1.750)", "6 (2.000)", "6 + 10"]
+    assert missing == "- SyncBN: not run: no GPU"
+    assert len({len(line) for line in (head, bn, kn)}) == 1
+
+
+def test_table_of_a_gpu_has_the_peak_and_kernels():
+    table = format_group(layer_result("cuda", peak_bytes=5 * 2**20, launches=None))
+    assert "| peak MiB  | launches |" in table and "saved" not in table
+    assert table.count("| 5 (1.000) | -        |") == 2
+
+
+def test_table_of_nothing_but_reasons():
+    group = layer_result()
+    group["rows"] = group["rows"][2:]
+    lines = format_group(group).splitlines()
+    assert lines[1:] == ["", "- SyncBN: not run: no GPU"]
+
+
+def test_json_is_whole_or_the_old_one(tmp_path):
+    path = tmp_path / "benchmark.json"
+    content = {"machine": describe_machine(), "groups": [layer_result()]}
+    write_json(content, str(path))
+    read = json.loads(path.read_text())
+    assert read["groups"][0]["rows"][1]["ratios"]["BN"]["median"] == 1.5
+    assert {"cpu", "threads", "torch", "detectron2", "gpu", "date"} <= set(read["machine"])
+    with pytest.raises(TypeError):
+        write_json({"groups": object()}, str(path))
+    assert json.loads(path.read_text()) == read
+    assert [p.name for p in tmp_path.iterdir()] == ["benchmark.json"]
+
+
+def test_pictures_are_drawn_where_there_is_something_to_draw(tmp_path):
+    bars, curves = str(tmp_path / "ratios.png"), str(tmp_path / "curves.png")
+    assert draw_bars([layer_result(), layer_result(), *curve_results()], bars)
+    assert draw_curves([layer_result(), *curve_results()], curves)
+    for path in (bars, curves):
+        with Image.open(path) as picture:
+            assert min(picture.size) > 200
+    nothing = layer_result()
+    nothing["rows"] = nothing["rows"][2:]
+    assert not draw_bars([nothing, *curve_results()], str(tmp_path / "a.png"))
+    unmeasured = {**curve_results()[0], "rows": nothing["rows"]}
+    assert not draw_curves([nothing, unmeasured], str(tmp_path / "b.png"))
+    assert len(list(tmp_path.iterdir())) == 2
