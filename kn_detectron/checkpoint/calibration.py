@@ -3,11 +3,13 @@
 A network that was trained with BatchNorm knows the mean and variance of every feature: they are its
 running statistics. The network variant's process model has two numbers per channel, just enough to
 correct each prior to them. Since those priors depend on parameters only, one pass over the weights
-does it, without data.
+does it, without data. The paper's process model, which only widens a prior, cannot do that.
 """
 
+import contextlib
 import dataclasses
-from typing import Dict
+import math
+from typing import Callable, Dict, Iterable, List, Optional
 
 import torch
 from torch import nn
@@ -17,22 +19,22 @@ from ..layers import Belief, ClosedFormTransition, KalmanNorm2d, kalman_layers
 from ..modeling import Feature, KNRes5ROIHeads, KNResNet
 from ..modeling.resnet import belief_keys
 
-__all__ = ["calibrate", "can_be_calibrated"]
+__all__ = ["calibrate", "fit_process_noise", "is_exact"]
 
 # Where nothing varies, in the prediction or in the checkpoint, the exact corrections are infinite.
 _LARGEST_OFFSET = 1e6
 _LARGEST_LOG_SCALE = 50.0
 
-
-def can_be_calibrated(model: nn.Module) -> bool:
-    """Whether the model has Kalman layers, all with moving statistics and a process model for them."""
-    layers = kalman_layers(model).values()
-    return bool(layers) and all(_is_fit(layer) for layer in layers)
+# Of the paper variant: the smallest R, at which layers start anyway, and a gain near BatchNorm.
+_LEAST_NOISE = math.log1p(math.exp(-5.0))
+_SAFE_GAIN = 0.9
 
 
-def _is_fit(layer: nn.Module) -> bool:
+def is_exact(layer: nn.Module) -> bool:
+    """Whether the process model of a layer can make its prior equal to its running statistics."""
     return (
         isinstance(layer, KalmanNorm2d)
+        and not layer.is_head
         and layer.variant == "network"
         and layer.has_process_model
         and layer.track_running_stats
@@ -40,8 +42,8 @@ def _is_fit(layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module) -> Dict[str, float]:
-    """Sets b and r of every KN layer of a detector or backbone so that its prior is its statistics.
+def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[str, float]:
+    """Sets b and r of the KN layers of a detector or backbone so that the prior is the statistics.
 
     For a prediction (m, v) and running statistics (mu, var) the process model becomes (ours)::
 
@@ -55,6 +57,7 @@ def calibrate(model: nn.Module) -> Dict[str, float]:
         model: holds :class:`~kn_detectron.modeling.KNResNet`, and maybe C4 heads, of the network
             variant with a process model. Predictions are made in closed form, also where the model
             samples them.
+        names: the layers to set, all if None. Those of others stay as they are.
 
     Returns:
         dict: by layer, the largest change of log variance or mean (in deviations) that was made.
@@ -62,9 +65,9 @@ def calibrate(model: nn.Module) -> Dict[str, float]:
     Raises:
         InputError: if a layer has no process model that could be set.
     """
-    layers = kalman_layers(model)
+    layers = _chosen(model, names)
     for name, layer in layers.items():
-        if not _is_fit(layer):
+        if not is_exact(layer):
             raise InputError(
                 f"{name} cannot be calibrated, for which it takes moving statistics and a process "
                 'model that can express them: set MODEL.RESNETS.NORM "KN", MODEL.KN.VARIANT '
@@ -72,35 +75,116 @@ def calibrate(model: nn.Module) -> Dict[str, float]:
             )
     changes = {}
 
-    def fit(name):
-        def hook(module, args, kwargs):
-            changes[name] = _fit(module, kwargs["prior"])
+    def fit(name, layer, prior):
+        changes[name] = _fit(layer, prior)
 
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(fit(name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    modes = [(module, module.training) for module in model.modules()]
-    chains = [(module, module.chain) for module in model.modules() if hasattr(module, "chain")]
-    try:
-        model.train()
-        for module, chain in chains:  # sampled priors would put their noise into b and r
-            module.chain = dataclasses.replace(chain, transition=ClosedFormTransition())
+    with _on_priors(layers, fit):
         _pass_beliefs(model)
+    return changes
+
+
+@torch.no_grad()
+def fit_process_noise(model: nn.Module, names: Optional[Iterable[str]] = None) -> int:
+    """Makes the best of BatchNorm weights in KN layers of the paper variant, which is not much.
+
+    Their prior is a prediction about un-normalised features, and R can only widen it: it becomes
+    max(var - v, softplus(-5)), so that no prior is narrower than the running variance, with each
+    prediction v made from the running statistics of the layer below. Its mean stays wrong, and so
+    does a variance that is too large. A learned gain is therefore raised to 0.9, where the
+    measurement prevails; a fixed gain is a decision and is left alone.
+
+    That is far from exact. On the slim ResNet-50 of the tests, two images of 96 pixels in training,
+    the res4 features differ from those of the frozen network by 0.80 of their norm (2-norm), where
+    live BatchNorm differs by 0.90 and the calibrated network variant by 0.23 at gain 0.02 and by
+    6e-6 at gain 0. Without the raised gain, at 0.1, it would be 1.03.
+
+    Args:
+        model: as for :func:`calibrate`, of the paper variant.
+        names: the layers to set, all if None.
+
+    Returns:
+        int: how many gains were raised.
+
+    Raises:
+        InputError: if a layer is not of the paper variant with moving statistics.
+    """
+    layers = _chosen(model, names)
+    for name, layer in layers.items():
+        if not _is_paper(layer):
+            raise InputError(
+                f"{name} is not a layer of the paper variant with moving statistics, whose process "
+                'noise could be set: set MODEL.RESNETS.NORM "KN" and MODEL.KN.VARIANT "paper"'
+            )
+    with _on_priors(layers, _fit_noise), _passing_on_running_statistics(model):
+        _pass_beliefs(model)
+    return sum(_raise_gain(layer) for layer in layers.values())
+
+
+def _is_paper(layer: nn.Module) -> bool:
+    return (
+        isinstance(layer, KalmanNorm2d) and layer.variant == "paper" and layer.track_running_stats
+    )
+
+
+def _chosen(model: nn.Module, names: Optional[Iterable[str]]) -> Dict[str, nn.Module]:
+    layers = kalman_layers(model)
+    return layers if names is None else {name: layers[name] for name in names}
+
+
+@contextlib.contextmanager
+def _on_priors(layers: Dict[str, nn.Module], action: Callable):
+    """Calls ``action(name, layer, prior)`` whenever one of the layers is given its prior."""
+
+    def hook_of(name):
+        return lambda layer, args, kwargs: action(name, layer, kwargs["prior"])
+
+    with _removing() as handles:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True))
+        yield
+
+
+@contextlib.contextmanager
+def _passing_on_running_statistics(model: nn.Module):
+    """Has the layers of the paper variant pass on their running statistics as their belief."""
+
+    def replace(layer, args, output):
+        return output[0], Belief(layer.running_mean[None], layer.running_var[None])
+
+    with _removing() as handles:
+        for layer in model.modules():
+            if _is_paper(layer):
+                handles.append(layer.register_forward_hook(replace))
+        yield
+
+
+@contextlib.contextmanager
+def _removing():
+    handles: List = []
+    try:
+        yield handles
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
-        for module, chain in chains:
-            module.chain = chain
-    return changes
 
 
 def _pass_beliefs(model: nn.Module) -> None:
     """Runs the chains on batches of no images, which carry beliefs and change no statistic."""
+    modes = [(module, module.training) for module in model.modules()]
+    chains = [(module, module.chain) for module in model.modules() if hasattr(module, "chain")]
+    try:
+        model.train()
+        for module, chain in chains:  # sampled priors would bring their noise in
+            module.chain = dataclasses.replace(chain, transition=ClosedFormTransition())
+        _run_chains(model)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, chain in chains:
+            module.chain = chain
+
+
+def _run_chains(model: nn.Module) -> None:
     beliefs = {}
     for module in model.modules():
         if isinstance(module, KNResNet):
@@ -121,3 +205,18 @@ def _fit(layer: KalmanNorm2d, prior: Belief) -> float:
     layer.mean_offset.copy_(offset.clamp(-_LARGEST_OFFSET, _LARGEST_OFFSET))
     layer.log_var_scale.copy_(log_scale.clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE))
     return max(layer.mean_offset.abs().max().item(), layer.log_var_scale.abs().max().item())
+
+
+def _fit_noise(name: str, layer: KalmanNorm2d, prior: Belief) -> None:
+    if not layer.has_process_model:
+        return
+    noise = (layer.running_var - prior.var[0].to(layer.running_var.dtype)).clamp_min(_LEAST_NOISE)
+    # softplus reversed, in the form that does not overflow.
+    layer.process_noise.copy_(noise + torch.log(-torch.expm1(-noise)))
+
+
+def _raise_gain(layer: KalmanNorm2d) -> bool:
+    if not isinstance(layer.gain_logit, nn.Parameter) or layer.gain_logit.sigmoid() >= _SAFE_GAIN:
+        return False
+    layer.gain_logit.fill_(math.log(_SAFE_GAIN / (1.0 - _SAFE_GAIN)))
+    return True

@@ -5,14 +5,12 @@ import os
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ..errors import InputError
-from ..layers import KN_STATE
-from .calibration import calibrate, can_be_calibrated
-from .files import atomic_write, check_pickle, read_torch_file, remove_partial_files
-from .matching import check_tensors, essential_names, match
+from .conventions import CHECKPOINT_KEY, Conventions, differences
+from .files import atomic_write, explained_write_errors, fetch, remove_partial_files
+from .loading import load_weights
+from .sources import read_weights
 
 __all__ = ["KNCheckpointer"]
 
@@ -25,11 +23,13 @@ class KNCheckpointer(DetectionCheckpointer):
     A checkpoint appears under its name when it is complete, and ``last_checkpoint`` names it only
     then, so that a killed run goes on from the last whole one.
 
-    A checkpoint to start from must have the whole ResNet. When it is of BatchNorm, what Kalman
-    Normalization adds is fitted to it (:func:`~kn_detectron.checkpoint.calibrate`); what has another shape, like the
-    predictors of another number of classes, is left as initialised with a warning. To go on from a
-    checkpoint or to evaluate it, everything must match. A file that does not give that leaves the
-    model as it was and raises :class:`~kn_detectron.InputError`.
+    A checkpoint to start from may be of any kind that :func:`~kn_detectron.checkpoint.read_weights`
+    knows, and must have the whole ResNet. When it is of BatchNorm, what Kalman Normalization adds
+    is fitted to it (:func:`~kn_detectron.checkpoint.calibrate`); what has another shape, like the
+    predictors of another number of classes, is left as initialised with a warning; so is said where
+    the config has other pixels or strides than the weights presuppose. To go on from a checkpoint
+    or to evaluate it, everything must match. A file that does not give that leaves the model as it
+    was and raises :class:`~kn_detectron.InputError`.
 
     Attributes:
         saved_iteration (int or None): iteration of the checkpoint that was saved last, if given.
@@ -46,6 +46,7 @@ class KNCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.saved_iteration = None
         self._source = None
+        self._weights = None
         self._strict = False
         self._wanted = ()
 
@@ -69,22 +70,17 @@ class KNCheckpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict()}
         data.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
         data.update(kwargs)
+        conventions = Conventions.of_model(self.model)
+        if conventions.known:
+            data[CHECKPOINT_KEY] = conventions.to_dict()
         basename = f"{name}.pth"
         path = os.path.join(self.save_dir, basename)
         _logger.info("Saving checkpoint to %s", path)
-        try:
+        advice = "make room or make OUTPUT_DIR writable, then run the same command with --resume."
+        with explained_write_errors(path, advice):
             with atomic_write(path) as file:
                 torch.save(data, file)
             self.tag_last_checkpoint(basename)
-        except (OSError, RuntimeError) as error:
-            # torch, which cannot finish its archive, hides the file's error behind its own.
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            raise InputError(
-                f"{path} cannot be written ({cause.strerror}): make room or make OUTPUT_DIR "
-                "writable, then run the same command with --resume."
-            ) from error
         self.saved_iteration = kwargs.get("iteration")
 
     def tag_last_checkpoint(self, last_filename_basename):
@@ -135,119 +131,39 @@ class KNCheckpointer(DetectionCheckpointer):
         self.load(path, checkpointables=[], strict=True)
 
     def _local_file(self, path):
-        if "://" in path:
-            try:
-                local = self.path_manager.get_local_path(path)
-            except Exception as error:  # each of iopath's handlers raises what its library does
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise InputError(
-                    f"MODEL.WEIGHTS {path} cannot be downloaded ({reason}): give a local file "
-                    'instead, or MODEL.WEIGHTS "" to train from scratch.'
-                ) from error
-            if os.path.isfile(local):
-                return local
-        elif os.path.isfile(path):
-            return path
         tag = os.path.join(self.save_dir, "last_checkpoint")
-        if self.has_checkpoint() and path == self.get_checkpoint_file():
+        is_last = self.has_checkpoint() and path == self.get_checkpoint_file()
+        if is_last and not os.path.isfile(path):
             raise InputError(
                 f"{path} does not exist although {tag} names it as the last checkpoint: put it "
                 f"back, or put the name of another checkpoint into {tag}."
             )
-        raise InputError(
-            f"MODEL.WEIGHTS {path} does not exist: give the path of a checkpoint, or "
-            'MODEL.WEIGHTS "" to train from scratch.'
-        )
+        try:
+            return fetch(path)
+        except InputError as error:
+            raise InputError(
+                f'MODEL.WEIGHTS {error}, or MODEL.WEIGHTS "" to train from scratch.'
+            ) from error
 
     def _load_file(self, filename):
-        if filename.endswith((".pkl", ".pyth")):
-            if filename.endswith(".pkl"):
-                check_pickle(filename)
-            return super()._load_file(filename)
-        content = read_torch_file(filename)
-        return content if "model" in content else {"model": content}
+        self._weights = read_weights(filename)
+        return {**self._weights.rest, "model": self._weights.state}
 
     def _load_model(self, checkpoint):
+        weights, self._weights = self._weights, None  # a large thing, and of no use after this
         lacking = [key for key in self._wanted if key not in checkpoint]
         if lacking:
             raise InputError(
                 f"{self._source} has weights but no state of a training run ({lacking[0]} is "
                 "missing): to start from it, give it as MODEL.WEIGHTS without --resume."
             )
-        state = checkpoint["model"]
-        check_tensors(state, self._source)
-        self._convert_ndarray_to_tensor(state)
-        consume_prefix_in_state_dict_if_present(state, "module.")
-        model_state = self.model.state_dict()
-        if checkpoint.get("matching_heuristics", False):
-            state = self._align(model_state, state, checkpoint.get("__author__") == "Caffe2")
-        found = match(model_state, state)
-        self._check(found)
-        for name, _, _ in found.misshapen:
-            state.pop(name, None)
-        incompatible = super()._load_model({"model": state})
-        self._report(found)
-        if any(name.rpartition(".")[2] in KN_STATE for name in found.missing):
-            self._calibrate()
-        return incompatible
-
-    def _calibrate(self):
-        """Fits the priors to a checkpoint that knows the statistics but nothing of priors."""
-        if can_be_calibrated(self.model):
-            changes = calibrate(self.model)
-            _logger.info(
-                "The priors of %d Kalman layers were set to the running statistics of the "
-                "checkpoint.",
-                len(changes),
-            )
-        else:
+        load_weights(self.model, weights, self._source, strict=self._strict)
+        clauses = differences(weights.conventions, Conventions.of_model(self.model))
+        if clauses:
             _logger.warning(
-                "The priors of the Kalman layers do not fit the weights of %s, which were not "
-                "trained with them: MODEL.KN.GAIN should be near 1 at first. (Those of "
-                'MODEL.RESNETS.NORM "KN" with MODEL.KN.VARIANT "network" would be fitted.)',
+                "%s was trained with %s: set these keys to what it was trained with, or its "
+                "features will not be what they were.",
                 self._source,
+                ", ".join(clauses),
             )
-
-    def _align(self, model_state, state, from_caffe2):
-        try:
-            return align_and_update_state_dicts(model_state, state, c2_conversion=from_caffe2)
-        except ValueError as error:
-            raise InputError(
-                f"{self._source} does not fit the model ({error}): give weights of the same "
-                "architecture in MODEL.WEIGHTS."
-            ) from error
-
-    def _check(self, found):
-        if self._strict and (found.missing or found.misshapen or found.unused):
-            raise InputError(
-                f"{self._source} is not a checkpoint of this model ({found}): use the config that "
-                "it was trained with, or give it as MODEL.WEIGHTS of a new training."
-            )
-        essential = found.only(essential_names(self.model))
-        if essential.missing or essential.misshapen or not found.matched:
-            shown = essential if essential.missing or essential.misshapen else found
-            raise InputError(
-                f"{self._source} is of another architecture than the model's backbone ({shown}): "
-                "give weights of the same architecture in MODEL.WEIGHTS, set MODEL.BACKBONE and "
-                'MODEL.RESNETS to theirs, or MODEL.WEIGHTS "" to train from scratch.'
-            )
-
-    def _report(self, found):
-        of_kn = sum(name.rpartition(".")[2] in KN_STATE for name in found.missing)
-        _logger.info(
-            "Loaded %d tensors from %s; %d of the model keep their initial values, %d of them of "
-            "Kalman Normalization; %d of the file are not used.",
-            len(found.matched),
-            self._source,
-            len(found.missing) + len(found.misshapen),
-            of_kn,
-            len(found.unused),
-        )
-        if found.misshapen:
-            _logger.warning(
-                "%d tensors of %s have another shape than in the model, as with another number of "
-                "classes, and keep their initial values: %s.",
-                len(found.misshapen),
-                self._source,
-                ", ".join(name for name, _, _ in found.misshapen),
-            )
+        # Nothing is returned, for it would be reported once more.

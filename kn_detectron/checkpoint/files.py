@@ -1,30 +1,16 @@
-"""Files that are whole or not there, and reading those that others wrote without trusting them."""
+"""Files that are whole or not there, and files of others on this machine."""
 
 import contextlib
 import glob
 import os
-import pickle
-import zipfile
 
-import torch
+from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError
 
-__all__ = ["atomic_write", "check_pickle", "read_torch_file", "remove_partial_files"]
+__all__ = ["atomic_write", "explained_write_errors", "fetch", "remove_partial_files"]
 
 _PARTIAL = ".partial"
-
-# What numpy needs to unpickle plain arrays, under its old and its new module names.
-_NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
-_HARMLESS = {
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-    *((module, name) for module in _NUMPY_MODULES for name in ("_reconstruct", "scalar")),
-}
 
 
 @contextlib.contextmanager
@@ -62,80 +48,48 @@ def remove_partial_files(folder):
             os.unlink(path)
 
 
-def read_torch_file(path):
-    """Reads a file of `torch.save` that holds nothing but tensors and plain containers.
+@contextlib.contextmanager
+def explained_write_errors(path, advice):
+    """Makes one sentence of what keeps a file from being written.
 
     Args:
-        path (str): local file.
+        path (str): of the file, to be named.
+        advice (str): what to do; it ends the sentence.
+
+    Raises:
+        InputError: the folder cannot be written to, or the disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch, which cannot finish its archive, hides the file's error behind its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"{path} cannot be written ({cause.strerror}): {advice}") from error
+
+
+def fetch(path):
+    """Brings a file to this machine, if it is not there.
+
+    Args:
+        path (str): local file, or an address that detectron2's path manager knows.
 
     Returns:
-        dict
+        str: local file.
 
     Raises:
-        InputError: the file is damaged, something else, or would run code.
+        InputError: there is none, or it cannot be downloaded.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports bytes it cannot read with nearly every type
-        raise InputError(_unreadable(path, error)) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path} is not a checkpoint: it holds a {type(content).__name__} where a dict of "
-            "tensors was expected; give the file that a training run wrote."
-        )
-    return content
-
-
-def _unreadable(path, error):
-    if zipfile.is_zipfile(path):
-        if isinstance(error, pickle.UnpicklingError):
-            return (
-                f"{path} holds more than tensors and plain containers, which could run code when "
-                "read: load it where you trust it and save only its state_dict with torch.save."
-            )
-        return f"{path} is damaged: write it or copy it again, or use another checkpoint."
-    with open(path, "rb") as file:
-        start = file.read(4)
-    # The directory of a zip archive is at its end, so a truncated one has only the beginning.
-    if start in (b"", b"PK\x03\x04"):
-        return (
-            f"{path} is truncated: copy it again, or use another checkpoint (to resume from "
-            "another one, put its name into the file last_checkpoint beside it)."
-        )
-    return (
-        f"{path} is not a checkpoint: a file written by torch.save was expected; "
-        "give the file that a training run wrote."
-    )
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads containers and numpy arrays, and runs nothing else."""
-
-    def find_class(self, module, name):
-        if (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
-        return super().find_class(module, name)
-
-
-def check_pickle(path):
-    """Reads a pickle and drops it, to know that detectron2 may.
-
-    Args:
-        path (str): local file.
-
-    Raises:
-        InputError: it does not hold a dict, or something other than numpy arrays and containers.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # pickle reports bytes it cannot read with nearly every type
-        raise InputError(
-            f"{path} is not a checkpoint ({error}): a pickled dict of numpy arrays was expected; "
-            "copy it again, or save tensors with torch.save as .pth."
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path} is not a checkpoint: it holds a {type(content).__name__} where a dict of "
-            "numpy arrays was expected; give a file of detectron2's model zoo or a .pth."
-        )
+    local = path
+    if "://" in path:
+        try:
+            local = PathManager.get_local_path(path)
+        except Exception as error:  # each of iopath's handlers raises what its library does
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                f"{path} cannot be downloaded ({reason}): give a local file instead"
+            ) from error
+    if not os.path.isfile(local):
+        raise InputError(f"{path} does not exist: give the path of a checkpoint")
+    return local

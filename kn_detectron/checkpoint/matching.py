@@ -3,21 +3,24 @@
 import dataclasses
 import re
 
-import numpy as np
-import torch
 from detectron2.layers import FrozenBatchNorm2d
 
-from ..errors import InputError
 from ..layers import KN_STATE
 
-__all__ = ["Match", "check_tensors", "essential_names", "match"]
+__all__ = ["Match", "RESNET_STAGE", "essential_names", "extra_layers", "leaf", "match"]
 
 # What detectron2's ResNets, and res5 in C4 heads, call their parts.
-_RESNET = re.compile(r"(^|\.)(stem|res[2-5])\.")
+RESNET_STAGE = re.compile(r"(?:^|\.)(stem|res[2-5])\.")
 # Counters and constants: older and newer versions of torch and detectron2 differ in having them.
 _INDIFFERENT = re.compile(
     r"\.num_batches_tracked$|anchor_generator\.cell_anchors\.|^pixel_(mean|std)$"
 )
+STATISTICS = ("running_mean", "running_var")
+
+
+def leaf(name):
+    """The last part of a tensor's name."""
+    return name.rpartition(".")[2]
 
 
 @dataclasses.dataclass
@@ -99,65 +102,44 @@ def _suffix_in(name, state):
     return next((c for c in candidates if c in state), None)
 
 
-def essential_names(model):
+def essential_names(model, with_statistics):
     """The names of the tensors that an initialising checkpoint must have: those of the ResNet.
 
-    Not what Kalman Normalization adds, which no BatchNorm checkpoint has; nor the statistics of
-    frozen norms, which weights with folded statistics lack and detectron2 then sets to 0 and 1.
+    Not what Kalman Normalization adds, which no BatchNorm checkpoint has.
+
+    Args:
+        model (nn.Module): detector or backbone.
+        with_statistics (bool): whether the checkpoint has running statistics. Where BatchNorm was
+            folded into scale and shift there are none, and frozen norms do not need them: 0 and 1,
+            as detectron2 sets them.
     """
-    folded = {
-        f"{name}.{statistic}"
-        for name, module in model.named_modules()
-        if isinstance(module, FrozenBatchNorm2d)
-        for statistic in ("running_mean", "running_var")
-    }
+    exempt = set()
+    if not with_statistics:
+        exempt = {
+            f"{name}.{statistic}"
+            for name, module in model.named_modules()
+            if isinstance(module, FrozenBatchNorm2d)
+            for statistic in STATISTICS
+        }
     return {
         name
         for name in model.state_dict()
-        if _RESNET.search(name)
+        if RESNET_STAGE.search(name)
         and not _INDIFFERENT.search(name)
-        and name.rpartition(".")[2] not in KN_STATE
-        and name not in folded
+        and leaf(name) not in KN_STATE
+        and name not in exempt
     }
 
 
-def check_tensors(state, source):
-    """Checks that a checkpoint's "model" is a dict of finite tensors or arrays.
+def extra_layers(found, state, model_state):
+    """The filters of a checkpoint that stand in stages which the model has, but not in the model.
+
+    Such a checkpoint is of a deeper network, or one with further parts.
 
     Args:
-        state: what the checkpoint holds under "model".
-        source (str): how to call the checkpoint.
-
-    Raises:
-        InputError: it is not.
+        found (Match): of the two.
+        state, model_state (dict[str, Tensor]): the checkpoint's and the model's.
     """
-    if not isinstance(state, dict) or not state:
-        raise InputError(
-            f"{source} is not a checkpoint of a model: a dict of tensors was expected, or one that "
-            'has it under "model"; give the file that a training run wrote.'
-        )
-    broken = []
-    for name, value in state.items():
-        if not isinstance(name, str) or not _is_numeric(value):
-            raise InputError(
-                f"{source} is not a checkpoint of a model: its entry {name!r} is of type "
-                f"{type(value).__name__} where a tensor was expected; give the file that a "
-                "training run wrote."
-            )
-        of = torch if isinstance(value, torch.Tensor) else np
-        # A gain fixed to 0 or 1 has an infinite logit.
-        fixed_gain = name.rpartition(".")[2] == "gain_logit"
-        if not (~of.isnan(value) if fixed_gain else of.isfinite(value)).all():
-            broken.append(name)
-    if broken:
-        raise InputError(
-            f"{source} has values that are not finite in {len(broken)} of {len(state)} tensors, "
-            f"the first {broken[0]}, as a diverged training leaves them: use a checkpoint from "
-            "before, with a lower SOLVER.BASE_LR."
-        )
-
-
-def _is_numeric(value):
-    if isinstance(value, np.ndarray):
-        return value.dtype.kind in "biuf"
-    return isinstance(value, torch.Tensor)
+    stages = {part[1] for part in map(RESNET_STAGE.search, model_state) if part}
+    places = {name: RESNET_STAGE.search(name) for name in found.unused if name in state}
+    return [n for n, part in places.items() if part and part[1] in stages and state[n].dim() == 4]

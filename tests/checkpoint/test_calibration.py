@@ -2,60 +2,162 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
 
 from kn_detectron import InputError
-from kn_detectron.checkpoint import KNCheckpointer, calibrate
+from kn_detectron.checkpoint import calibrate, fit_process_noise
 from kn_detectron.layers import kalman_layers, set_gain_scale
 
-from ..models import build_backbone, build_rcnn, images, randomize, rcnn_cfg, resnet_cfg
+from ..models import build_backbone, build_rcnn, images, rcnn_cfg, resnet_cfg
+from .networks import scenes, trained_batch_norm
 
 
-def trained_batch_norm(**options):
-    """A Mask R-CNN with BatchNorm whose statistics are those of its features."""
-    model = randomize(build_rcnn(rcnn_cfg("BN", **options)))
-    with torch.no_grad():
-        for seed in range(20):
-            features = model.backbone(images(4, 96, seed))["res4"]
-            model.roi_heads.res5(features[:, :, :2, :2].repeat(1, 1, 7, 7))
+def calibrated(gain=0.1, **options):
+    """The trained network with calibrated KN."""
+    model = trained_batch_norm("KN", MODEL__KN__GAIN=gain, **options)
+    calibrate(model)
     return model
+
+
+def at_gain_0(**options):
+    model = calibrated(**options)
+    set_gain_scale(model, 0.0)
+    return model
+
+
+def relative_error(got, want):
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+# At gain 0: the network with frozen BatchNorm, in training.
 
 
 @pytest.mark.parametrize("freeze_at", [0, 2])
 @pytest.mark.parametrize("batch", [1, 2, 16])
-def test_at_gain_0_it_is_the_frozen_network_in_training(freeze_at, batch):
-    frozen = trained_batch_norm(MODEL__BACKBONE__FREEZE_AT=freeze_at)
-    model = build_rcnn(rcnn_cfg("KN", MODEL__BACKBONE__FREEZE_AT=freeze_at))
-    model.load_state_dict(frozen.state_dict())
+def test_features_at_gain_0_are_the_frozen_networks(freeze_at, batch):
+    frozen = trained_batch_norm("FrozenBN")
+    model = trained_batch_norm("KN", MODEL__BACKBONE__FREEZE_AT=freeze_at)
     assert set(calibrate(model)) == set(kalman_layers(model))
     set_gain_scale(model, 0.0)
-    x = images(batch, 96, seed=99)
+    x = frozen.preprocess_image(scenes(batch, seed=99)).tensor
     with torch.no_grad():
-        want = frozen.eval().backbone(x)["res4"]
+        want = frozen.backbone(x)["res4"]
         features = model.train().backbone(x)
-        assert (features["res4"] - want).abs().max() <= 1e-4 * want.abs().max()
+        assert relative_error(features["res4"], want) <= 1e-4
         boxes = [Boxes(torch.tensor([[10.0, 10.0, 70.0, 80.0]]))] * batch
         want = frozen.roi_heads._shared_roi_transform([want], boxes)
         got = model.roi_heads._with_beliefs(features)
         got = model.roi_heads._shared_roi_transform([got["res4"]], boxes)
-    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+    assert relative_error(got, want) <= 1e-4
 
 
-def test_priors_follow_the_filters():
-    model = build_rcnn(rcnn_cfg("KN"))
-    model.load_state_dict(trained_batch_norm().state_dict())
-    calibrate(model)
-    set_gain_scale(model, 0.0)
+def first_losses(model, inputs):
+    """The losses of a training step, whose choice of proposals is seeded."""
+    torch.manual_seed(7)
+    with EventStorage(), torch.no_grad():
+        return {name: loss.item() for name, loss in model.train()(inputs).items()}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_losses_and_detections_at_gain_0_are_the_frozen_networks(batch):
+    frozen, model = trained_batch_norm("FrozenBN"), at_gain_0()
+    inputs = scenes(batch, seed=77)
+    want = first_losses(frozen, inputs)
+    assert first_losses(model, inputs) == pytest.approx(want, rel=1e-4)
+    # Detections, with the layers computing what they compute in training.
+    frozen.eval()
+    model.eval()
+    model.backbone.train()
+    model.roi_heads.res5.train()
     with torch.no_grad():
-        want = model.backbone(images())["res4"]
-        model.backbone.res3[1].conv2.weight.mul_(3.0)
-        got = model.backbone(images())["res4"]
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+        want = frozen.inference(inputs, do_postprocess=False)
+        got = model.inference(inputs, do_postprocess=False)
+    assert sum(len(one) for one in want) > 5 * batch
+    for one, other in zip(got, want):
+        assert torch.equal(one.pred_classes, other.pred_classes)
+        for field in ("scores", "pred_masks"):
+            torch.testing.assert_close(one.get(field), other.get(field), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            one.pred_boxes.tensor, other.pred_boxes.tensor, rtol=0, atol=1e-4 * 96
+        )
+
+
+# At the gains of the configs.
+
+
+def test_first_losses_are_close_to_the_frozen_networks():
+    # All anchors and proposals count, so that none is drawn.
+    all_of_them = dict(
+        MODEL__RPN__BATCH_SIZE_PER_IMAGE=4096,
+        MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE=64,
+        MODEL__ROI_HEADS__POSITIVE_FRACTION=1.0,
+    )
+    batches = [scenes(2, seed=400 + i) for i in range(6)]
+
+    def total_losses(model):
+        return torch.tensor([sum(first_losses(model, inputs).values()) for inputs in batches])
+
+    want = total_losses(trained_batch_norm("FrozenBN", **all_of_them))
+    error = {
+        name: ((total_losses(model) - want).abs().mean() / want.mean()).item()
+        for name, model in {
+            "live": trained_batch_norm("BN", **all_of_them),
+            0.1: calibrated(0.1, **all_of_them),
+            0.02: calibrated(0.02, **all_of_them),
+            "uncalibrated": trained_batch_norm("KN", MODEL__KN__GAIN=0.02, **all_of_them),
+        }.items()
+    }
+    assert error[0.02] < 0.03
+    assert error[0.02] < error["live"] / 2
+    assert error[0.1] < error["live"]
+    assert error[0.02] < error["uncalibrated"] / 10
+
+
+# While it is fine-tuned.
+
+
+def test_priors_follow_a_filter_and_frozen_statistics_do_not():
+    frozen, model = trained_batch_norm("FrozenBN"), at_gain_0()
+    x = frozen.preprocess_image(scenes(2, seed=5)).tensor
+    changes = {}
+    for name, one in (("frozen", frozen), ("KN", model)):
+        with torch.no_grad():
+            before = one.train().backbone(x)["res4"]
+            one.backbone.res3[1].conv2.weight.mul_(3.0)
+            changes[name] = relative_error(one.backbone(x)["res4"], before)
+    assert changes["KN"] < 1e-3 and changes["frozen"] > 0.1
+    norms = [one.backbone.res3[1].conv2.norm for one in (model, frozen)]
+    torch.testing.assert_close(norms[0].running_mean, 3 * norms[1].running_mean)
+    torch.testing.assert_close(norms[0].running_var, 9 * norms[1].running_var)
+
+
+def test_priors_follow_a_step_of_the_optimiser():
+    """After one step that scales every filter, all else being equal."""
+    model = at_gain_0()
+    x = model.preprocess_image(scenes(2, seed=5)).tensor
+    filters = [m.weight for m in model.backbone.modules() if isinstance(m, torch.nn.Conv2d)]
+    before = model.train().backbone(x)["res4"]
+    statistics = copy.deepcopy(model.backbone.res4[2].conv2.norm.running_var)
+    optimiser = torch.optim.SGD(filters, lr=1.0)
+    for weight in filters:
+        weight.grad = -2.0 * weight.detach()
+    optimiser.step()
+    with torch.no_grad():
+        after = model.backbone(x)["res4"]
+    assert (
+        relative_error(after, before) < 5e-3
+    )  # eps was small beside the variances, and is smaller
+    ratio = model.backbone.res4[2].conv2.norm.running_var / statistics
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 9.0), rtol=1e-3, atol=0)
+
+
+# What else calibration does and does not.
 
 
 def test_it_changes_nothing_but_the_process_models():
-    model = build_rcnn(rcnn_cfg("KN"))
-    model.load_state_dict(trained_batch_norm().state_dict())
+    model = trained_batch_norm("KN")
     model.roi_heads.eval()
     before = copy.deepcopy(model.state_dict())
     calibrate(model)
@@ -65,18 +167,22 @@ def test_it_changes_nothing_but_the_process_models():
     assert model.training and not model.roi_heads.training
 
 
+def test_it_changes_only_the_layers_that_it_is_told_to():
+    model, whole = trained_batch_norm("KN"), calibrated()
+    name = "backbone.res3.0.conv1.norm"
+    assert list(calibrate(model, [name])) == [name]
+    for other, layer in kalman_layers(model).items():
+        want = kalman_layers(whole)[name].mean_offset if other == name else 0.0
+        assert (layer.mean_offset == want).all(), other
+
+
 def test_sampled_priors_are_calibrated_in_closed_form():
-    state = trained_batch_norm().state_dict()
-    models = [
-        build_rcnn(rcnn_cfg("KN", MODEL__KN__PREDICTION=p)) for p in ("closed_form", "monte_carlo")
-    ]
-    for model in models:
-        model.load_state_dict(state)
-        calibrate(model)
-    closed_form, monte_carlo = (model.state_dict() for model in models)
-    for name, value in closed_form.items():
-        assert torch.equal(monte_carlo[name], value), name
-    assert "MonteCarlo" in repr(models[1].backbone.chain.transition)
+    closed_form, monte_carlo = (
+        calibrated(MODEL__KN__PREDICTION=p) for p in ("closed_form", "monte_carlo")
+    )
+    for name, value in closed_form.state_dict().items():
+        assert torch.equal(monte_carlo.state_dict()[name], value), name
+    assert "MonteCarlo" in repr(monte_carlo.backbone.chain.transition)
 
 
 def test_a_dead_channel_keeps_everything_finite():
@@ -96,27 +202,65 @@ def test_what_cannot_be_calibrated(option):
         calibrate(build_backbone(resnet_cfg("KN", **option)))
 
 
-def test_batch_norm_weights_are_calibrated_when_they_are_loaded(tmp_path, caplog):
-    bn = trained_batch_norm()
-    torch.save({"model": bn.state_dict()}, tmp_path / "bn.pth")
-    model, want = build_rcnn(rcnn_cfg("KN")), build_rcnn(rcnn_cfg("KN"))
-    with caplog.at_level("INFO", "kn_detectron"):
-        KNCheckpointer(model).load(str(tmp_path / "bn.pth"), checkpointables=[])
-    assert "priors of 53 Kalman layers were set" in caplog.text
-    want.load_state_dict(bn.state_dict())
-    calibrate(want)
-    for name, value in want.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
-    # What has priors of its own is left alone.
-    model.backbone.stem.conv1.norm.mean_offset.data.fill_(7.0)
-    torch.save({"model": model.state_dict()}, tmp_path / "kn.pth")
-    KNCheckpointer(want).load(str(tmp_path / "kn.pth"), checkpointables=[])
-    assert (want.backbone.stem.conv1.norm.mean_offset == 7.0).all()
+# The paper variant.
 
 
-def test_weights_whose_priors_cannot_be_fitted_are_loaded_with_a_warning(tmp_path, caplog):
-    torch.save({"model": trained_batch_norm().state_dict()}, tmp_path / "bn.pth")
-    model = build_rcnn(rcnn_cfg("KN", MODEL__KN__VARIANT="paper"))
-    with caplog.at_level("WARNING", "kn_detectron"):
-        KNCheckpointer(model).load(str(tmp_path / "bn.pth"), checkpointables=[])
-    assert "do not fit the weights" in caplog.text
+def paper(**options):
+    return trained_batch_norm("KN", MODEL__KN__VARIANT="paper", **options)
+
+
+def test_noise_widens_the_priors_of_the_paper_variant():
+    model = paper()
+    block = model.backbone.res3[1]
+    below, norm = block.conv1.norm, block.conv2.norm
+    norm.running_var[::2] *= 100.0  # more than is predicted
+    fit_process_noise(model)
+    # From the running statistics of the layer below, by sampling.
+    with torch.no_grad():
+        z = torch.distributions.Normal(below.running_mean, below.running_var.sqrt())
+        draws = z.sample((200_000,)).clamp_min(0)
+        predicted = torch.einsum("oihw,i->o", block.conv2.weight.square(), draws.var(0))
+        noise = F.softplus(norm.process_noise)
+    least = F.softplus(torch.tensor(-5.0))
+    want = (norm.running_var - predicted).clamp_min(least)
+    torch.testing.assert_close(noise, want, rtol=2e-2, atol=1e-4)
+    assert noise.max() > 10 * least and noise.min().item() == pytest.approx(least.item(), rel=1e-3)
+
+
+def test_learned_gains_of_the_paper_variant_are_raised_and_no_others():
+    model = paper(MODEL__KN__GAIN=0.1)
+    with torch.no_grad():
+        model.backbone.res2[0].conv1.norm.gain_logit.fill_(5.0)
+    assert fit_process_noise(model) == len(kalman_layers(model)) - 1
+    for name, layer in kalman_layers(model).items():
+        want = torch.tensor(5.0).sigmoid() if name == "backbone.res2.0.conv1.norm" else 0.9
+        assert layer.gain.item() == pytest.approx(float(want), rel=1e-5)
+    model = paper(MODEL__KN__GAIN=0.1, MODEL__KN__LEARN_GAIN=False)
+    assert fit_process_noise(model) == 0
+    assert all(abs(layer.gain.item() - 0.1) < 1e-6 for layer in kalman_layers(model).values())
+
+
+def test_how_far_the_paper_variant_is_from_exact():
+    """The figures in the docstring of fit_process_noise."""
+    frozen = trained_batch_norm("FrozenBN")
+    x = frozen.preprocess_image(scenes(2, seed=999)).tensor
+    model = paper()
+    fit_process_noise(model)
+    models = {
+        "paper": model,
+        "live": trained_batch_norm("BN"),
+        "network": calibrated(0.02),
+        "exact": at_gain_0(),
+    }
+    with torch.no_grad():
+        want = frozen.backbone(x)["res4"]
+        error = {
+            name: ((m.train().backbone(x)["res4"] - want).norm() / want.norm()).item()
+            for name, m in models.items()
+        }
+    assert error["exact"] < 1e-5 < error["network"] < 0.4 < error["paper"] < 1.1 * error["live"]
+
+
+def test_noise_is_for_the_paper_variant_only():
+    with pytest.raises(InputError, match="not a layer of the paper variant"):
+        fit_process_noise(build_rcnn(rcnn_cfg("KN")))

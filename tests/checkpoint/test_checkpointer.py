@@ -12,7 +12,7 @@ import torch
 from detectron2.modeling import build_model
 
 from kn_detectron import InputError
-from kn_detectron.checkpoint import KNCheckpointer
+from kn_detectron.checkpoint import Conventions, KNCheckpointer
 from kn_detectron.layers import KN_STATE
 
 from ..engine import tiny
@@ -64,7 +64,8 @@ def test_round_trip(tmp_path, kn_log):
     assert rest["iteration"] == 4
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
-    assert "0 of the model keep their initial values" in kn_log.text
+    assert rest["kn_detectron"] == Conventions.of_model(one).to_dict()
+    assert " loaded, 0 initialised, 0 not used." in kn_log.text
 
 
 def test_batch_norm_weights_leave_the_gains_as_initialised(tmp_path, kn_log):
@@ -80,7 +81,7 @@ def test_batch_norm_weights_leave_the_gains_as_initialised(tmp_path, kn_log):
         else:
             assert torch.equal(value, source.state_dict()[name])
     assert of_kn > 50 * 3
-    assert f"{of_kn} of the model keep their initial values, {of_kn} of them of Kal" in kn_log.text
+    assert f" loaded, {of_kn} initialised, 0 not used." in kn_log.text
 
 
 def _as_imagenet_pickle(path, state, **changes):
@@ -236,7 +237,7 @@ def test_nothing_in_common(tmp_path):
 
 def test_evaluation_takes_no_other_norm(tmp_path):
     path = _save(tmp_path, _model(*_BN).state_dict())
-    _assert_refused(path, "not a checkpoint of this model", "gain_logit", strict=True)
+    _assert_refused(path, "not a checkpoint of this model", "mean_offset", strict=True)
     other = _save(tmp_path, _model().state_dict())
     _assert_refused(other, "that the model lacks", model=_model(*_BN), strict=True)
 
@@ -262,7 +263,7 @@ def test_last_checkpoint_that_is_gone(tmp_path):
 _KILLED_WHILE_WRITING = """
 import os, signal, sys
 import torch
-from kn_detectron.checkpoint import KNCheckpointer
+from kn_detectron.checkpoint import Conventions, KNCheckpointer
 
 class Killer:
     def state_dict(self):

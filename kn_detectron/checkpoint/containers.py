@@ -1,0 +1,129 @@
+"""Reading files of tensors that others wrote, without trusting them.
+
+A pickle can run any code when it is read. Three formats are read here, told apart by their content
+and not by their name, and none of them can: archives of ``torch.save`` with torch's own reader of
+nothing but weights, ``.safetensors``, and plain pickles of numpy arrays. The object that is
+returned is the one that was checked: a file is read once.
+"""
+
+import argparse
+import contextlib
+import pickle
+import zipfile
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..errors import InputError
+
+__all__ = ["read_container"]
+
+# What numpy needs to unpickle plain arrays, under its old and its new module names.
+_NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
+_HARMLESS = {
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("numpy._core.numeric", "_frombuffer"),
+    *((module, name) for module in _NUMPY_MODULES for name in ("_reconstruct", "scalar")),
+}
+
+_ZIP = b"PK\x03\x04"
+# How files of torch.save began before they were zip archives: a pickled magic number.
+_OLD_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+
+
+def read_container(path):
+    """Reads the dict in a file of ``torch.save``, a ``.safetensors`` file or a pickle of arrays.
+
+    Args:
+        path (str): local file.
+
+    Returns:
+        dict: of tensors, numpy arrays and plain containers; not checked further.
+
+    Raises:
+        InputError: the file is damaged, something else, or would run code.
+    """
+    with open(path, "rb") as file:
+        start = file.read(max(len(_OLD_TORCH), 9))
+    if not start:
+        raise InputError(_truncated(path))
+    if start.startswith((_ZIP, _OLD_TORCH)):
+        content = _read_torch(path)
+    elif start[5:9] == b"\0\0\0{":  # eight bytes of a length below 2^40, then JSON
+        content = _read_safetensors(path)
+    else:
+        content = _read_pickle(path)
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{path} is not a checkpoint: it holds a {type(content).__name__} where a dict of "
+            "tensors was expected; give the file that a training run wrote."
+        )
+    return content
+
+
+def _read_torch(path):
+    # Training scripts save their arguments beside the weights; a Namespace only holds them.
+    # Versions of torch before 2.5 cannot be told so, and refuse such a file.
+    allow = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
+    try:
+        with allow([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reports bytes it cannot read with nearly every type
+        if isinstance(error, pickle.UnpicklingError):
+            raise InputError(
+                f"{path} holds more than tensors and plain containers, which could run code when "
+                "read: load it where you trust it and save only its state_dict with torch.save."
+            ) from error
+        # The directory of a zip archive is at its end, so a truncated one has only the beginning.
+        if not zipfile.is_zipfile(path):
+            raise InputError(_truncated(path)) from error
+        raise InputError(
+            f"{path} is damaged: write it or copy it again, or use another checkpoint."
+        ) from error
+
+
+def _truncated(path):
+    return (
+        f"{path} is truncated: copy it again, or use another checkpoint (to resume from "
+        "another one, put its name into the file last_checkpoint beside it)."
+    )
+
+
+def _read_safetensors(path):
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged or truncated ({_one_line(error)}): copy it again."
+        ) from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads containers and numpy arrays, and runs nothing else."""
+
+    def find_class(self, module, name):
+        if (module, name) not in _HARMLESS:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_pickle(path):
+    try:
+        with open(path, "rb") as file:
+            # Files of Python 2, like Detectron1's, have their strings in latin1.
+            return _ArrayUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # pickle reports bytes it cannot read with nearly every type
+        raise InputError(
+            f"{path} is not a checkpoint ({_one_line(error)}): a file of torch.save, .safetensors "
+            "or a pickled dict of numpy arrays was expected; copy it again, or save a model's "
+            "state_dict with torch.save."
+        ) from error
+
+
+def _one_line(error):
+    return " ".join(str(error).split()).rstrip(".")

@@ -1,0 +1,167 @@
+"""Converting the ResNet of a checkpoint, of any source, to another norm.
+
+What a config does when it loads weights as MODEL.WEIGHTS, once and for all, and without a config:
+the architecture is read off the tensors.
+"""
+
+import dataclasses
+import logging
+import os
+from typing import Dict, Optional
+
+import torch
+from detectron2.config import get_cfg
+from torch import Tensor
+
+from ..config import add_kn_config
+from ..errors import InputError
+from ..layers import KN_STATE
+from ..layers.kalman_norm import VARIANTS
+from .architecture import resnet_of
+from .conventions import CHECKPOINT_KEY
+from .files import atomic_write, explained_write_errors, fetch
+from .loading import GAINS, load_weights
+from .matching import RESNET_STAGE, leaf
+from .sources import Weights, read_weights
+
+__all__ = ["NORMS", "convert_weights"]
+
+_logger = logging.getLogger(__name__)
+
+NORMS = ("KN", "GKN", "BN", "GN")
+
+
+def convert_weights(
+    source: str, target: str, norm: str = "KN", variant: str = "network", half: bool = False
+) -> None:
+    """Writes the weights of any checkpoint as those of a network with another norm.
+
+    The ResNet, that of a bare backbone or that in a detector (C4, FPN), gets the norm; what is
+    outside of it is carried through. Scales, shifts and filters stay as they are. "KN" gets its
+    process models (:func:`~kn_detectron.checkpoint.calibrate`); gains and process models that the
+    source has for the same priors are kept, and no others: what is not in the file is chosen by the
+    config that loads it, as MODEL.KN.GAIN. Loading ``target`` gives the same model as loading
+    ``source``. Where the source does not tell PIXEL_STD, on which the prior of the stem depends,
+    the stem's process model is left to the loading.
+
+    Args:
+        source: file or address of weights; see :func:`~kn_detectron.checkpoint.read_weights`.
+        target: ``.pth`` file to write or to replace; it is complete or not there.
+        norm: "KN", "GKN", "BN" or "GN".
+        variant: of "KN", "network" or "paper".
+        half: whether to write filters in float16, for half the file. What belongs to the norms
+            stays as it is: it hardly takes room, and a small variance would become 0.
+
+    Raises:
+        InputError: the source cannot be read or converted, or the target cannot be written.
+    """
+    if norm not in NORMS or variant not in VARIANTS:
+        raise ValueError(f"norm is one of {NORMS} and variant of {VARIANTS}")
+    source = fetch(source)
+    _check_target(source, target)
+    weights = read_weights(source)
+    resnet = _Resnet(weights.state, source)
+    inside = set(resnet.names.values())
+    state = {name: tensor for name, tensor in weights.state.items() if name not in inside}
+    _logger.info("%d tensors outside of the ResNet are carried through.", len(state))
+    for name, tensor in _convert(resnet, weights, source, norm, variant).items():
+        state[resnet.prefix_of(name) + name] = tensor
+    if half:
+        state = {name: t.half() if t.dim() > 1 else t for name, t in state.items()}
+    content = {
+        "model": state,
+        "matching_heuristics": weights.matching_heuristics,
+        "__author__": "kn_detectron",
+        CHECKPOINT_KEY: weights.conventions.to_dict(),
+    }
+    with explained_write_errors(target, "give another place for it."):
+        with atomic_write(target) as file:
+            torch.save(content, file)
+
+
+def _check_target(source: str, target: str) -> None:
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise InputError(f"{target} is the file to convert as well: give another name to write to.")
+    if not target.endswith(".pth"):
+        raise InputError(f"{target} does not end in .pth, which names the format that is written.")
+    if not os.path.isdir(os.path.dirname(target) or "."):
+        raise InputError(f"{target} is in a folder that does not exist: make it first.")
+
+
+class _Resnet:
+    """The ResNet among the tensors of a checkpoint.
+
+    Attributes:
+        names (dict[str, str]): names in the checkpoint by those without prefix.
+        tensors (dict[str, Tensor]): by names without prefix.
+    """
+
+    def __init__(self, state: Dict[str, Tensor], path: str):
+        found = {name: RESNET_STAGE.search(name) for name in state}
+        self.names = {name[m.start(1) :]: name for name, m in found.items() if m}
+        self.tensors = {bare: state[name] for bare, name in self.names.items()}
+        self._prefixes = {}
+        for name, part in found.items():
+            if part and name[: part.start(1)] != self._prefixes.setdefault(
+                part[1], name[: part.start(1)]
+            ):
+                raise InputError(
+                    f"{path} has more than one {part[1]}, as in {name}: give weights of one ResNet."
+                )
+        if "stem.conv1.weight" not in self.tensors:
+            raise InputError(
+                f"{path} has no ResNet that detectron2 knows (stem.conv1.weight is missing): give "
+                "weights of a plain ResNet or ResNeXt, or of a detector with one."
+            )
+
+    def prefix_of(self, name: str) -> str:
+        """The prefix in the checkpoint of what has this name without it."""
+        return self._prefixes[name.partition(".")[0]]
+
+
+def _convert(
+    resnet: _Resnet, weights: Weights, path: str, norm: str, variant: str
+) -> Dict[str, Tensor]:
+    image_var = _image_var(weights)
+    try:
+        model = resnet_of(resnet.tensors, norm, variant, image_var)
+    except (AssertionError, IndexError, KeyError, ValueError, ZeroDivisionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise InputError(
+            f"{path} has a ResNet whose architecture cannot be read off its tensors ({reason}): "
+            "give weights of a plain ResNet or ResNeXt."
+        ) from error
+    bare = dataclasses.replace(weights, state=dict(resnet.tensors), matching_heuristics=False)
+    found = load_weights(model, bare, path)
+    taken = set(found.matched)
+    fitted = {n for n in found.missing if leaf(n) in KN_STATE and leaf(n) not in GAINS}
+    if norm != "KN":  # nothing else can be fitted
+        fitted = set()
+    if image_var is None:
+        stem = {name for name in fitted if name.startswith("stem.")}
+        if stem:
+            _logger.info(
+                "%s does not tell its PIXEL_STD: the stem's process model is left to the loading.",
+                path,
+            )
+        fitted -= stem
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name in taken or (leaf(name) == "num_batches_tracked" and name in resnet.tensors):
+            state[name] = resnet.tensors[name]
+        elif name in fitted:
+            state[name] = tensor
+    return state
+
+
+def _image_var(weights: Weights) -> Optional[Tensor]:
+    """The variance of normalised images, as a config has it by default; None if it is not known."""
+    pixel_std = weights.conventions.pixel_std
+    cfg = get_cfg()
+    add_kn_config(cfg)
+    image_std = torch.tensor(cfg.MODEL.KN.IMAGE_STD)
+    if pixel_std is None or len(pixel_std) != len(image_std):
+        return None
+    if weights.conventions.pixel_format == "RGB":
+        image_std = image_std.flip(0)
+    return (image_std / torch.tensor(pixel_std)).square()

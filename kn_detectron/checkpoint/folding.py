@@ -1,0 +1,191 @@
+"""Folding: a trained KN model as one that detectron2 runs without this package.
+
+With moving statistics a KN layer computes in evaluation what BatchNorm does, an affine map::
+
+    y = weight (x - running_mean) / sqrt(running_var + eps) + bias
+
+which is that of detectron2's FrozenBatchNorm2d, with the same names of tensors and the same eps,
+1e-5. Gains, process models and beliefs serve training only.
+"""
+
+import os
+import re
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+
+from ..config import check_config
+from ..errors import InputError
+from ..layers import KN_STATE, KalmanNorm2d
+from .checkpointer import KNCheckpointer
+from .conventions import CHECKPOINT_KEY, Conventions
+from .files import atomic_write, explained_write_errors
+from .matching import leaf, match
+
+__all__ = ["fold", "fold_weights", "stock_config"]
+
+_STOCK_NAMES = {
+    "build_kn_resnet_backbone": "build_resnet_backbone",
+    "build_kn_resnet_fpn_backbone": "build_resnet_fpn_backbone",
+    "KNRes5ROIHeads": "Res5ROIHeads",
+}
+
+# Where nothing passes it a prior, GKN is GroupNorm with detectron2's number of groups.
+_STOCK_NORMS = {"KN": "FrozenBN", "GKN": "GN", "GN32": "GN"}
+
+
+def stock_config(cfg):
+    """The config of the folded model, in detectron2's own keys and names.
+
+    Args:
+        cfg (CfgNode): of a model with norm "KN" in the backbone, the heads or both.
+
+    Returns:
+        CfgNode: every NORM "KN" is "FrozenBN", the KN backbones and heads are detectron2's, and
+        MODEL.KN and all else that ``get_cfg()`` lacks is gone.
+
+    Raises:
+        InputError: the config is wrong, or the model cannot be folded: GKN and
+            MODEL.KN.EVAL_STATISTICS "batch" take statistics of the images at hand, which no
+            constant can replace.
+    """
+    if "KN" not in cfg.MODEL:
+        raise InputError(
+            "The config has no MODEL.KN, so that its model runs without this package already: "
+            "give the config of a KN model."
+        )
+    check_config(cfg)
+    if {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_HEADS.NAME} & set(_STOCK_NAMES):
+        if cfg.MODEL.RESNETS.NORM == "GKN":
+            raise InputError(
+                'MODEL.RESNETS.NORM is "GKN", which cannot be folded since it takes its statistics '
+                'from each image: fold models with MODEL.RESNETS.NORM "KN".'
+            )
+        if cfg.MODEL.KN.EVAL_STATISTICS == "batch":
+            raise InputError(
+                'MODEL.KN.EVAL_STATISTICS is "batch", which cannot be folded since its statistics '
+                "are those of the images at hand: add MODEL.KN.EVAL_STATISTICS moving to fold the "
+                "moving averages, and evaluate with it first, since it gives other detections."
+            )
+    stock = get_cfg()
+    stock.merge_from_other_cfg(_changes(cfg, stock))
+    return stock
+
+
+def _changes(cfg, stock, prefix=""):
+    """What of ``cfg``, in stock names, is not as in ``stock``, as a tree."""
+    changes = CfgNode()
+    for key, default in stock.items():
+        value = cfg[key]
+        if isinstance(default, CfgNode):
+            value, default = _changes(value, default, f"{prefix}{key}."), CfgNode()
+        elif key == "NORM":
+            value = _stock_norm(value, prefix + key)
+        elif key == "NAME":
+            value = _STOCK_NAMES.get(value, value)
+        if value != default:
+            changes[key] = value
+    return changes
+
+
+def _stock_norm(norm, key):
+    stock = _STOCK_NORMS.get(norm, norm)
+    if re.fullmatch(r"GN\d+", stock):
+        raise InputError(
+            f'{key} is "{norm}", of which detectron2 by itself has no more than "GN", with 32 '
+            "groups: such a model runs with this package only."
+        )
+    return stock
+
+
+def fold(cfg, model):
+    """Folds a KN model.
+
+    Args:
+        cfg (CfgNode): its config.
+        model (nn.Module): built from it, trained. It stays as it is.
+
+    Returns:
+        (CfgNode, nn.Module): :func:`stock_config` of ``cfg``, and a model built from that, on
+        MODEL.DEVICE, in evaluation mode. It gives the detections that ``model`` gives in
+        evaluation mode with moving statistics.
+
+    Raises:
+        InputError: the model cannot be folded (see :func:`stock_config`; a layer without running
+            statistics cannot either), or is of another config.
+    """
+    stock_cfg = stock_config(cfg)
+    for name, layer in model.named_modules():
+        if isinstance(layer, KalmanNorm2d) and not layer.track_running_stats:
+            raise InputError(
+                f"{name} has no running statistics to fold: train it with track_running_stats=True."
+            )
+    # A plain dict: with the version number of BatchNorm's state an older FrozenBatchNorm2d would
+    # take the state for one of its own first versions, and subtract eps from the variances.
+    state = {
+        name: value for name, value in model.state_dict().items() if leaf(name) not in KN_STATE
+    }
+    stock = build_model(stock_cfg)
+    found = match(stock.state_dict(), state)
+    if found.missing or found.misshapen or found.unused:
+        raise InputError(
+            f"The model is not one of the config ({found}): give the config that it was built from."
+        )
+    stock.load_state_dict(state, strict=False)
+    return stock_cfg, stock.eval()
+
+
+def fold_weights(cfg, output):
+    """Folds the KN model in MODEL.WEIGHTS into two files for detectron2 without this package.
+
+    They are ``<output>.pth``, the weights, and ``<output>.yaml``, the config, which names the
+    weights by their absolute path and holds only what differs from detectron2's defaults.
+    MODEL.DEVICE is not in it.
+
+    Args:
+        cfg (CfgNode): the config that the model was trained with, and MODEL.WEIGHTS.
+        output (str): path of the two files, with or without a suffix of theirs. The folder is
+            created.
+
+    Returns:
+        (str, str): the paths of the weights and the config.
+
+    Raises:
+        InputError: the model cannot be folded, the checkpoint cannot be read or is of another
+            config, or the files cannot be written. Either both are, or none.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    stock_config(cfg)  # refuses before anything is read
+    if not cfg.MODEL.WEIGHTS:
+        raise InputError(
+            "There are no weights to fold: set MODEL.WEIGHTS to the checkpoint of a trained model."
+        )
+    stem = re.sub(r"\.(pth|yaml)$", "", os.path.abspath(output))
+    weights, config = stem + ".pth", stem + ".yaml"
+    if os.path.exists(weights) and os.path.realpath(weights) == os.path.realpath(cfg.MODEL.WEIGHTS):
+        raise InputError(
+            f"{weights} is MODEL.WEIGHTS itself, which folding would overwrite: give another name "
+            "for the output."
+        )
+    model = build_model(cfg)
+    KNCheckpointer(model).load_for_evaluation(cfg.MODEL.WEIGHTS)
+    stock_cfg, stock = fold(cfg, model)
+
+    stock_cfg.MODEL.WEIGHTS = weights
+    default = get_cfg()
+    stock_cfg.MODEL.DEVICE = default.MODEL.DEVICE  # where it runs is no matter of the model
+    changes = _changes(stock_cfg, default)
+    changes.VERSION = stock_cfg.VERSION
+    content = {
+        "model": stock.state_dict(),
+        CHECKPOINT_KEY: Conventions.of_config(stock_cfg).to_dict(),
+    }
+    with explained_write_errors(output, "make room, or give another folder for the output."):
+        os.makedirs(os.path.dirname(weights), exist_ok=True)
+        with atomic_write(weights) as weights_file, atomic_write(config) as config_file:
+            torch.save(content, weights_file)
+            config_file.write(changes.dump().encode())
+    return weights, config

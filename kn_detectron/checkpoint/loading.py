@@ -1,0 +1,214 @@
+"""Bringing weights into a model: they must fit, and the priors are fitted to them."""
+
+import copy
+import dataclasses
+import logging
+
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.layers import FrozenBatchNorm2d
+from fvcore.common.checkpoint import get_missing_parameters_message
+
+from ..errors import InputError
+from ..layers import KN_STATE, KalmanNorm2d, kalman_layers
+from .calibration import calibrate, fit_process_noise, is_exact
+from .matching import STATISTICS, essential_names, extra_layers, leaf, match
+from .report import table
+
+__all__ = ["load_weights"]
+
+_logger = logging.getLogger(__name__)
+
+GAINS = ("gain_logit", "gain_scale")
+_PROCESS_MODELS = {"network": ("mean_offset", "log_var_scale"), "paper": ("process_noise",)}
+
+
+def load_weights(model, weights, name, *, strict=False):
+    """Loads weights into a model, reports what became of them, and fits the priors to them.
+
+    Gains and process models of a checkpoint belong to its priors: they are taken if the model's
+    priors are of the same variant and kind, batch or group. Layers that get no process model are
+    calibrated, see :func:`~kn_detectron.checkpoint.calibrate`.
+
+    Args:
+        model (nn.Module): detector or backbone.
+        weights (Weights): of :func:`~kn_detectron.checkpoint.read_weights`.
+        name (str): how to call the checkpoint.
+        strict (bool): whether everything must match; otherwise the ResNet must, apart from
+            what Kalman Normalization adds.
+
+    Returns:
+        Match: with the names of the model.
+
+    Raises:
+        InputError: the weights do not fit. The model is then as it was.
+    """
+    model_state = model.state_dict()
+    state = _aligned(weights, model_state, name)
+    # Old versions of detectron2 have these among the weights; here the config has the last word.
+    for constant in ("pixel_mean", "pixel_std"):
+        state.pop(constant, None)
+    foreign = _pop_foreign_state(model, state)
+    found = match(model_state, state)
+    found.unused += foreign
+    if strict:
+        _check_all(model, found, name)
+    _check_resnet(model, found, state, model_state, name)
+    for misshapen, _, _ in found.misshapen:
+        state.pop(misshapen, None)
+    model.load_state_dict(state, strict=False)
+    _report(found, weights, name)
+    _warn_of_folded_statistics(found, name)
+    _fit_priors(model, found, name)
+    return found
+
+
+def _aligned(weights, model_state, name):
+    # Without prefixes on either side there is nothing to align.
+    if not weights.matching_heuristics or "stem.conv1.weight" in model_state:
+        return _without_versions_of_batch_norm(copy.copy(weights.state))
+    try:
+        return align_and_update_state_dicts(model_state, weights.state, c2_conversion=False)
+    except ValueError as error:
+        raise InputError(
+            f"{name} does not fit the model ({error}): give weights of the same architecture in "
+            "MODEL.WEIGHTS."
+        ) from error
+
+
+def _without_versions_of_batch_norm(state):
+    # detectron2 0.4 takes version 2 of a BatchNorm for version 2 of its FrozenBatchNorm2d, which
+    # had no eps, and subtracts it. Only the former counts batches.
+    versions = getattr(state, "_metadata", {})
+    if versions:
+        state._metadata = {
+            name: version
+            for name, version in versions.items()
+            if f"{name}.num_batches_tracked" not in state
+        }
+    return state
+
+
+def _pop_foreign_state(model, state):
+    """Takes gains and process models out that are for other priors than the model's."""
+    names = []
+    for prefix, layer in kalman_layers(model).items():
+        own = {part for part in KN_STATE if f"{prefix}.{part}" in state}
+        others = {p for v, parts in _PROCESS_MODELS.items() if v != layer.variant for p in parts}
+        of_batches = any(f"{prefix}.{statistic}" in state for statistic in STATISTICS)
+        if own & others or of_batches != isinstance(layer, KalmanNorm2d):
+            names += [f"{prefix}.{part}" for part in sorted(own)]
+    for name in names:
+        del state[name]
+    return names
+
+
+def _check_all(model, found, name):
+    # Converted weights have no gains, which are the config's to choose, and have filters for
+    # stages that the config may freeze.
+    frozen = {n for n, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d)}
+    missing = [tensor for tensor in found.missing if leaf(tensor) not in GAINS]
+    unused = [
+        tensor
+        for tensor in found.unused
+        if leaf(tensor) not in KN_STATE or tensor.rpartition(".")[0] not in frozen
+    ]
+    found = dataclasses.replace(found, missing=missing, unused=unused)
+    if found.missing or found.misshapen or found.unused:
+        raise InputError(
+            f"{name} is not a checkpoint of this model ({found}): use the config that it was "
+            "trained with, or give it as MODEL.WEIGHTS of a new training."
+        )
+
+
+def _check_resnet(model, found, state, model_state, name):
+    with_statistics = any(leaf(tensor) == "running_var" for tensor in state)
+    essential = found.only(essential_names(model, with_statistics))
+    unstated = [tensor for tensor in essential.missing if leaf(tensor) in STATISTICS]
+    if unstated and not with_statistics and len(unstated) == len(essential.missing):
+        raise InputError(
+            f"{name} has no running statistics, as weights of a GroupNorm network or with folded "
+            f"BatchNorm, but the model needs them ({len(unstated)} missing, the first "
+            f"{unstated[0]}): give weights of a BatchNorm or KN network, or choose another norm "
+            '(MODEL.RESNETS.NORM, --norm): "GKN" or "GN" for those of GroupNorm, "FrozenBN" for '
+            "folded ones."
+        )
+    extra = extra_layers(found, state, model_state)
+    if essential.missing or essential.misshapen or extra or not found.matched:
+        shown = essential if essential.missing or essential.misshapen else found
+        if extra and shown is found:
+            shown = f"{len(extra)} filters that the model lacks, the first {extra[0]}"
+        raise InputError(
+            f"{name} is of another architecture than the ResNet that it is for ({shown}): give "
+            "weights of the same architecture in MODEL.WEIGHTS, set MODEL.BACKBONE and "
+            'MODEL.RESNETS to theirs, or MODEL.WEIGHTS "" to train from scratch.'
+        )
+
+
+def _report(found, weights, name):
+    initialised = found.missing + [tensor for tensor, _, _ in found.misshapen]
+    columns = {"loaded": found.matched, "initialised": initialised, "not used": found.unused}
+    counts = ", ".join(f"{len(names)} {heading}" for heading, names in columns.items())
+    _logger.info("%s (%s): %s.\n%s", name, weights.source, counts, table(columns))
+    missing = [tensor for tensor in found.missing if leaf(tensor) not in KN_STATE]
+    if missing:
+        _logger.info("Not in %s. %s", name, get_missing_parameters_message(missing))
+    if found.misshapen:
+        _logger.warning(
+            "%d tensors of %s have another shape than in the model, as with another number of "
+            "classes, and keep their initial values: %s.",
+            len(found.misshapen),
+            name,
+            ", ".join(tensor for tensor, _, _ in found.misshapen),
+        )
+
+
+def _warn_of_folded_statistics(found, name):
+    folded = [tensor for tensor in found.missing if leaf(tensor) == "running_var"]
+    if folded:
+        _logger.warning(
+            "%s has no running statistics for %d layers, the first %s: that is right if they were "
+            "folded into scale and shift, and wrong for weights of a GroupNorm network.",
+            name,
+            len(folded),
+            folded[0],
+        )
+
+
+def _fit_priors(model, found, name):
+    """Fits the priors where a checkpoint knows the statistics but nothing of priors."""
+    missing = set(found.missing)
+    exact, rough, hopeless = [], [], []
+    for prefix, layer in kalman_layers(model).items():
+        process = [p for p in _PROCESS_MODELS[layer.variant] if f"{prefix}.{p}" in missing]
+        gain = f"{prefix}.gain_logit" in missing
+        if is_exact(layer):
+            if process:
+                exact.append(prefix)
+        elif process or gain:
+            is_paper = isinstance(layer, KalmanNorm2d) and layer.variant == "paper"
+            (rough if is_paper else hopeless).append(prefix)
+    if exact:
+        calibrate(model, exact)
+        _logger.info(
+            "The priors of %d Kalman layers were set to the running statistics of the checkpoint.",
+            len(exact),
+        )
+    if rough:
+        raised = fit_process_noise(model, rough)
+        _logger.warning(
+            'The priors of %d Kalman layers of MODEL.KN.VARIANT "paper" cannot be set to the '
+            "running statistics of %s: their process noise was set so that none is too narrow, and "
+            "%d learned gains were raised to 0.9, near BatchNorm.",
+            len(rough),
+            name,
+            raised,
+        )
+    if hopeless:
+        _logger.warning(
+            "The priors of %d Kalman layers do not fit the weights of %s, which were not trained "
+            "with them, and cannot be calibrated: MODEL.KN.GAIN should be near 1 at first. (Those "
+            'of MODEL.RESNETS.NORM "KN" with MODEL.KN.VARIANT "network" and '
+            "MODEL.KN.PROCESS_MODEL True would be fitted.)",
+            len(hopeless),
+            name,
+        )

@@ -1,0 +1,257 @@
+"""Weights of other projects under detectron2's names, and what is known about where they come from.
+
+=====================  ===========================================================================
+source                 how its tensors are called
+=====================  ===========================================================================
+Caffe2, Detectron1     ``res2_0_branch2a_w``, ``res2_0_branch2a_bn_s`` or ``_gn_s``; detectron2's
+                       own MSRA pickles are of these names
+torchvision, timm      ``layer1.0.conv1.weight``, ``layer1.0.bn1.weight``, ``downsample.0``
+detectron2             ``stem.conv1.weight``, ``res2.0.conv1.norm.weight``, in detectors behind
+                       ``backbone.``, ``backbone.bottom_up.`` and ``roi_heads.``
+kn_detectron           detectron2's, and those of ``KN_STATE``
+=====================  ===========================================================================
+"""
+
+import dataclasses
+import logging
+import re
+from typing import Any, Dict
+
+import numpy as np
+import torch
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from ..errors import InputError
+from ..layers import KN_STATE
+from .containers import read_container
+from .conventions import CHECKPOINT_KEY, Conventions
+
+__all__ = ["Weights", "read_weights"]
+
+_logger = logging.getLogger(__name__)
+
+# Where a file may have its tensors, beside other things: ours, detectron2's and torchvision's
+# training; timm's; pycls's; Detectron1's.
+_WRAPPERS = ("model", "state_dict", "model_state", "blobs")
+
+_OF_CAFFE2 = re.compile(r"res[2-5]_\d+_branch")
+_OF_TORCHVISION = re.compile(r"layer1\.0\.")
+_UNPREFIXED = re.compile(r"(stem|res[2-5])\.")
+
+_AFFINE = "weight|bias|running_mean|running_var|num_batches_tracked"
+# What a plain ResNet or ResNeXt of torchvision or timm is made of, and its names in detectron2.
+_TORCHVISION_NAMES = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"conv1\.weight", r"stem.conv1.weight"),
+        (rf"bn1\.({_AFFINE})", r"stem.conv1.norm.\1"),
+        (r"layer([1-4])\.(\d+)\.(conv[1-3])\.weight", r"res{stage}.\2.\3.weight"),
+        (rf"layer([1-4])\.(\d+)\.bn([1-3])\.({_AFFINE})", r"res{stage}.\2.conv\3.norm.\4"),
+        (r"layer([1-4])\.(\d+)\.downsample\.0\.weight", r"res{stage}.\2.shortcut.weight"),
+        (rf"layer([1-4])\.(\d+)\.downsample\.1\.({_AFFINE})", r"res{stage}.\2.shortcut.norm.\3"),
+        (r"fc\.(weight|bias)", r"linear.\1"),
+    )
+]
+
+_RGB = Conventions("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+_BGR = Conventions("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
+
+
+@dataclasses.dataclass
+class Weights:
+    """The content of a checkpoint.
+
+    Attributes:
+        state: tensors by detectron2's names. Those of a bare ResNet have no prefix.
+        source: what it is, for people.
+        conventions: what the weights presuppose, as far as it is known.
+        matching_heuristics: whether names are to be completed by the prefixes of a model, as
+            detectron2's checkpointer does for files with an entry of this name.
+        rest: what else is in the file, such as the state of a training run.
+    """
+
+    state: Dict[str, torch.Tensor]
+    source: str
+    conventions: Conventions
+    matching_heuristics: bool
+    rest: Dict[str, Any]
+
+
+def read_weights(path: str) -> Weights:
+    """Reads the weights of a ResNet or of a detector, whoever wrote them.
+
+    Pickles of detectron2's model zoo (MSRA, FAIR, detectors), of Caffe2 and Detectron1; ``.pth`` of
+    torchvision and timm (ResNet-18 to 152, ResNeXt; also their training checkpoints) and timm's
+    ``.safetensors``; ``.pth`` of detectron2 and of this package. They are told apart by the names
+    in them, not by that of the file. See :mod:`kn_detectron.checkpoint.containers` for safety.
+
+    Args:
+        path: local file.
+
+    Raises:
+        InputError: the file cannot be read or would run code; it holds something other than finite
+            tensors; a variance is negative; its network is a ResNet that detectron2 does not have.
+    """
+    content = read_container(path)
+    wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
+    rest = {} if wrapper is None else {k: v for k, v in content.items() if k != wrapper}
+    state = content if wrapper is None else content[wrapper]
+    author = rest.get("__author__")
+    if author == "Caffe2" or any(_is(_OF_CAFFE2, name) for name in state):
+        state = {k: v for k, v in state.items() if not str(k).endswith("_momentum")}
+    state = _tensors(state, path)
+    for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
+        consume_prefix_in_state_dict_if_present(state, prefix)
+
+    if author == "Caffe2" or any(map(_OF_CAFFE2.match, state)):
+        weights = _from_caffe2(state, rest, path, is_detectron1=wrapper in (None, "blobs"))
+    elif any(map(_OF_TORCHVISION.match, state)):
+        weights = _from_torchvision(state, rest, path)
+    else:
+        weights = _from_detectron2(state, rest, path)
+    _check_variances(weights.state, path)
+    for average in ("state_dict_ema", "model_ema"):
+        if average in rest:
+            _logger.info("%s also has averaged weights, %s: they are not used.", path, average)
+    return weights
+
+
+def _is(pattern, name) -> bool:
+    return isinstance(name, str) and pattern.match(name) is not None
+
+
+def _from_caffe2(state, rest, path, is_detectron1: bool) -> Weights:
+    groups_norm = any(name.endswith("_gn_s") for name in state)
+    try:
+        state, _ = convert_c2_detectron_names(state)
+    except (AssertionError, IndexError, RuntimeError) as error:
+        raise InputError(
+            f"{path} is not a checkpoint of Caffe2, although its names are ({error}): use another."
+        ) from error
+    is_resnext = _groups(state) > 1
+    conventions = dataclasses.replace(
+        _BGR,
+        # detectron2's copies of ResNeXt have the deviations out of the first filter.
+        pixel_std=_BGR.pixel_std if is_detectron1 or not is_resnext else _RGB.pixel_std[::-1],
+        stride_in_1x1=not (groups_norm or is_resnext) if _has_bottlenecks(state) else None,
+    )
+    source = "Detectron1 or Caffe2" if is_detectron1 else "detectron2's model zoo"
+    return Weights(state, source, conventions, True, rest)
+
+
+def _from_torchvision(state, rest, path) -> Weights:
+    renamed = {_from_torchvision_name(name, path): value for name, value in state.items()}
+    conventions = dataclasses.replace(
+        _RGB, stride_in_1x1=False if _has_bottlenecks(renamed) else None
+    )
+    return Weights(renamed, "torchvision or timm", conventions, True, rest)
+
+
+def _from_torchvision_name(name: str, path: str) -> str:
+    for pattern, replacement in _TORCHVISION_NAMES:
+        found = pattern.fullmatch(name)
+        if found:
+            stage = int(found[1]) + 1 if name.startswith("layer") else ""
+            return found.expand(replacement.replace("{stage}", str(stage)))
+    raise InputError(
+        f"{path} is of a network that detectron2's ResNet cannot be: it has no place for {name} (a "
+        "deep stem, attention and the like); give weights of a plain ResNet or ResNeXt."
+    )
+
+
+def _from_detectron2(state, rest, path) -> Weights:
+    author = rest.get("__author__")
+    ours = CHECKPOINT_KEY in rest or any(n.rpartition(".")[2] in KN_STATE for n in state)
+    if CHECKPOINT_KEY in rest:
+        try:
+            conventions = Conventions.from_dict(rest[CHECKPOINT_KEY])
+        except ValueError as error:
+            raise InputError(
+                f"{path} has an entry {CHECKPOINT_KEY!r} that kn_detectron did not write "
+                f"({error}): remove it, or write the checkpoint again."
+            ) from error
+    elif author == "torchvision":
+        stride = False if _has_bottlenecks(state) else None
+        conventions = dataclasses.replace(_RGB, stride_in_1x1=stride)
+        # Where detectron2's conversion script puts the classifier.
+        state = {re.sub(r"^stem\.fc\.", "linear.", n): value for n, value in state.items()}
+    elif author == "MSRA":
+        conventions = dataclasses.replace(_BGR, stride_in_1x1=True)
+    else:
+        # Detectors of versions before 2021 have their pixel statistics among their tensors.
+        conventions = Conventions(
+            pixel_mean=Conventions.statistics(state.get("pixel_mean")),
+            pixel_std=Conventions.statistics(state.get("pixel_std")),
+        )
+    unprefixed = any(map(_UNPREFIXED.match, state))
+    return Weights(
+        state,
+        "kn_detectron" if ours else "detectron2",
+        conventions,
+        bool(rest.get("matching_heuristics", False)) or unprefixed,
+        rest,
+    )
+
+
+def _has_bottlenecks(state) -> bool:
+    return any(re.search(r"(^|\.)res\d\.0\.conv3\.", name) for name in state)
+
+
+def _groups(state) -> int:
+    outer, inner = (state.get(f"res2.0.{conv}.weight") for conv in ("conv1", "conv2"))
+    if outer is None or inner is None or inner.dim() != 4 or not inner.shape[1]:
+        return 1
+    return outer.shape[0] // inner.shape[1]
+
+
+def _tensors(state, path):
+    """Checks that there is a dict of finite tensors or arrays, and makes tensors of them.
+
+    An OrderedDict stays one, with the versions of modules that torch notes in it.
+    """
+    if not isinstance(state, dict) or not state:
+        raise InputError(
+            f"{path} is not a checkpoint of a model: a dict of tensors was expected, or one that "
+            'has it under "model"; give the file that a training run wrote.'
+        )
+    broken = []
+    for name, value in state.items():
+        if not isinstance(name, str) or not _is_numeric(value):
+            raise InputError(
+                f"{path} is not a checkpoint of a model: its entry {name!r} is of type "
+                f"{type(value).__name__} where a tensor was expected; give the file that a "
+                "training run wrote."
+            )
+        if isinstance(value, np.ndarray):
+            # Arrays out of a pickle may be read-only or of another byte order.
+            value = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
+            state[name] = value
+        # A gain fixed to 0 or 1 has an infinite logit.
+        fixed_gain = name.rpartition(".")[2] == "gain_logit"
+        if not (~value.isnan() if fixed_gain else value.isfinite()).all():
+            broken.append(name)
+    if broken:
+        raise InputError(
+            f"{path} has values that are not finite in {len(broken)} of {len(state)} tensors, "
+            f"the first {broken[0]}, as a diverged training leaves them: use a checkpoint from "
+            "before, with a lower SOLVER.BASE_LR."
+        )
+    return state
+
+
+def _is_numeric(value) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biuf"
+    if not isinstance(value, torch.Tensor) or value.is_complex() or value.is_quantized:
+        return False
+    return value.layout is torch.strided and not value.is_meta
+
+
+def _check_variances(state, path):
+    negative = [n for n, v in state.items() if n.endswith("running_var") and (v < 0).any()]
+    if negative:
+        raise InputError(
+            f"{path} has negative variances in {len(negative)} tensors, the first {negative[0]}, "
+            "which no training writes: copy it again, or use another checkpoint."
+        )
