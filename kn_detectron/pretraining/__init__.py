@@ -1,0 +1,22 @@
+"""Pre-training of a detector's ResNet by image classification."""
+
+from .classifier import ImageClassifier
+from .config import NORMS, add_pretraining_config, classification_config
+from .data import build_eval_loader, build_train_loader, open_folders
+from .evaluation import evaluate, online_statistics
+from .export import export_backbone
+from .trainer import ClassificationTrainer
+
+__all__ = [
+    "ClassificationTrainer",
+    "ImageClassifier",
+    "NORMS",
+    "add_pretraining_config",
+    "build_eval_loader",
+    "build_train_loader",
+    "classification_config",
+    "evaluate",
+    "export_backbone",
+    "online_statistics",
+    "open_folders",
+]

@@ -1,0 +1,35 @@
+"""A classifier's backbone as a file for MODEL.WEIGHTS of a detector."""
+
+import torch
+
+from ..checkpoint.conventions import CHECKPOINT_KEY
+from ..checkpoint.files import atomic_write
+
+__all__ = ["export_backbone"]
+
+
+def export_backbone(state, path, conventions, half=False):
+    """Writes the weights of a classifier as those of a detector's ResNet.
+
+    Without prefix, so that stem to res4 and res5 find their places in any detector.
+
+    Args:
+        state (dict[str, Tensor]): of an :class:`~kn_detectron.pretraining.ImageClassifier`.
+        path (str): file to write or to replace.
+        conventions (Conventions): of the config that it was trained with.
+        half (bool): whether to write filters in float16. What belongs to the norms stays as it
+            is: it hardly takes room, and a small variance would become 0.
+    """
+    prefix = "backbone."
+    model = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        model[name.removeprefix(prefix)] = tensor.half() if half and tensor.ndim > 1 else tensor
+    content = {
+        "model": model,
+        "matching_heuristics": True,
+        "__author__": "kn_detectron",
+        CHECKPOINT_KEY: conventions.to_dict(),
+    }
+    with atomic_write(path) as file:
+        torch.save(content, file)

@@ -1,0 +1,123 @@
+"""What the paper compares with and no library has: Batch Renormalization, weight normalization."""
+
+import math
+from typing import Callable, Optional
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import CNNBlockBase, Conv2d
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..layers.functional import fold_groups, measure, unfold_groups
+
+__all__ = ["BatchRenorm2d", "apply_weight_norm", "replace_batch_norms"]
+
+
+class BatchRenorm2d(nn.BatchNorm2d):
+    r"""Batch Renormalization (Ioffe, 2017): BatchNorm corrected towards its moving statistics.
+
+    With the batch's mean and standard deviation :math:`\mu_B, \sigma_B` and the moving ones
+    :math:`\mu, \sigma`, in training
+
+    .. math::
+
+        y = \gamma \left(\frac{x - \mu_B}{\sigma_B}\, r + d\right) + \beta, \qquad
+        r = \mathrm{clip}(\sigma_B / \sigma, 1 / r_{max}, r_{max}), \qquad
+        d = \mathrm{clip}((\mu_B - \mu) / \sigma, -d_{max}, d_{max}),
+
+    where r and d take no gradient. The limits start at BatchNorm, :math:`r_{max} = 1` and
+    :math:`d_{max} = 0`, until 5% of the schedule, and grow linearly to 3 at 40% and to 5 at 25%.
+    The paper says 5k, 40k and 25k steps; the shares are ours, for schedules of any length.
+
+    In evaluation, and in the names of its state, it is :class:`torch.nn.BatchNorm2d`. Without
+    ``track_running_stats`` there is nothing to correct towards: it is BatchNorm.
+
+    Args:
+        num_features: C.
+        steps: length of the schedule, in steps.
+        norm_batch_size: images that are normalised together, of which a batch is a multiple; None
+            is all of them. Moving statistics take the average over the groups.
+
+    Shape:
+        - x: (N, C, H, W); y is like x.
+    """
+
+    def __init__(self, num_features: int, steps: int, norm_batch_size: Optional[int] = None):
+        super().__init__(num_features)
+        self.steps = steps
+        self.norm_batch_size = norm_batch_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises x."""
+        if not self.training:
+            return super().forward(x)
+        groups = x.shape[0] // (self.norm_batch_size or x.shape[0])
+        x = fold_groups(x, groups)
+        scale, shift = self.weight.expand(groups, -1), self.bias.expand(groups, -1)
+        if self.track_running_stats:
+            r, d = self._correct_and_track(x, groups)
+            scale, shift = scale * r, shift + scale * d
+        y = F.batch_norm(x, None, None, scale.flatten(), shift.flatten(), True, 0.0, self.eps)
+        return unfold_groups(y, groups)
+
+    @torch.no_grad()
+    def _correct_and_track(self, x, groups):
+        mean, var = (v.view(groups, -1) for v in measure(x))
+        std, moving_std = ((v + self.eps).sqrt() for v in (var, self.running_var))
+        done = self.num_batches_tracked / self.steps
+        r_max = 1 + 2 * ((done - 0.05) / 0.35).clamp(0, 1)
+        d_max = 5 * ((done - 0.05) / 0.20).clamp(0, 1)
+        r = (std / moving_std).clamp(1 / r_max, r_max)
+        d = ((mean - self.running_mean) / moving_std).clamp(-d_max, d_max)
+
+        count = x.numel() // (groups * self.num_features)
+        self.running_mean.lerp_(mean.mean(0), self.momentum)
+        self.running_var.lerp_(var.mean(0) * (count / max(count - 1, 1)), self.momentum)
+        self.num_batches_tracked.add_(1)
+        return r, d
+
+
+def replace_batch_norms(module: nn.Module, build: Callable[[int], nn.Module]) -> None:
+    """Puts new layers in the place of all BatchNorms in a module.
+
+    Args:
+        module: what they are in.
+        build: makes a layer for a number of channels.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, build(child.num_features))
+        else:
+            replace_batch_norms(child, build)
+
+
+def apply_weight_norm(backbone: nn.Module) -> None:
+    """Weight normalization (Salimans & Kingma, 2016) of a ResNet without norms.
+
+    Each filter becomes g v / |v| with g and v learned, and gets a bias. g starts so that variances
+    stay about the same from layer to layer, without data: at 1 for the stem, whose images have
+    variance 1, and at sqrt(2) behind a ReLU, divided by sqrt(L) where one of the L residual branches
+    ends, so that the sums over them stay bounded.
+
+    Args:
+        backbone: a detectron2 ResNet that was built with the norm "".
+
+    Raises:
+        InputError: torch does not have it.
+    """
+    try:
+        from torch.nn.utils.parametrizations import weight_norm
+    except ImportError as error:
+        raise InputError("--norm WN needs torch 2.1 or newer: update torch.") from error
+
+    blocks = [
+        m for m in backbone.modules() if isinstance(m, CNNBlockBase) and m is not backbone.stem
+    ]
+    last = {[m for m in b.children() if isinstance(m, Conv2d)][-1] for b in blocks}
+    for conv in [m for m in backbone.modules() if isinstance(m, Conv2d)]:
+        gain = 1.0 if conv is backbone.stem.conv1 else math.sqrt(2)
+        conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+        weight_norm(conv)
+        g = conv.parametrizations.weight.original0
+        nn.init.constant_(g, gain / math.sqrt(len(blocks)) if conv in last else gain)

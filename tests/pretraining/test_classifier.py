@@ -1,0 +1,125 @@
+"""The classifier around a detector's ResNet."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from kn_detectron import GroupKalmanNorm2d, InputError, KalmanNorm2d
+from kn_detectron.pretraining import ImageClassifier
+from kn_detectron.pretraining.norms import BatchRenorm2d
+
+from ..models import randomize, rcnn_cfg
+from .conftest import config
+
+
+def _batch(count=8, size=64):
+    return {
+        "image": torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8),
+        "label": torch.randint(0, 3, (count,)),
+    }
+
+
+@pytest.mark.parametrize(
+    "norm, kind, options",
+    [
+        ("BN", nn.BatchNorm2d, {}),
+        ("BN", KalmanNorm2d, dict(norm_batch_size=2)),
+        ("KN", KalmanNorm2d, {}),
+        ("GKN", GroupKalmanNorm2d, {}),
+        ("GN4", nn.GroupNorm, {}),
+        ("LN", nn.GroupNorm, {}),
+        ("BRN", BatchRenorm2d, {}),
+        ("WN", None, {}),
+    ],
+)
+def test_every_norm_learns(norm, kind, options):
+    model = ImageClassifier(config("d", norm, **options))
+    norms = [
+        type(m)
+        for m in model.modules()
+        if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))
+    ]
+    assert len(norms) == (53 if kind else 0)
+    assert all(issubclass(found, kind) for found in norms)
+    if norm == "LN":
+        assert {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)} == {1}
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    batch, losses = _batch(), []
+    with EventStorage():
+        for _ in range(12):
+            (loss,) = model(batch).values()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert all(p.grad is not None for p in model.parameters())
+    assert losses[0] == pytest.approx(1.1, abs=0.25)  # log 3
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_loss_and_accuracy_are_those_of_the_scores():
+    model = ImageClassifier(config("d", "GN4"))
+    batch = _batch()
+    with EventStorage() as storage:
+        loss = model(batch)["loss_cls"]
+        top1 = storage.latest()["batch_top1"][0]
+    scores = model.eval()(batch)
+    assert scores.shape == (8, 3)
+    torch.testing.assert_close(loss, F.cross_entropy(scores, batch["label"]))
+    assert top1 == 100 * sum(s.argmax() == y for s, y in zip(scores, batch["label"])) / 8
+
+
+@pytest.mark.parametrize("norm", ["BN", "KN"])
+def test_the_detector_sees_the_same_features(norm):
+    detector_cfg = rcnn_cfg(norm, MODEL__PIXEL_STD=[50.0, 60.0, 70.0])
+    detector = randomize(build_model(detector_cfg)).eval()
+    model = ImageClassifier(config("d", norm, detection=detector_cfg)).eval()
+    here = {n: t for n, t in detector.state_dict().items() if n.startswith("backbone.")}
+    missing, unexpected = model.load_state_dict(here, strict=False)
+    assert not unexpected and all(n.startswith(("backbone.res5", "linear")) for n in missing)
+    res4 = []
+    model.backbone.res4.register_forward_hook(lambda module, args, out: res4.append(out))
+    image = _batch()["image"]
+    model({"image": image})
+    inputs = detector.preprocess_image([{"image": i} for i in image]).tensor
+    expected = detector.backbone(inputs)["res4"]
+    assert (res4[0] - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("norm", ["BN", "KN", "BRN"])
+def test_micro_batches_are_batches_on_their_own(norm):
+    """Loss and gradient are the averages over the groups."""
+    whole = randomize(ImageClassifier(config("d", norm, norm_batch_size=2))).double()
+    apart = ImageClassifier(config("d", norm)).double()
+    apart.load_state_dict(whole.state_dict())
+    for model in (whole, apart):
+        if norm == "BRN":  # a group's statistics must not move those of the next one
+            for layer in model.backbone.modules():
+                if isinstance(layer, BatchRenorm2d):
+                    layer.momentum = 0.0
+                    layer.num_batches_tracked.fill_(layer.steps // 4)
+    batch = _batch(6)
+    with EventStorage():
+        loss = whole(batch)["loss_cls"]
+        loss.backward()
+        parts = []
+        for i in range(0, 6, 2):
+            part = {key: value[i : i + 2] for key, value in batch.items()}
+            parts.append(apart(part)["loss_cls"] / 3)
+            parts[-1].backward()
+            for layer in apart.backbone.modules():
+                if isinstance(layer, BatchRenorm2d):
+                    layer.num_batches_tracked.fill_(layer.steps // 4)
+    torch.testing.assert_close(loss, sum(parts))
+    for (name, one), other in zip(whole.named_parameters(), apart.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_groups_that_do_not_divide_the_widths_are_refused():
+    with pytest.raises(InputError, match="GN3"):
+        ImageClassifier(config("d", "GN3"))
+    with pytest.raises(InputError, match="--norm GN does not fit the backbone"):
+        ImageClassifier(config("d", "GN"))

@@ -1,0 +1,134 @@
+"""Accuracy with moving and with online statistics."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.utils.events import EventStorage
+from PIL import Image
+
+from kn_detectron.pretraining import ImageClassifier, evaluate, online_statistics, open_folders
+
+from ..models import randomize
+from .conftest import config
+
+
+def _classifier(cfg, classes=3):
+    cfg.PRETRAINING.NUM_CLASSES = classes
+    model = randomize(ImageClassifier(cfg))
+    torch.nn.init.normal_(model.linear.weight)  # so that not all images have the same class
+    return model
+
+
+def _batch(count=8):
+    return {"image": torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize("norm", ["BN", "KN", "BRN"])
+@pytest.mark.parametrize("norm_batch_size", [0, 2])
+def test_online_is_the_training_function_and_leaves_no_trace(norm, norm_batch_size):
+    cfg = config("d", norm, norm_batch_size=norm_batch_size)
+    model, batch = _classifier(cfg).eval(), _batch()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    moving = model(batch)
+    with online_statistics(model.backbone):
+        online = model(batch)
+    assert torch.equal(model(batch), moving)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not torch.allclose(online, moving, rtol=0.01)
+    if norm == "BRN":
+        return  # in training it uses moving statistics too
+    model.backbone.train()
+    torch.testing.assert_close(online, model(batch))
+    assert not torch.equal(model.backbone.stem.conv1.norm.running_mean, before[_STEM_MEAN])
+
+
+_STEM_MEAN = "backbone.stem.conv1.norm.running_mean"
+
+
+def test_online_statistics_come_back_after_a_failure():
+    model = _classifier(config("d", "BN")).eval()
+    with pytest.raises(ZeroDivisionError), online_statistics(model.backbone):
+        1 / 0
+    norm = model.backbone.stem.conv1.norm
+    assert norm.track_running_stats and not norm.training
+
+
+def _image_by_image(model, folder):
+    """Top-1 and top-2 of images in a batch of their own, in the order of the folders."""
+    hits = []
+    for path, label in open_folders(str(folder))[1].samples:
+        image = Image.open(path)
+        size = [int(64 * side / min(image.size)) for side in image.size]
+        image = image.resize(size, Image.BILINEAR)
+        left, top = round((size[0] - 64) / 2), round((size[1] - 64) / 2)
+        pixels = np.asarray(image.crop((left, top, left + 64, top + 64)))[:, :, ::-1].copy()
+        scores = model({"image": torch.from_numpy(pixels).permute(2, 0, 1)[None]})[0]
+        best = scores.argsort(descending=True).tolist()
+        hits.append((best[0] == label, label in best[:5]))
+    return (100 * np.mean(hits, axis=0)).tolist()
+
+
+@pytest.mark.parametrize("batch_size", [4, 8])
+@torch.no_grad()
+def test_moving_is_counted_image_by_image(folder, batch_size):
+    model = _classifier(config(folder, "BN"), classes=9).eval()
+    top1, top5 = _image_by_image(model, folder)
+    assert 0 < top1 < top5 < 100
+    results = evaluate(config(folder, "BN", batch_size=batch_size), model)
+    assert results["moving"] == {"top1": pytest.approx(top1), "top5": pytest.approx(top5)}
+
+
+@torch.no_grad()
+def test_online_is_counted_batch_by_batch(folder):
+    cfg = config(folder, "KN", norm_batch_size=1)
+    model = _classifier(cfg, classes=9)
+    results = evaluate(cfg, model)
+    assert model.training
+    assert results["online"] != results["moving"]
+    # Each image is a batch of its own.
+    model.eval()
+    with online_statistics(model.backbone):
+        assert list(results["online"].values()) == pytest.approx(_image_by_image(model, folder))
+
+
+def test_group_norms_are_evaluated_once(folder, kn_log):
+    cfg = config(folder, "GN4")
+    model = _classifier(cfg, classes=4)
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append(1))
+    results = evaluate(cfg, model)
+    assert len(calls) == 2 and results["online"] == results["moving"]
+    assert results["moving"]["top5"] == 100
+    assert "GN4 on 15 validation images" in kn_log.text
+    top1 = f"{results['moving']['top1']:.2f}"
+    assert "| moving (Option A) |" in kn_log.text and kn_log.text.count(top1) == 2
+
+
+def test_evaluation_needs_no_training_around_it(folder):
+    """The scores of a model in training mode would be losses, and write to a storage."""
+    cfg = config(folder, "KN")
+    with EventStorage() as storage:
+        evaluate(cfg, _classifier(cfg))
+    assert not storage.latest()
+
+
+def _evaluate_on_rank(rank, cfg, folder):
+    address = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        torch.save(evaluate(cfg, _classifier(cfg, classes=9)), f"{folder}/{rank}.pth")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_share_the_images(folder, tmp_path):
+    cfg = config(folder, "KN", norm_batch_size=1)
+    expected = evaluate(cfg, _classifier(cfg, classes=9))
+    assert expected["online"] != expected["moving"]
+    mp.spawn(_evaluate_on_rank, args=(cfg, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pth")
+        assert found == {name: pytest.approx(scores) for name, scores in expected.items()}

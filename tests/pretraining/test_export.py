@@ -1,0 +1,105 @@
+"""backbone.pth in detectors."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from kn_detectron import model_zoo
+from kn_detectron.checkpoint import KNCheckpointer
+from kn_detectron.checkpoint.conventions import CHECKPOINT_KEY, Conventions
+from kn_detectron.pretraining import ImageClassifier, export_backbone
+
+from ..models import randomize, rcnn_cfg
+from .conftest import config
+
+_OPTIONS = dict(MODEL__PIXEL_STD=[57.0, 58.0, 59.0], MODEL__RESNETS__STRIDE_IN_1X1=False)
+
+
+def _fpn(norm):
+    detection = model_zoo.get_config("shapes/mask_rcnn_slim_R50_FPN_KN.yaml")
+    if norm != "KN":
+        detection.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+        detection.MODEL.RESNETS.NORM = norm
+    return detection
+
+
+def _exported(detection, path, half=False):
+    cfg = config("d", norm=None, detection=detection)
+    torch.manual_seed(0)
+    model = randomize(ImageClassifier(cfg))
+    export_backbone(model.state_dict(), str(path), Conventions.of_config(cfg), half)
+    return model
+
+
+def _assert_loaded(detector, model):
+    """Stem to res5 have the values of the classifier, wherever they stand in the detector."""
+    expected = {n.removeprefix("backbone."): t for n, t in model.state_dict().items()}
+    expected.pop("linear.weight"), expected.pop("linear.bias")
+    found = detector.state_dict()
+    for name, tensor in expected.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        (place,) = [n for n in found if n == name or n.endswith("." + name)]
+        torch.testing.assert_close(found[place], tensor, msg=name)
+    return expected
+
+
+@pytest.mark.parametrize("variant", ["network", "paper"])
+def test_kn_c4_gets_everything(tmp_path, variant, kn_log):
+    detection = rcnn_cfg("KN", MODEL__KN__VARIANT=variant, **_OPTIONS)
+    model = _exported(detection, tmp_path / "backbone.pth")
+    detector = build_model(detection)
+    KNCheckpointer(detector).load(str(tmp_path / "backbone.pth"), checkpointables=[])
+    expected = _assert_loaded(detector, model)
+    kind = "mean_offset" if variant == "network" else "process_noise"
+    assert {"res2.0.conv1.norm.gain_logit", f"res5.2.conv3.norm.{kind}"} <= set(expected)
+    assert "priors" not in kn_log.text  # as if they had to be fitted
+
+
+@pytest.mark.parametrize("norm", ["KN", "GN8"])
+def test_fpn_gets_everything(tmp_path, norm):
+    model = _exported(_fpn(norm), tmp_path / "backbone.pth")
+    detector = build_model(_fpn(norm))
+    KNCheckpointer(detector).load(str(tmp_path / "backbone.pth"), checkpointables=[])
+    _assert_loaded(detector, model)
+
+
+@pytest.mark.parametrize("norm", ["GKN", "BN", "FrozenBN"])
+def test_c4_of_other_norms(tmp_path, norm):
+    detection = rcnn_cfg("GKN" if norm == "GKN" else "BN", MODEL__RESNETS__NORM=norm)
+    model = _exported(detection, tmp_path / "backbone.pth")
+    detector = build_model(detection)
+    KNCheckpointer(detector).load(str(tmp_path / "backbone.pth"), checkpointables=[])
+    _assert_loaded(detector, model)
+
+
+def test_content(tmp_path):
+    detection = rcnn_cfg("KN", **_OPTIONS)
+    _exported(detection, tmp_path / "backbone.pth")
+    content = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    assert content["matching_heuristics"] is True and content["__author__"] == "kn_detectron"
+    assert content[CHECKPOINT_KEY] == Conventions.of_config(detection).to_dict()
+    assert content[CHECKPOINT_KEY]["pixel_std"] == [57.0, 58.0, 59.0]
+    assert all(tensor.is_contiguous() for tensor in content["model"].values())
+    assert {name.partition(".")[0] for name in content["model"]} == {
+        *("stem", "res2", "res3", "res4", "res5", "linear")
+    }
+
+
+def test_half(tmp_path):
+    detection = _fpn("KN")
+    model = _exported(detection, tmp_path / "whole.pth")
+    _exported(detection, tmp_path / "half.pth", half=True)
+    content = torch.load(tmp_path / "half.pth", weights_only=True)["model"]
+    assert content["res3.0.conv2.weight"].dtype == torch.float16
+    for name in ("running_var", "weight", "gain_logit", "log_var_scale"):
+        assert content[f"res3.0.conv2.norm.{name}"].dtype == torch.float32
+    sizes = [(tmp_path / f"{name}.pth").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.62 * sizes[0]
+    detector = build_model(detection)
+    KNCheckpointer(detector).load(str(tmp_path / "half.pth"), checkpointables=[])
+    loaded = detector.backbone.bottom_up.res3[0].conv2
+    assert loaded.weight.dtype == torch.float32
+    torch.testing.assert_close(
+        loaded.weight, model.backbone.res3[0].conv2.weight, rtol=1e-3, atol=1e-4
+    )

@@ -1,0 +1,127 @@
+"""tools/pretrain_net.py: what it takes, what it refuses, and what it prints."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kn_detectron.engine.command_line import run
+
+from ..engine.conftest import fresh_logs, one_thread  # noqa: F401
+from ..pretraining.conftest import folder, write_images  # noqa: F401
+
+TOOL = Path(__file__).parents[2] / "tools" / "pretrain_net.py"
+
+DETECTOR = {
+    "VERSION": 2,
+    "SEED": 3,
+    "DATALOADER": {"NUM_WORKERS": 0},
+    "MODEL": {
+        "DEVICE": "cpu",
+        "BACKBONE": {"NAME": "build_kn_resnet_backbone"},
+        "RESNETS": {
+            "NORM": "KN",
+            "STEM_OUT_CHANNELS": 8,
+            "RES2_OUT_CHANNELS": 16,
+            "WIDTH_PER_GROUP": 4,
+        },
+        "KN": {"NUM_GROUPS": 4},
+    },
+}
+ARGUMENTS = ("--epochs", "1", "--batch-size", "8", "--image-size", "64")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs the tool in this process, and gives its status, stdout and stderr."""
+    spec = importlib.util.spec_from_file_location("pretrain_net", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    config = tmp_path / "detector.yaml"
+    config.write_text(yaml.safe_dump(DETECTOR))
+
+    def call(*arguments):
+        arguments = ["--config", config, *arguments]
+        monkeypatch.setattr(sys, "argv", ["pretrain_net.py", *map(str, arguments)])
+        status = run(tool.main)
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+def _assert_one_sentence(result, pattern):
+    status, out, err = result
+    assert status == 1
+    assert "Traceback" not in out + err
+    sentence = err.splitlines()[-1]  # torch has its own to say before
+    assert sentence.startswith("error: ") and err.count("error: ") == 1
+    assert re.search(pattern, sentence), sentence
+
+
+def test_train_resume_and_evaluate(command, folder, tmp_path):  # noqa: F811
+    run_folder = tmp_path / "run"
+    options = ("--data", folder, *ARGUMENTS, "--norm-batch-size", "2")
+    status, out, err = command(*options, "OUTPUT_DIR", run_folder)
+    assert status == 0, err
+    assert "| moving (Option A) |" in out and "KN in groups of 2 on 15 validation images" in out
+    results = json.loads((run_folder / "inference" / "results.json").read_text())
+    assert set(results) == {"moving", "online"} and set(results["moving"]) == {"top1", "top5"}
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    assert config["SOLVER"]["MAX_ITER"] == 3 and config["PRETRAINING"]["NUM_CLASSES"] == 3
+
+    status, out, err = command(*options, "--resume", "OUTPUT_DIR", run_folder)
+    assert status == 0 and "Nothing is left to train" in out
+
+    (run_folder / "inference" / "results.json").unlink()
+    status, out, err = command(*options, "--eval-only", "OUTPUT_DIR", run_folder)
+    assert status == 0, err
+    assert json.loads((run_folder / "inference" / "results.json").read_text()) == results
+
+
+def test_key_value_pairs_win(command, folder, tmp_path):  # noqa: F811
+    options = ("MODEL.KN.GAIN", "0.3", "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", tmp_path / "run")
+    status, out, err = command("--data", folder, *ARGUMENTS, "--lr", "0.2", *options)
+    assert status == 0, err
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["MODEL"]["KN"]["GAIN"] == 0.3
+    assert config["SOLVER"]["MAX_ITER"] == 1 and config["SOLVER"]["BASE_LR"] == 0.2
+
+
+def test_output_is_a_folder_inside_the_detectors(
+    command, folder, tmp_path, monkeypatch
+):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command("--data", folder, *ARGUMENTS, "--norm", "GN4")
+    assert status == 0, err
+    assert (tmp_path / "output" / "pretraining_GN4" / "backbone.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--norm", "XN"], "--norm is 'XN'"),
+        (["--batch-size", "99"], "fewer than a batch"),
+        (["--norm-batch-size", "3"], "multiple of 3"),
+        (["--data", "/nowhere"], "--data /nowhere is not a folder"),
+        (["MODEL.KN.GIAN", "0.1"], "MODEL.KN.GIAN"),
+        (["INPUT.FORMAT", "L"], "INPUT.FORMAT is 'L'"),
+        (["OUTPUT_DIR", "/dev/null/run"], "OUTPUT_DIR /dev/null/run"),
+        (["--eval-only"], "There are no weights to evaluate"),
+    ],
+)
+def test_bad_options(command, folder, tmp_path, arguments, sentence):  # noqa: F811
+    if "OUTPUT_DIR" not in arguments:
+        arguments = [*arguments, "OUTPUT_DIR", tmp_path / "run"]
+    _assert_one_sentence(command("--data", folder, *ARGUMENTS, *arguments), sentence)
+
+
+def test_broken_image(command, tmp_path):
+    data = write_images(tmp_path / "images")
+    for path in (data / "train" / "green").iterdir():
+        path.write_bytes(b"no image")
+    result = command("--data", data, *ARGUMENTS, "OUTPUT_DIR", tmp_path / "run")
+    _assert_one_sentence(result, r"train/green/\d.png cannot be read")

@@ -1,0 +1,93 @@
+#!/usr/bin/env python
+"""Pre-trains the backbone of a detection config by image classification.
+
+Examples:
+    tools/pretrain_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --data imagenet --num-gpus 8
+    tools/pretrain_net.py --config configs/shapes/mask_rcnn_slim_R50_FPN_KN.yaml --data cifar10 \\
+        --norm BN --norm-batch-size 2 --epochs 30 --batch-size 64 --image-size 64
+    tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --num-gpus 8 \\
+        MODEL.WEIGHTS output/pretraining_KN/backbone.pth
+"""
+
+import sys
+
+from kn_detectron.checkpoint import KNCheckpointer
+from kn_detectron.engine.command_line import (
+    argument_parser,
+    launch_ranks,
+    make_output_dir,
+    merge_options,
+    read_config,
+    run,
+    set_up,
+)
+from kn_detectron.pretraining import (
+    ClassificationTrainer,
+    add_pretraining_config,
+    classification_config,
+    open_folders,
+)
+
+
+def train_or_evaluate(cfg, args):
+    """What each process does."""
+    set_up(cfg, args)
+    if args.eval_only:
+        model = ClassificationTrainer.build_model(cfg)
+        checkpointer = KNCheckpointer(model, cfg.OUTPUT_DIR)
+        resume = args.resume or not cfg.MODEL.WEIGHTS
+        checkpointer.load_for_evaluation(cfg.MODEL.WEIGHTS, resume=resume)
+        ClassificationTrainer.test(cfg, model)
+        return
+    trainer = ClassificationTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def load_config(args):
+    """The config of the pre-training that the arguments ask for."""
+    detection = read_config(args, add_pretraining_config)
+    train, _ = open_folders(args.data)
+    cfg = classification_config(
+        detection,
+        data=args.data,
+        num_classes=len(train.classes),
+        num_images=len(train),
+        norm=args.norm,
+        norm_batch_size=args.norm_batch_size,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        image_size=args.image_size,
+    )
+    merge_options(cfg, args.opts)
+    cfg.freeze()
+    make_output_dir(cfg)
+    return cfg
+
+
+def main():
+    """Parses the command line."""
+    parser = argument_parser()
+    parser.description = __doc__.splitlines()[0]
+    parser.add_argument("--data", required=True, help="folder with train/<class>/ and val/<class>/")
+    parser.add_argument("--norm", help="BN, KN, GN, GN<n>, GKN, LN, WN or BRN (the config's)")
+    parser.add_argument(
+        "--norm-batch-size",
+        type=int,
+        default=0,
+        metavar="M",
+        help="images that are normalised together in training (all of a process's batch)",
+    )
+    parser.add_argument("--epochs", type=float, default=100, help="(%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, help="on all GPUs (%(default)s)")
+    parser.add_argument("--lr", type=float, help="(0.1 per 256 images of the batch)")
+    parser.add_argument("--weight-decay", type=float, default=1e-4, help="(%(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="in pixels (%(default)s)")
+    args = parser.parse_args()
+    launch_ranks(train_or_evaluate, load_config(args), args)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
