@@ -14,7 +14,7 @@ setup(
     version=version,
     description="Kalman Normalization for detectron2",
     packages=find_packages(include=["kn_detectron", "kn_detectron.*"]),
-    package_data={"kn_detectron": ["model_zoo/configs/**/*.yaml"]},
+    package_data={"kn_detectron": ["model_zoo/configs/**/*.yaml", "model_zoo/weights/*.pth"]},
     python_requires=">=3.10",
     # detectron2 is missing here on purpose: PyPI has no package of that name by its authors.
     install_requires=[
@@ -27,7 +27,8 @@ setup(
         "pycocotools>=2.0.4",
         "fvcore>=0.1.5.post20221221,<0.1.6",
         "iopath>=0.1.7,<0.1.11",
+        "safetensors>=0.4",
         "tensorboard>=2.10",
     ],
-    extras_require={"dev": ["black", "mpmath", "pytest"]},
+    extras_require={"dev": ["black", "mpmath", "onnx", "onnxruntime", "onnxscript", "pytest"]},
 )

@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""Folds a trained KN model into a FrozenBN model that detectron2 runs without this package.
+
+Examples:
+    tools/fold_weights.py --config configs/mask_rcnn_R50_C4_KN.yaml --output output/folded \\
+        MODEL.WEIGHTS output/model_final.pth
+"""
+
+import argparse
+import sys
+
+import torch
+
+from kn_detectron.checkpoint import fold_weights
+from kn_detectron.engine.command_line import read_config, run
+
+from detectron2.utils.logger import setup_logger  # isort: skip  # made importable by kn_detectron
+
+_USE = """
+With detectron2 alone, in its folder:
+    tools/train_net.py --eval-only --config-file {config}{device}
+In Python:
+    cfg = detectron2.config.get_cfg()
+    cfg.merge_from_file("{config}")
+    predictor = detectron2.engine.DefaultPredictor(cfg)
+Where the two files have been moved, set MODEL.WEIGHTS to where the weights are now.
+"""
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        "--config-file",
+        dest="config_file",
+        required=True,
+        metavar="FILE",
+        help="the config that the model was trained with",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="NAME",
+        help="where to write NAME.pth, the weights, and NAME.yaml, their config",
+    )
+    parser.add_argument(
+        "opts", nargs="*", metavar="KEY VALUE", help="for the config; MODEL.WEIGHTS is needed"
+    )
+    args = parser.parse_intermixed_args()
+    setup_logger(name="kn_detectron")
+    weights, config = fold_weights(read_config(args), args.output)
+    device = "" if torch.cuda.is_available() else " MODEL.DEVICE cpu"
+    print(f"{weights} and {config} are written.")
+    print(_USE.format(config=config, device=device).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
