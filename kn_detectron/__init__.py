@@ -5,7 +5,8 @@ from .compat import prepare_detectron2
 # Before anything of detectron2 is imported, here or by a module of this package.
 prepare_detectron2()
 
-from . import data, modeling  # noqa: E402  # registers datasets, backbones and heads
+# Registers datasets, released weights, backbones and heads.
+from . import data, model_zoo, modeling  # noqa: E402
 from .config import add_kn_config, check_config  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .layers import Belief, GroupKalmanNorm2d, KalmanNorm2d  # noqa: E402
@@ -21,6 +22,7 @@ __all__ = [
     "add_kn_config",
     "check_config",
     "data",
+    "model_zoo",
     "modeling",
     "register_norms",
     "unregister_norms",

@@ -37,12 +37,14 @@ def files(pattern):
     return {path.relative_to(ROOT).as_posix() for path in (ROOT / "kn_detectron").glob(pattern)}
 
 
-def test_wheel_has_all_modules_and_configs(wheel):
+def test_wheel_has_all_modules_configs_and_weights(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules, configs = files("**/*.py"), files("model_zoo/configs/**/*.yaml")
+    weights = files("model_zoo/weights/*.pth")
     assert "kn_detectron/__init__.py" in modules
     assert "kn_detectron/model_zoo/configs/mask_rcnn_R50_C4_KN.yaml" in configs
-    assert modules | configs <= names
+    assert "kn_detectron/model_zoo/weights/slim_R50_KN.pth" in weights
+    assert modules | configs | weights <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/"))]
 
 

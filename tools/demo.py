@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Trains a small Mask R-CNN with Kalman Normalization on generated images, evaluates and draws.
+"""Fine-tunes a small Mask R-CNN with Kalman Normalization on generated images, evaluates and draws.
+
+It starts from released weights, which come with the package.
 
 It takes minutes on a CPU. What is done is not done again: run it twice, or interrupt it and run it
 again, and it goes on from where it was.

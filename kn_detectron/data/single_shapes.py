@@ -75,8 +75,8 @@ def draw_single_shape(spec, split, index):
     # A fourth number, which the images of the shapes dataset do not have, keeps the two apart.
     rng = np.random.Generator(np.random.PCG64([spec.seed, SPLITS.index(split), index, 1]))
     category = index % len(CATEGORIES)
-    extent = spec.size * rng.uniform(0.45, 0.85)
-    center = tuple(spec.size * rng.uniform(0.4, 0.6, 2))
+    extent = spec.size * rng.uniform(0.55, 0.8)
+    center = tuple(spec.size * rng.uniform(0.45, 0.55, 2))
     angle = rng.uniform(0, 2 * np.pi)
     shape = outline(CATEGORIES[category], center, extent, angle, squash=rng.uniform(0.8, 1.0))
     return render(rng, [(category, 0, [shape])], spec.size, spec.size)[0]

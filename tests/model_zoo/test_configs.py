@@ -59,6 +59,7 @@ SETTING = {
 LAYERS = {
     "FrozenBN": FrozenBatchNorm2d,
     "GN": nn.GroupNorm,
+    "GN8": nn.GroupNorm,
     "GKN": GroupKalmanNorm2d,
     "KN": KalmanNorm2d,
 }
@@ -93,7 +94,9 @@ def test_none_is_lost():
     ours = {f"mask_rcnn_R50_C4_{norm}" for norm in NORMS}
     expected = {f"{name}{suffix}.yaml" for name in ours for suffix in ("", "_2im")}
     expected |= {f"quick_schedules/{name}_instant_test.yaml" for name in ours}
+    expected |= {f"shapes/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in NORMS}
     expected.add("shapes/mask_rcnn_slim_R50_FPN_KN.yaml")
+    expected.add("mask_rcnn_R50_C4_KN_finetune.yaml")
     assert expected == set(NAMES) - set(BASES)
 
 
@@ -131,6 +134,22 @@ def test_coco_configs_differ_in_the_norm_alone():
     configs = [flat(load(f"mask_rcnn_R50_C4_{norm}.yaml")) for norm in NORMS]
     differing = {key for key in configs[0] for cfg in configs if cfg[key] != configs[0][key]}
     assert differing == OF_THE_NORM
+
+
+def test_shapes_configs_differ_in_the_norm_alone():
+    configs = [flat(load(f"shapes/mask_rcnn_slim_R50_C4_{norm}.yaml")) for norm in NORMS]
+    differing = {key for key in configs[0] for cfg in configs if cfg[key] != configs[0][key]}
+    of_slim = {"MODEL.KN.NUM_GROUPS", "MODEL.KN.MONTE_CARLO_SIZE"}
+    assert differing <= OF_THE_NORM | of_slim
+    assert not differing & {"MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.KN.GAIN"}
+    model = build_model(load("shapes/mask_rcnn_slim_R50_C4_KN.yaml"))
+    norms = [m for m in model.modules() if isinstance(m, (KalmanNorm2d, FrozenBatchNorm2d))]
+    assert len(norms) == 53
+
+
+def test_fine_tuning_changes_the_schedule_alone():
+    found = changes("mask_rcnn_R50_C4_KN_finetune.yaml", "mask_rcnn_R50_C4_KN.yaml")
+    assert {key.split(".")[0] for key in found} == {"SOLVER", "TEST"}
 
 
 @pytest.mark.parametrize("norm", NORMS)

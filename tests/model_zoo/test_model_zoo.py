@@ -1,9 +1,20 @@
 import os
 
 import pytest
+import torch
+from detectron2.utils.file_io import PathManager
 
 from kn_detectron import InputError
-from kn_detectron.model_zoo import get_config, get_config_file
+from kn_detectron.checkpoint import KNCheckpointer
+from kn_detectron.model_zoo import (
+    get,
+    get_checkpoint_file,
+    get_config,
+    get_config_file,
+    released_weights,
+)
+
+TRAINED = ["shapes/mask_rcnn_slim_R50_C4_BN.yaml", "shapes/mask_rcnn_slim_R50_C4_KN.yaml"]
 
 
 def test_get_config_file_and_config():
@@ -17,3 +28,64 @@ def test_get_config_file_and_config():
 def test_an_unknown_config_is_answered_with_those_there_are():
     with pytest.raises(InputError, match="no config R50.yaml: .* mask_rcnn_R50_C4_KN.yaml"):
         get_config_file("R50.yaml")
+
+
+def test_released_weights_are_small():
+    sizes = [os.path.getsize(PathManager.get_local_path(f"kn://{n}")) for n in released_weights()]
+    assert len(sizes) == 4
+    assert max(sizes) <= 6e6 and sum(sizes) <= 16e6
+
+
+def test_released_weights_are_opened_by_name():
+    name = released_weights()[0]
+    assert PathManager.isfile(f"kn://{name}") and PathManager.exists(f"kn://{name}")
+    assert not PathManager.isfile("kn://nothing.pth")
+    with PathManager.open(f"kn://{name}", "rb") as file:
+        assert file.read(2) == b"PK"  # a zip archive, as torch writes them
+    with pytest.raises(InputError, match="cannot be written"):
+        PathManager.open(f"kn://{name}", "wb")
+
+
+def test_unknown_weights_are_answered_with_those_there_are():
+    with pytest.raises(
+        InputError, match=f"kn://nothing.pth is not .* kn://{released_weights()[0]}"
+    ):
+        PathManager.get_local_path("kn://nothing.pth")
+
+
+@pytest.mark.parametrize("config", TRAINED)
+def test_a_trained_model_has_the_released_weights(config):
+    path = get_checkpoint_file(config)
+    state = torch.load(path, weights_only=True)["model"]
+    model = get(config, trained=True)
+    assert model.training
+    loaded = model.state_dict()
+    assert set(loaded) <= set(state)
+    # The rest are the priors of layers that the config freezes.
+    assert all("res2" in name or "stem" in name for name in set(state) - set(loaded))
+    for name in loaded:
+        tensor = state[name]
+        assert tensor.dtype == (torch.float16 if tensor.ndim > 1 else loaded[name].dtype), name
+        torch.testing.assert_close(loaded[name], tensor.to(loaded[name].dtype), rtol=0, atol=0)
+    assert get_config(config, trained=True).MODEL.WEIGHTS == f"kn://{os.path.basename(path)}"
+
+
+@pytest.mark.parametrize("config", TRAINED)
+def test_a_config_starts_from_its_released_backbone(config):
+    cfg = get_config(config)
+    state = torch.load(PathManager.get_local_path(cfg.MODEL.WEIGHTS), weights_only=True)["model"]
+    loaded = get(config).state_dict()
+    for name, prefix in (("stem.conv1", "backbone"), ("res5.2.conv3", "roi_heads")):
+        for leaf in ("weight", "norm.weight", "norm.running_var"):
+            want = state[f"{name}.{leaf}"].float()
+            torch.testing.assert_close(loaded[f"{prefix}.{name}.{leaf}"], want)
+
+
+def test_a_config_without_weights_says_so():
+    with pytest.raises(InputError, match=f"trained with mask_rcnn_R50_C4_KN.yaml.* {TRAINED[1]}"):
+        get_checkpoint_file("mask_rcnn_R50_C4_KN.yaml")
+
+
+def test_released_weights_fit_the_checkpointer_by_name():
+    model = get(TRAINED[1])
+    KNCheckpointer(model).load_for_evaluation("kn://mask_rcnn_slim_R50_C4_KN.pth")
