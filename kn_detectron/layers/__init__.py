@@ -8,6 +8,7 @@ from .kalman_norm import (
     KalmanNorm2d,
     kalman_layers,
     set_gain_scale,
+    set_norm_batch_size,
 )
 from .transition import ClosedFormTransition, MonteCarloTransition, build_transition
 
@@ -21,4 +22,5 @@ __all__ = [
     "build_transition",
     "kalman_layers",
     "set_gain_scale",
+    "set_norm_batch_size",
 ]

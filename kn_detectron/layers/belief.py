@@ -46,19 +46,8 @@ class Belief(NamedTuple):
         return Belief(self.mean.detach(), self.var.detach())
 
 
-# |m| / sqrt(v) beyond which a Gaussian is all on one side of 0, in float64 too: exp(-40^2/2) = 0.
-_TAIL = 40.0
-
-
-def _upper_tail(t: Tensor):
-    """Of a standard normal z, for t >= 0: pdf(t), Mills' ratio M = P(z > t) / pdf(t), 1 - t M.
-
-    In this form all three keep their relative accuracy however far out t is. The last one times
-    pdf(t) is E[max(z - t, 0)].
-    """
-    pdf = torch.exp(-0.5 * t * t) * (1.0 / math.sqrt(2.0 * math.pi))
-    mills = torch.special.erfcx(t * math.sqrt(0.5)) * math.sqrt(0.5 * math.pi)
-    return pdf, mills, (1.0 - t * mills).clamp_min(0.0)
+# |m| / sqrt(2 v) beyond which a Gaussian is all on one side of 0, in float64 too: exp(-28^2) = 0.
+_TAIL = 28.0
 
 
 class _RectifiedMoments(torch.autograd.Function):
@@ -79,32 +68,31 @@ class _RectifiedMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean: Tensor, var: Tensor):
+        tiny = torch.finfo(var.dtype).tiny
         std = var.sqrt()
+        # With z = t / sqrt(2), of a standard normal: pdf(t) is exp(-z^2) / sqrt(2 pi), its tail
+        # P(> t) is exp(-z^2) erfcx(z) / 2, and h is pdf(t) - t tail. In this form they keep their
+        # relative accuracy however far out t is.
+        z = mean.abs().div_((std * math.sqrt(2.0)).clamp_min_(tiny)).clamp_max_(_TAIL)
+        bell, mills = torch.exp(-z * z), torch.special.erfcx(z)
+        h = (1.0 - math.sqrt(math.pi) * z * mills).clamp_min_(0.0) * bell
+        h = h.mul_(1.0 / math.sqrt(2.0 * math.pi))
+        tail = (bell * mills).mul_(0.5)
+        negative, rest = mean < 0, 1.0 - tail
+        cdf, cdf_of_minus = torch.where(negative, tail, rest), torch.where(negative, rest, tail)
+        out_mean = torch.addcmul(mean.clamp_min(0.0), std, h)
+        out_var = (cdf - h * torch.add(h, z, alpha=math.sqrt(2.0))).clamp_min_(0.0).mul_(var)
         # At v = 0 there is no slope in v where m is not 0, and an infinite one, cut off, where it is.
-        inv_std = torch.where(var > torch.finfo(var.dtype).tiny, std.reciprocal(), 0.0)
-        a = torch.where(inv_std > 0, mean * inv_std, mean.sign() * _TAIL).clamp(-_TAIL, _TAIL)
-        t = a.abs()
-        pdf, mills, excess = _upper_tail(t)
-        h = pdf * excess
-        out_mean = mean.clamp_min(0.0) + std * h
-        below = pdf * (mills - excess * (t + h))
-        above = 1.0 - pdf * (mills + excess * (t + h))
-        out_var = var * torch.where(a < 0, below, above).clamp_min(0.0)
-        ctx.save_for_backward(inv_std, a, out_mean)
+        slope = torch.where(var > tiny, bell.mul_(1.0 / math.sqrt(2.0 * math.pi)) / std, 0.0)
+        ctx.save_for_backward(cdf, cdf_of_minus, slope, out_mean)
         return out_mean, out_var
 
     @staticmethod
     def backward(ctx, grad_mean: Tensor, grad_var: Tensor):
-        inv_std, a, out_mean = ctx.saved_tensors
-        pdf, mills, _ = _upper_tail(a.abs())
-        tail = pdf * mills
-        cdf, cdf_of_minus = torch.where(a < 0, tail, 1.0 - tail), torch.where(
-            a < 0, 1.0 - tail, tail
-        )
-        slope = pdf * inv_std
-        d_mean = grad_mean * cdf + grad_var * (2.0 * out_mean * cdf_of_minus)
-        d_var = grad_mean * (0.5 * slope) + grad_var * (cdf - out_mean * slope)
-        return d_mean, d_var
+        cdf, cdf_of_minus, slope, out_mean = ctx.saved_tensors
+        d_mean = torch.addcmul(grad_mean * cdf, grad_var, out_mean * cdf_of_minus, value=2.0)
+        d_var = grad_var * torch.addcmul(cdf, out_mean, slope, value=-1.0)
+        return d_mean, d_var.add_(grad_mean * slope, alpha=0.5)
 
 
 def relu(belief: Belief) -> Belief:

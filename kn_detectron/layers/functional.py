@@ -5,28 +5,29 @@ G groups. Statistics are computed in float32 (float64 for float64 features) what
 the features: in float16 x^2 overflows at 256 and E[x^2] - E[x]^2 loses everything.
 """
 
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fused, passes
 from .belief import Belief
+from .passes import Layout, statistics_dtype
 
 __all__ = [
     "filter_and_normalize",
+    "filter_batch",
+    "fold_groups",
     "gate",
     "group_belief",
     "measure",
     "measure_groups",
     "normalize",
+    "process",
+    "unfold_groups",
     "update",
 ]
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the statistics of features ``x``: float32, or float64 if they are."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def measure(x: Tensor) -> Belief:
@@ -75,6 +76,33 @@ def group_belief(belief: Belief, num_groups: int) -> Belief:
     return Belief(mean.mean(2), var.mean(2) + mean.var(2, unbiased=False))
 
 
+def process(
+    prior: Belief,
+    mean_offset: Optional[Tensor] = None,
+    log_var_scale: Optional[Tensor] = None,
+    process_noise: Optional[Tensor] = None,
+) -> Belief:
+    """The process model: the learned correction of a prior.
+
+    ::
+
+        mean + mean_offset sqrt(var)        var exp(log_var_scale) + softplus(process_noise)
+
+    Args:
+        prior: shape (1, C) or (N, C).
+        mean_offset, log_var_scale: of the network variant, shape (C,), or None for 0.
+        process_noise: of the paper's variant, shape (C,), or None for nothing.
+    """
+    mean, var = prior
+    if process_noise is not None:
+        var = var + F.softplus(process_noise.to(var.dtype))
+    if mean_offset is not None:
+        std = var.clamp_min(torch.finfo(var.dtype).tiny).sqrt()
+        mean = mean + mean_offset.to(mean.dtype) * std
+        var = var * log_var_scale.to(var.dtype).exp()
+    return Belief(mean, var)
+
+
 def update(prior: Belief, measurement: Belief, gain: Tensor, mixture: bool = False) -> Belief:
     """Blends prior and measurement (Eq. 7): the posterior.
 
@@ -116,6 +144,31 @@ def gate(prior: Belief, measurement: Belief, limit: float) -> Belief:
     return Belief(*(torch.where(fits, p, m) for p, m in zip(prior, measurement)))
 
 
+def fold_groups(x: Tensor, groups: int) -> Tensor:
+    """Puts G micro-batches of consecutive images side by side, as channels of one batch.
+
+    What treats channels apart then treats micro-batches apart.
+
+    Args:
+        x: features of shape (G m, C, H, W).
+        groups: G.
+
+    Returns:
+        Tensor: of shape (m, G C, H, W), the channels of the first group first; a view of a
+        contiguous ``x`` if m = 1.
+    """
+    images, channels, height, width = x.shape
+    x = x.reshape(groups, images // groups, channels, height, width).transpose(0, 1)
+    return x.reshape(images // groups, groups * channels, height, width)
+
+
+def unfold_groups(x: Tensor, groups: int) -> Tensor:
+    """Undoes :func:`fold_groups`."""
+    images, channels, height, width = x.shape
+    x = x.reshape(images, groups, channels // groups, height, width).transpose(0, 1)
+    return x.reshape(groups * images, channels // groups, height, width)
+
+
 def normalize(
     x: Tensor, belief: Belief, weight: Optional[Tensor], bias: Optional[Tensor], eps: float
 ) -> Tensor:
@@ -145,24 +198,29 @@ def batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight, bias, eps: float) -
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
-def _measure_fast(x: Tensor) -> Belief:
-    """:func:`measure`, without gradient, by the operator that BatchNorm uses."""
-    if x.is_cuda:
-        return measure(x)
-    # torch's var_mean over these dimensions takes three times as long on a CPU.
-    mean, var = torch.batch_norm_update_stats(x.to(statistics_dtype(x)), None, None, 0.0)
-    return Belief(mean[None], var[None])
+class _Options(NamedTuple):
+    """What _FilterAndNormalize takes besides tensors; see filter_and_normalize."""
+
+    layout: Layout
+    eps: float
+    measuring: bool
+    mixture: bool
+    limit: Optional[float]
+    passes_on_y: bool  # the belief about y instead of the posterior
 
 
 class _FilterAndNormalize(torch.autograd.Function):
-    """:func:`measure`, :func:`gate`, :func:`update` and :func:`normalize` in one node of the graph.
+    """:func:`measure`, :func:`process`, :func:`gate`, :func:`update`, :func:`normalize` in one node.
 
     Composed of their own nodes they keep several tensors of the size of x and pass over it three
-    times more in the backward. This keeps x and vectors. With s = 1/sqrt(var + eps), n values per
-    channel, and the sums over them g_b = sum dy and g_w = sum dy (x - mean) s, the gradients of the
-    posterior are::
+    times more in the backward. This keeps x and vectors. Forward, x is read twice and y written
+    once; backward, x and dy are read twice and dx is written once (and once more, with a reading,
+    for want of an operator: see :mod:`kn_detectron.layers.passes`).
 
-        d_mean = -weight s g_b              d_var = -1/2 weight s^2 g_w
+    With s = 1/sqrt(var + eps), n values per set, and the sums over each set g_b = sum weight dy and
+    g_w = sum weight dy (x - mean) s, the gradients of the posterior are::
+
+        d_mean = -s g_b              d_var = -1/2 s^2 g_w
 
     plus those that come down the chain. They reach x through the measurement, whose share is q::
 
@@ -172,66 +230,194 @@ class _FilterAndNormalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, prior_mean, prior_var, gain, weight, bias, eps, mixture, limit):
-        measured = _measure_fast(x)
-        fits = None
-        if prior_mean is None:
-            prior = posterior = measured
-        else:
-            prior = Belief(prior_mean, prior_var)
-            if limit is not None:
-                fits = _fits(prior, measured, limit)
-                prior = gate(prior, measured, limit)
-            posterior = update(prior, measured, gain, mixture)
+    def forward(
+        ctx,
+        x,
+        given_mean,
+        given_var,
+        mean_offset,
+        log_var_scale,
+        process_noise,
+        gain,
+        weight,
+        bias,
+        options,
+    ):
+        layout = options.layout
+        measured, prior, fits = (None, None), (None, None), None
+        if given_mean is not None:
+            prior = Belief(given_mean, given_var)
+            prior = posterior = process(prior, mean_offset, log_var_scale, process_noise)
+        if options.measuring:
+            measured = layout.moments(x)
+            posterior = Belief(*measured)
+        if options.measuring and given_mean is not None:
+            if options.limit is not None:
+                fits = _fits(prior, posterior, options.limit)
+                prior = gate(prior, posterior, options.limit)
+            posterior = update(prior, posterior, gain, options.mixture)
         mean, var = posterior
-        y = F.batch_norm(x, mean[0], var[0], weight, bias, False, 0.0, eps)
-        ctx.save_for_backward(x, weight, mean, var, *measured, *prior, gain, fits)
-        ctx.eps, ctx.mixture, ctx.has_bias = eps, mixture, bias is not None
-        measured_var = measured.var.clone()
-        ctx.mark_non_differentiable(measured_var)
-        return y, mean.clone(), var.clone(), measured_var
+        inv_std = (var + options.eps).rsqrt()
+        scale = layout.spread(inv_std, x)
+        if weight is not None:
+            scale = scale * layout.repeat(weight, x)
+        center, shift = layout.spread(mean, x), layout.repeat(bias, x)
+        y = passes.transform(layout.unfold(x), center, scale, shift)
+        ctx.options = options
+        ctx.save_for_backward(
+            *(x, weight, bias, inv_std, center, scale, *measured, *prior, fits, gain),
+            *(given_var, mean_offset, log_var_scale, process_noise),
+        )
+        if not fused.is_compiling():  # which does not know it
+            ctx.set_materialize_grads(False)
+        if options.passes_on_y:
+            belief = bias.to(mean.dtype, copy=True)[None], weight.to(mean.dtype).square()[None]
+            constants = mean, var
+        else:
+            belief, constants = (mean.clone(), var.clone()), ()
+        if options.measuring:
+            constants += (measured[1].clone(),)
+        ctx.mark_non_differentiable(*constants)
+        return layout.fold(y, x), *belief, *constants
 
     @staticmethod
-    def backward(ctx, dy, d_mean, d_var, _):
-        x, weight, mean, var, measured_mean, measured_var, prior_mean, prior_var, gain, fits = (
-            ctx.saved_tensors
-        )
-        # dy weight s and the two sums: what is left where statistics are constant.
-        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, mean[0], var[0], None, None, False, ctx.eps, [True, True, True]
-        )
-        inv_std = (var + ctx.eps).rsqrt()
-        scale = inv_std if weight is None else inv_std * weight
-        d_mean = d_mean - scale * d_bias
-        d_var = d_var - 0.5 * scale * inv_std * d_weight
-        d_prior_mean = d_prior_var = d_gain = None
-        if gain is not None:
-            innovation = measured_mean - prior_mean
-            d_gain = d_mean * innovation + d_var * (measured_var - prior_var)
-            d_prior_mean, d_prior_var = (1 - gain) * d_mean, (1 - gain) * d_var
-            d_posterior_var = d_var
-            d_mean, d_var = gain * d_mean, gain * d_var
-            if ctx.mixture:
-                d_gain = d_gain + d_posterior_var * (1 - 2 * gain) * innovation.square()
-                through_mixture = 2 * (1 - gain) * d_var * innovation
-                d_prior_mean, d_mean = d_prior_mean - through_mixture, d_mean + through_mixture
-            d_gain = d_gain.sum()
-            if fits is not None:  # what stands in for a dropped prior is the measurement
-                d_mean = d_mean + torch.where(fits, 0.0, d_prior_mean)
-                d_var = d_var + torch.where(fits, 0.0, d_prior_var)
-                d_prior_mean = torch.where(fits, d_prior_mean, 0.0)
-                d_prior_var = torch.where(fits, d_prior_var, 0.0)
-        count = x.numel() // x.shape[1]
-        slope = d_var * (2.0 / count)
-        offset = d_mean / count - slope * measured_mean
-        # In the statistics' precision: divided by the count, half precision may be left with 0.
-        dx = torch.addcmul(dx.to(slope.dtype), x.to(slope.dtype), slope[:, :, None, None])
-        dx = dx.add_(offset[:, :, None, None]).to(x.dtype)
-        if weight is None:
-            d_weight = None
-        if not ctx.has_bias:
-            d_bias = None
-        return dx, d_prior_mean, d_prior_var, d_gain, d_weight, d_bias, None, None, None
+    def backward(ctx, dy, d_belief_mean, d_belief_var, *_):
+        x, weight, bias, inv_std, center, scale, *saved = ctx.saved_tensors
+        measured_mean, measured_var, *saved = saved
+        prior_mean, prior_var, fits, gain, given_var, *model = saved
+        options, layout = ctx.options, ctx.options.layout
+        if dy is None:
+            dy = torch.zeros_like(x)
+
+        features, dy = layout.unfold(x), layout.unfold(dy)
+        # Where nothing is measured that is all. In half precision a CPU cannot scale dy fast later.
+        scaled = not options.measuring or (x.dtype != scale.dtype and not x.is_cuda)
+        dx, dy_x, dy_sum = passes.gradient_sums(dy, features, center, scale, scaled)
+        d_mean = -layout.total(scale * dy_sum, x)
+        d_var = -0.5 * inv_std.square() * layout.total(scale * dy_x, x)
+        d_weight = d_bias = None
+        if weight is not None:
+            d_weight = layout.collect(dy_x * layout.spread(inv_std, x), x).to(weight.dtype)
+        if bias is not None:
+            d_bias = layout.collect(dy_sum, x).to(bias.dtype)
+        if options.passes_on_y:
+            if d_belief_mean is not None:
+                d_bias = d_bias + d_belief_mean[0].to(d_bias.dtype)
+            if d_belief_var is not None:
+                d_weight = d_weight + 2 * d_belief_var[0].to(d_weight.dtype) * weight
+        else:
+            if d_belief_mean is not None:
+                d_mean = d_mean + d_belief_mean
+            if d_belief_var is not None:
+                d_var = d_var + d_belief_var
+
+        d_prior, d_gain, d_model = (None, None), None, (None, None, None)
+        if prior_mean is None:
+            d_measured = d_mean, d_var
+        elif not options.measuring:
+            d_prior, d_gain = (d_mean, d_var), None if gain is None else torch.zeros_like(gain)
+        else:
+            measured, prior = Belief(measured_mean, measured_var), Belief(prior_mean, prior_var)
+            d_prior, d_measured, d_gain = _update_backward(
+                d_mean, d_var, prior, measured, fits, gain, options.mixture
+            )
+        if given_var is not None:
+            d_prior, d_model = _process_backward(*d_prior, given_var, prior_var, *model)
+
+        if options.measuring:
+            count = x.numel() // inv_std.numel()
+            dx = passes.input_gradient(
+                dy,
+                dx,
+                features,
+                scale,
+                layout.spread(measured_mean, x),
+                layout.spread(d_measured[1] * (2.0 / count), x),
+                layout.spread(d_measured[0] / count, x),
+            )
+        return layout.fold(dx, x), *d_prior, *d_model, d_gain, d_weight, d_bias, None
+
+
+def _update_backward(d_mean, d_var, prior, measured, fits, gain, mixture):
+    """The gradients of gate and update: of prior, measurement and gain."""
+    innovation = measured.mean - prior.mean
+    d_gain = d_mean * innovation + d_var * (measured.var - prior.var)
+    m_mean, m_var = gain * d_mean, gain * d_var
+    p_mean, p_var = d_mean - m_mean, d_var - m_var
+    if mixture:
+        d_gain = d_gain + d_var * (1 - 2 * gain) * innovation.square()
+        through_mixture = 2 * (1 - gain) * m_var * innovation
+        p_mean, m_mean = p_mean - through_mixture, m_mean + through_mixture
+    if fits is not None:  # what stands in for a dropped prior is the measurement
+        m_mean = torch.where(fits, m_mean, m_mean + p_mean)
+        m_var = torch.where(fits, m_var, m_var + p_var)
+        p_mean, p_var = (torch.where(fits, g, 0.0) for g in (p_mean, p_var))
+    return (p_mean, p_var), (m_mean, m_var), d_gain.sum()
+
+
+def _process_backward(
+    d_mean, d_var, given_var, prior_var, mean_offset, log_var_scale, process_noise
+):
+    """The gradients of :func:`process`: of the prior it was given, and of its parameters.
+
+    With v the variance that it was given::
+
+        d_mean_offset = d_mean sqrt(v)              d_log_var_scale = d_var v exp(log_var_scale)
+        d_v = d_var exp(log_var_scale) + 1/2 d_mean mean_offset / sqrt(v)
+    """
+    d_offset = d_scale = d_noise = None
+    if process_noise is not None:
+        d_noise = (d_var * process_noise.to(d_var.dtype).sigmoid()).sum(0).to(process_noise.dtype)
+    if mean_offset is not None:
+        tiny = torch.finfo(given_var.dtype).tiny
+        std = given_var.clamp_min(tiny).sqrt()
+        d_offset = (d_mean * std).sum(0).to(mean_offset.dtype)
+        d_scale = (d_var * prior_var).sum(0).to(log_var_scale.dtype)
+        slope = torch.where(given_var >= tiny, 0.5 * mean_offset.to(std.dtype) / std, 0.0)
+        d_var = d_var * log_var_scale.to(d_var.dtype).exp() + d_mean * slope
+    rows = given_var.shape[0]
+    if d_mean.shape[0] > rows:  # one prior for all of them
+        d_mean, d_var = d_mean.sum(0, keepdim=True), d_var.sum(0, keepdim=True)
+    return (d_mean, d_var), (d_offset, d_scale, d_noise)
+
+
+def filter_batch(
+    x: Tensor,
+    prior: Optional[Belief],
+    gain: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+    *,
+    layout: Layout,
+    model: Sequence[Optional[Tensor]] = (None, None, None),
+    mixture: bool = False,
+    limit: Optional[float] = None,
+    measuring: bool = True,
+    passes_on_y: bool = False,
+) -> Tuple[Tensor, Belief, Belief, Optional[Tensor]]:
+    """:func:`filter_and_normalize` with all that a layer needs.
+
+    Args:
+        x, prior, gain, weight, bias, eps, mixture, limit: as there; ``prior`` may have one row for
+            each of the layout's, and a number for each of its groups.
+        layout: which pixels share statistics.
+        model: the parameters of :func:`process`.
+        measuring: False takes the prior for the posterior, whatever x is.
+        passes_on_y: whether the belief to pass on is that about y (see
+            :func:`~kn_detectron.layers.belief.normalized`) instead of the posterior. There must be a
+            weight and a bias.
+
+    Returns:
+        y, the belief to pass on, the posterior, and the measured variance or None. The last two are
+        without gradient, unless the posterior is what is passed on.
+    """
+    options = _Options(layout, eps, measuring, mixture, limit, passes_on_y)
+    mean, var = (None, None) if prior is None else prior
+    y, *results = _FilterAndNormalize.apply(x, mean, var, *model, gain, weight, bias, options)
+    belief = Belief(*results[:2])
+    posterior = Belief(*results[2:4]) if passes_on_y else belief
+    return y, belief, posterior, results[-1] if measuring else None
 
 
 def filter_and_normalize(
@@ -261,8 +447,8 @@ def filter_and_normalize(
         y, the posterior of shape (1, C), and the measured variance of shape (1, C), without
         gradient.
     """
-    mean, var = (None, None) if prior is None else prior
-    y, mean, var, measured_var = _FilterAndNormalize.apply(
-        x, mean, var, gain, weight, bias, eps, mixture, limit
+    layout = Layout(1, x.shape[1])
+    y, posterior, _, measured_var = filter_batch(
+        x, prior, gain, weight, bias, eps, layout=layout, mixture=mixture, limit=limit
     )
-    return y, Belief(mean, var), measured_var
+    return y, posterior, measured_var

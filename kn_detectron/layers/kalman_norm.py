@@ -4,21 +4,20 @@ import math
 from typing import Dict, Optional, Tuple, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import fused
 from .belief import Belief, normalized
 from .functional import (
     batch_norm,
-    filter_and_normalize,
-    gate,
+    filter_batch,
     group_belief,
-    measure,
     measure_groups,
     normalize,
+    process,
     statistics_dtype,
-    update,
 )
+from .passes import Layout
 
 __all__ = [
     "EVAL_STATISTICS",
@@ -28,6 +27,7 @@ __all__ = [
     "VARIANTS",
     "kalman_layers",
     "set_gain_scale",
+    "set_norm_batch_size",
 ]
 
 VARIANTS = ("network", "paper")
@@ -132,34 +132,48 @@ class _KalmanFilter(nn.Module):
                 "the layer below, or build the layer with gain=None as the head of a chain"
             )
 
-    def _process(self, prior: Belief, dtype: torch.dtype) -> Belief:
-        """The prior after the process model, shape (1, C) or (N, C)."""
+    def _cast(self, prior: Optional[Belief], dtype: torch.dtype) -> Optional[Belief]:
+        if prior is None:
+            return None
         if not self.prior_gradient:
             prior = prior.detach()
-        mean, var = prior.mean.to(dtype), prior.var.to(dtype)
-        if self.has_process_model and self.variant == "network":
-            std = var.clamp_min(torch.finfo(dtype).tiny).sqrt()
-            mean = mean + self.mean_offset.to(dtype) * std
-            var = var * self.log_var_scale.to(dtype).exp()
-        elif self.has_process_model:
-            var = var + F.softplus(self.process_noise.to(dtype))
-        return Belief(mean, var)
+        return Belief(prior.mean.to(dtype), prior.var.to(dtype))
 
-    def _posterior(self, prior: Optional[Belief], measurement: Optional[Belief]) -> Belief:
-        """Eq. 7 for a layer that has a prior, a measurement, or both."""
-        if prior is None:
-            return measurement
-        if measurement is None:
-            if isinstance(getattr(self, "gain_logit", None), nn.Parameter):
-                # DDP takes a parameter without gradient for unused: give it its zero.
-                prior = prior._replace(mean=prior.mean + 0.0 * self.gain_logit)
-            return prior
-        released = self.variant == "paper"
-        if released:
-            prior = gate(prior, measurement, _GATE_LIMIT)
-        return update(prior, measurement, self.gain.to(prior.mean.dtype), mixture=released)
+    def _model(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+        """The parameters of the process model, as :func:`~.functional.process` takes them."""
+        if self.is_head or not self.has_process_model:
+            return None, None, None
+        if self.variant == "network":
+            return self.mean_offset, self.log_var_scale, None
+        return None, None, self.process_noise
+
+    def _filter_batch(self, x: Tensor, prior: Optional[Belief], layout: Layout, model):
+        """:func:`~.functional.filter_batch` with what this layer is."""
+        released = self.variant == "paper" and prior is not None
+        return filter_batch(
+            x,
+            prior,
+            None if prior is None else self.gain.to(prior.mean.dtype),
+            self.weight,
+            self.bias,
+            self.eps,
+            layout=layout,
+            model=model,
+            mixture=released,
+            limit=_GATE_LIMIT if released else None,
+            measuring=self._measures,
+            passes_on_y=self.variant == "network" and self.affine,
+        )
+
+    def _without_images(self, x: Tensor, prior: Belief) -> Tuple[Tensor, Belief]:
+        """What an empty batch becomes, connected to the gradient, and the posterior: the prior."""
+        if isinstance(getattr(self, "gain_logit", None), nn.Parameter):
+            # DDP takes a parameter without gradient for unused: give it its zero.
+            prior = prior._replace(mean=prior.mean + 0.0 * self.gain_logit)
+        return normalize(x, prior, self.weight, self.bias, self.eps), prior
 
     def _belief_to_pass_on(self, posterior: Belief) -> Belief:
+        """The belief, given the posterior."""
         if self.variant == "paper":
             return posterior
         if self.weight is None:
@@ -214,6 +228,9 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
     empty batch changes no statistic, nor does one with non-finite values, and one value per channel
     is enough where there is a prior.
 
+    With :func:`set_norm_batch_size` it treats a batch as several micro-batches, as the released
+    code does.
+
     Args:
         num_features: C.
         eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`.
@@ -228,7 +245,8 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
 
     Shape:
         - x: (N, C, H, W), any floating dtype and memory format; y is like x.
-        - prior: mean and var of shape (1, C), in float32 or better.
+        - prior: mean and var of shape (1, C), in float32 or better; with micro-batches also one
+          row for each.
 
     Examples::
 
@@ -259,6 +277,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
                 f"eval_statistics is one of {EVAL_STATISTICS}, not {eval_statistics!r}"
             )
         self.eval_statistics = eval_statistics
+        self.norm_batch_size: Optional[int] = None  # images per micro-batch; None: all of them
         self._init_filter(
             num_features,
             gain,
@@ -293,17 +312,17 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
 
         Raises:
             ValueError: if x is not 4-dimensional, a head is given a prior, any other layer is not
-                given the one it needs, or a head is to measure one value per channel.
+                given the one it needs, a head is to measure one value per channel, or the batch
+                is not a multiple of ``norm_batch_size``.
         """
         self._check_input_dim(x)
         if self._uses_moving_statistics():
             y = batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-            posterior = self._running_belief(x)
-        else:
-            y, posterior = self._filter(x, prior)
-        if prior is None and not return_belief:
-            return y
-        return y, self._belief_to_pass_on(posterior)
+            if prior is None and not return_belief:
+                return y
+            return y, self._belief_to_pass_on(self._running_belief(x))
+        y, belief = self._filter(x, prior)
+        return (y, belief) if prior is not None or return_belief else y
 
     def _running_belief(self, x: Tensor) -> Belief:
         if self.track_running_stats:
@@ -314,54 +333,97 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
 
     def _filter(self, x: Tensor, prior: Optional[Belief]) -> Tuple[Tensor, Belief]:
         self._check_prior(prior)
-        count = x.numel() // self.num_features
-        measuring = self._measures and count > 0
-        if measuring and self.is_head and self.training and count == 1:
+        rows = self._rows(x)
+        if prior is not None and prior.mean.shape[0] not in (1, rows):
+            raise ValueError(
+                f"a prior of {prior.mean.shape[0]} rows does not fit {rows} micro-batch(es): a "
+                "prior has one row, or one for each micro-batch (see set_norm_batch_size)"
+            )
+        count = x.numel() // (self.num_features * rows)
+        if count == 1 and self.is_head and self.training:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.size()}"
             )
-        if prior is not None:
-            prior = self._process(prior, statistics_dtype(x))
-        elif count == 0:  # an empty batch at the head of a chain
-            prior = self._running_belief(x)
-        measured_var = None
-        if measuring:
-            released = self.variant == "paper" and prior is not None
-            y, posterior, measured_var = filter_and_normalize(
-                x,
-                prior,
-                None if prior is None else self.gain.to(prior.mean.dtype),
-                self.weight,
-                self.bias,
-                self.eps,
-                mixture=released,
-                limit=_GATE_LIMIT if released else None,
-            )
-        else:
-            posterior = self._posterior(prior, None)
-            y = normalize(x, posterior, self.weight, self.bias, self.eps)
-        if self.training and self.track_running_stats and count > 0:
+        prior = self._cast(prior, statistics_dtype(x))
+        if count == 0:
+            prior = self._running_belief(x) if prior is None else process(prior, *self._model())
+            y, posterior = self._without_images(x, prior)
+            return y, self._belief_to_pass_on(posterior)
+        kernels = self._kernels(prior, rows)
+        if kernels is not None:
+            return self._filter_in_few_launches(x, prior, kernels)
+        if not self._measures:
+            rows = prior.mean.shape[0]
+        y, belief, posterior, measured_var = self._filter_batch(
+            x, prior, Layout(rows, self.num_features), self._model()
+        )
+        if self.training and self.track_running_stats:
             self._track(posterior, measured_var, count)
-        return y, posterior
+        if self.variant == "network" and not self.affine:
+            belief = self._belief_to_pass_on(posterior)
+        return y, belief
+
+    def _kernels(self, prior: Optional[Belief], rows: int):
+        """Triton's kernels if there are any that do what this layer does, else None."""
+        if prior is None or rows > 1 or not self.affine or prior.mean.shape[0] > 1:
+            return None
+        if self.num_features > fused.LARGEST_CHANNELS:
+            return None
+        running = (self.running_mean, self.running_var) if self.track_running_stats else ()
+        own = self.weight, self.bias, self.gain_logit, *self._model(), *running
+        return fused.kernels_for(*prior, *own)
+
+    def _filter_in_few_launches(self, x: Tensor, prior: Belief, kernels) -> Tuple[Tensor, Belief]:
+        offset, log_scale, noise = self._model()
+        running = None
+        if self.training and self.track_running_stats:
+            running = self.running_mean, self.running_var, self.num_batches_tracked
+        return fused.filter_batch(
+            x,
+            prior,
+            self.gain_logit,
+            self.gain_scale,
+            self.weight,
+            self.bias,
+            self.eps,
+            (offset, log_scale) if noise is None else (noise, None),
+            kernels,
+            network=self.variant == "network",
+            measuring=self._measures,
+            running=running,
+            momentum=self.momentum,
+        )
+
+    def _rows(self, x: Tensor) -> int:
+        """The number of micro-batches in x."""
+        if self.norm_batch_size is None or x.shape[0] == 0:
+            return 1
+        if x.shape[0] % self.norm_batch_size:
+            raise ValueError(
+                f"a batch of {x.shape[0]} images cannot be normalised in micro-batches of "
+                f"{self.norm_batch_size}: take a multiple of that (see set_norm_batch_size)"
+            )
+        return x.shape[0] // self.norm_batch_size
 
     @torch.no_grad()
     def _track(self, posterior: Belief, measured_var: Optional[Tensor], count: int) -> None:
-        mean, var = posterior.mean[0], posterior.var[0]
+        mean, var = posterior
         if measured_var is not None:
-            gain = 1.0 if self.is_head else self.gain
-            var = var + gain * measured_var[0] / max(count - 1, 1)
+            gain = torch.ones_like(var[:1, :1]) if self.is_head else self.gain
+            var = torch.addcmul(var, measured_var, gain, value=1.0 / max(count - 1, 1))
+        # Of micro-batches the average, to which averaging over as many GPUs would come.
+        mean, var = (v[0] if v.shape[0] == 1 else v.mean(0) for v in (mean, var))
         # A batch with a NaN or an overflow would otherwise spoil inference for good.
-        finite = torch.isfinite(mean).all() & torch.isfinite(var).all()
+        finite = (mean + var).sum() * 0.0 == 0.0
         self.num_batches_tracked.add_(finite)
         if measured_var is None:
             rate = 1.0  # nothing random to average out
         elif self.momentum is None:
-            rate = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype)
+            rate = 1.0 / self.num_batches_tracked.clamp_min(1).to(self.running_mean.dtype)
         else:
             rate = self.momentum
         for running, new in ((self.running_mean, mean), (self.running_var, var)):
-            new = running + rate * (new - running)
-            running.copy_(torch.where(finite, new, running))
+            running.lerp_(torch.where(finite, new.to(running.dtype), running), rate)
 
     @torch.no_grad()
     def innovation(self, x: Tensor, prior: Belief) -> Tuple[Tensor, Tensor]:
@@ -369,10 +431,12 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
 
         Returns:
             (measured mean - prior mean) / prior std, and log(measured var / prior var), both of
-            shape (C,).
+            shape (C,); averaged over micro-batches.
         """
-        mean, logvar = _innovation(self._process(prior, statistics_dtype(x)), measure(x))
-        return mean[0], logvar[0]
+        prior = process(self._cast(prior, statistics_dtype(x)), *self._model())
+        measured = Layout(self._rows(x), self.num_features).moments(x)
+        mean, logvar = _innovation(prior, Belief(*measured))
+        return mean.mean(0), logvar.mean(0)
 
 
 class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
@@ -427,23 +491,33 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
             raise ValueError(f"expected 4D input (got {x.dim()}D input)")
         self._check_prior(prior)
         passes_on = prior is not None or return_belief
+        prior = self._cast(prior, statistics_dtype(x))
         if prior is not None:
-            prior = group_belief(self._process(prior, statistics_dtype(x)), self.num_groups)
-        elif x.numel() == 0:  # an empty batch at the head of a chain: any statistics will do
-            zeros = x.new_zeros(1, self.num_groups, dtype=statistics_dtype(x))
-            prior = Belief(zeros, zeros)
-        measuring = self._measures and x.numel() > 0
-        measurement = measure_groups(x, self.num_groups) if measuring else None
-        posterior = self._posterior(prior, measurement)
+            prior = group_belief(process(prior, *self._model()), self.num_groups)
+        if x.numel() == 0:
+            if prior is None:  # any statistics will do
+                zeros = x.new_zeros(1, self.num_groups, dtype=statistics_dtype(x))
+                prior = Belief(zeros, zeros)
+            y, posterior = self._without_images(x, self._spread(prior))
+            belief = self._belief_to_pass_on(posterior)
+        else:
+            rows = x.shape[0] if self._measures else prior.mean.shape[0]
+            layout = Layout(rows, self.num_groups)
+            y, belief, posterior, _ = self._filter_batch(x, prior, layout, (None, None, None))
+            if self.variant == "paper" or not self.affine:
+                belief = self._belief_to_pass_on(self._spread(posterior))
+        return (y, belief) if passes_on else y
+
+    def _spread(self, belief: Belief) -> Belief:
+        """A belief about groups as one about their channels."""
         per_group = self.num_channels // self.num_groups
-        posterior = Belief(*(v.repeat_interleave(per_group, dim=1) for v in posterior))
-        y = normalize(x, posterior, self.weight, self.bias, self.eps)
-        return (y, self._belief_to_pass_on(posterior)) if passes_on else y
+        return Belief(*(v.repeat_interleave(per_group, dim=1) for v in belief))
 
     @torch.no_grad()
     def innovation(self, x: Tensor, prior: Belief) -> Tuple[Tensor, Tensor]:
         """See :meth:`KalmanNorm2d.innovation`; averaged over images, shape (G,)."""
-        prior = group_belief(self._process(prior, statistics_dtype(x)), self.num_groups)
+        prior = process(self._cast(prior, statistics_dtype(x)), *self._model())
+        prior = group_belief(prior, self.num_groups)
         mean, logvar = _innovation(prior, measure_groups(x, self.num_groups))
         return mean.mean(0), logvar.mean(0)
 
@@ -466,3 +540,27 @@ def set_gain_scale(module: nn.Module, scale: float) -> None:
     """Multiplies the gain of every KN and GKN layer of a model by ``scale``, for annealing."""
     for layer in kalman_layers(module).values():
         layer.set_gain_scale(scale)
+
+
+def set_norm_batch_size(module: nn.Module, images: Optional[int]) -> None:
+    """Makes every KN layer of a model normalise micro-batches of ``images`` images on their own.
+
+    In training, and in evaluation with batch statistics, each group of that many consecutive images
+    is measured, filtered and normalised as if it were the batch, while the gradient is that of the
+    whole batch: small batches can be studied at the speed of large ones. Running statistics take
+    the average over the groups, as averaging over GPUs would have it (the released code takes the
+    first group's). GKN, which normalises each image on its own anyway, ignores it, and so do other
+    norms. It is no part of the state_dict.
+
+    Args:
+        module: the model.
+        images: m, of which every batch must be a multiple; None for the whole batch at once.
+
+    Raises:
+        ValueError: if ``images`` is not None and below 1.
+    """
+    if images is not None and images < 1:
+        raise ValueError(f"a micro-batch has 1 image or more, or is None, not {images}")
+    for layer in module.modules():
+        if isinstance(layer, KalmanNorm2d):
+            layer.norm_batch_size = images

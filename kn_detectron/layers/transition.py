@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import belief as closed_form
+from . import fused
 from .belief import Belief
+from .prediction import predict
 
 __all__ = ["ClosedFormTransition", "MonteCarloTransition", "build_transition"]
 
@@ -26,11 +28,17 @@ class ClosedFormTransition:
 
     def relu(self, belief: Belief, x: Tensor) -> Belief:
         """The belief behind the ReLU that made the features ``x``, ready for :meth:`conv`."""
-        return closed_form.relu(belief)
+        kernels = fused.kernels_for(belief.mean, belief.var)
+        return fused.relu(belief, kernels) if kernels else closed_form.relu(belief)
 
     def conv(self, source: Belief, conv: nn.Conv2d) -> Belief:
         """The prior behind a convolution, shape (rows, C_out)."""
-        return closed_form.conv2d(source, conv.weight, conv.bias, conv.groups)
+        kernels = None
+        if conv.bias is None and source.mean.shape == (1, conv.weight.shape[1]):
+            kernels = fused.kernels_for(source.mean, source.var, conv.weight)
+        if kernels:
+            return fused.predict(source, conv.weight, kernels)
+        return predict(source, conv.weight, conv.bias, conv.groups)
 
     def moments(self, source: Belief) -> Belief:
         """The belief about what :meth:`start` or :meth:`relu` returned."""

@@ -1,0 +1,187 @@
+"""Triton's kernels against the plain functions in double precision, which never use them.
+
+On a CPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported:
+there the tests run in a process of their own. On a GPU they run as they are.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from kn_detectron.layers import Belief, ClosedFormTransition, KalmanNorm2d, fused
+
+from .test_kalman_norm import prior_of, randomize
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+pytest.importorskip("triton")
+kernels = pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu", reason="run by test_kernels_in_the_interpreter"
+)
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run as they are")
+def test_kernels_in_the_interpreter():
+    env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+def close(got, want, rtol=2e-5, atol=2e-6, msg=None):
+    torch.testing.assert_close(got.double().cpu(), want.cpu(), rtol=rtol, atol=atol, msg=msg)
+
+
+def doubled(tensors):
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+@kernels
+def test_they_are_used_here():
+    assert fused.kernels_for(torch.ones(1, device=DEVICE)) is not None
+    assert fused.kernels_for(torch.ones(1, device=DEVICE, dtype=torch.float64)) is None
+
+
+@kernels
+def test_relu():
+    mean = torch.linspace(-12, 12, 1201, device=DEVICE)[None].requires_grad_()
+    var = (torch.linspace(-2, 2, 1201, device=DEVICE)[None].exp() ** 3).requires_grad_()
+    results = []
+    for leaves in ([mean, var], doubled([mean, var])):
+        out = ClosedFormTransition().relu(Belief(*leaves), leaves[0])
+        grads = torch.autograd.grad(out.mean.sum() + 3 * out.var.sum(), leaves)
+        results.append([*out, *grads])
+    for got, want in zip(*results):
+        close(got, want, rtol=1e-4)
+
+
+@kernels
+def test_relu_where_nothing_varies():
+    mean = torch.tensor([[-1.0, 0.0, 2.0]], device=DEVICE, requires_grad=True)
+    var = torch.zeros(1, 3, device=DEVICE, requires_grad=True)
+    out = ClosedFormTransition().relu(Belief(mean, var), mean)
+    assert out.mean.tolist() == [[0, 0, 2]] and not out.var.any()
+    grads = torch.autograd.grad(out.mean.sum() + out.var.sum(), [mean, var])
+    assert grads[0].tolist()[0] == pytest.approx([0, 0.5, 1], abs=1e-6)
+    assert grads[1].isfinite().all()
+
+
+@kernels
+@pytest.mark.parametrize("shape", [(70, 5, 1, 1), (9, 40, 3, 3), (6, 3, 7, 7), (5, 300, 1, 1)])
+def test_convolution(shape):
+    g = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(shape[1], shape[0], shape[2:], bias=False).to(DEVICE)
+    belief = [v.to(DEVICE).requires_grad_() for v in prior_of(shape[1])]
+    d_mean, d_var = torch.randn(2, 1, shape[0], generator=g).to(DEVICE)
+    results = []
+    for leaves, conv in ((belief, conv), (doubled(belief), copy.deepcopy(conv).double())):
+        out = ClosedFormTransition().conv(Belief(*leaves), conv)
+        loss = (out.mean * d_mean + out.var * d_var).sum()
+        results.append([*out, *torch.autograd.grad(loss, [*leaves, conv.weight])])
+    for got, want in zip(*results):
+        close(got, want)
+
+
+@kernels
+@pytest.mark.parametrize("variant", ["network", "paper"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(),
+        dict(process_model=False),
+        dict(learn_gain=False, momentum=None),
+        dict(gain=0.0, learn_gain=False),
+        dict(annealed=True),
+        dict(wide=True),
+        dict(memory_format=torch.channels_last),
+        dict(dtype=torch.bfloat16),
+        dict(evaluation=True, eval_statistics="batch"),
+        dict(y_only=True),
+    ],
+    ids=str,
+)
+def test_layer(variant, case):
+    case = dict(case)
+    annealed, wide, dtype, evaluation, y_only, memory_format = (
+        case.pop(k, None)
+        for k in ("annealed", "wide", "dtype", "evaluation", "y_only", "memory_format")
+    )
+    layer = randomize(KalmanNorm2d(5, **{"variant": variant, "gain": 0.3, **case}))
+    if annealed:
+        layer.set_gain_scale(0.0)
+    layer.train(not evaluation)
+    x = torch.randn(3, 5, 4, 6, generator=torch.Generator().manual_seed(1)) * 2 + 0.7
+    x = x.to(dtype or torch.float32).contiguous(
+        memory_format=memory_format or torch.contiguous_format
+    )
+    prior = prior_of(5)
+    if wide:  # so wide that the paper's variant drops it
+        prior = Belief(prior.mean, prior.var * 1000)
+    layer, x = layer.to(DEVICE), x.to(DEVICE)
+    prior = [v.to(DEVICE) for v in prior]
+    results = []
+    for exact in (True, False):
+        own = copy.deepcopy(layer).double() if exact else layer
+        leaves = [v.detach().double() if exact else v.detach() for v in (x, *prior)]
+        leaves = [v.requires_grad_() for v in leaves]
+        for step in (1, 2):  # the second one averages with the first one's statistics
+            y, belief = own(step * leaves[0], prior=Belief(*leaves[1:]))
+        assert y.is_contiguous(memory_format=memory_format or torch.contiguous_format)
+        assert ("fused" in type(y.grad_fn)._forward_cls.__module__) == (not exact)
+        y.relu_()  # blocks work in place
+        loss = y.double().square().sum()
+        if not y_only:
+            loss = loss + belief.mean.double().square().sum() + 3 * belief.var.double().sum()
+        leaves += own.parameters()
+        grads = torch.autograd.grad(loss, leaves)
+        results.append([y, *belief, own.running_mean, own.running_var, *grads])
+        tracked = own.num_batches_tracked.item()
+        assert tracked == (0 if evaluation else 2)
+    tolerance = dict(rtol=3e-2, atol=3e-2) if dtype else dict(rtol=1e-4, atol=1e-5)
+    for k, (want, got) in enumerate(zip(*results)):
+        close(got, want, **tolerance, msg=lambda m: f"result {k}: {m}")
+
+
+@kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])  # the last one's square is
+def test_non_finite_batch_changes_no_statistic(bad):
+    layer = KalmanNorm2d(5).to(DEVICE)
+    x, prior = torch.randn(2, 5, 3, 3).to(DEVICE), Belief(*(v.to(DEVICE) for v in prior_of(5)))
+    layer(x, prior=prior)
+    before = copy.deepcopy(layer.state_dict())
+    x[1, 2, 0, 0] = bad
+    layer(x, prior=prior)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@kernels
+def test_disagreement_turns_them_off(monkeypatch):
+    from kn_detectron.layers import triton_kernels
+
+    right = triton_kernels.predict_forward
+    monkeypatch.setattr(
+        triton_kernels, "predict_forward", lambda *a: tuple(1.01 * v for v in right(*a))
+    )
+    fused._usable_kernels.cache_clear()
+    try:
+        assert fused.kernels_for(torch.ones(1, device=DEVICE)) is None
+    finally:
+        fused._usable_kernels.cache_clear()
+
+
+@kernels
+def test_an_environment_variable_turns_them_off(monkeypatch):
+    monkeypatch.setenv("KN_DETECTRON_TRITON", "0")
+    fused._usable_kernels.cache_clear()
+    try:
+        assert fused.kernels_for(torch.ones(1, device=DEVICE)) is None
+    finally:
+        fused._usable_kernels.cache_clear()
