@@ -103,8 +103,8 @@ def _pop_foreign_state(model, state):
 
 
 def _check_all(model, found, name):
-    # Converted weights have no gains, which are the config's to choose, and have filters for
-    # stages that the config may freeze.
+    # Converted weights have no gains, which are the config's to choose, and process models for all
+    # layers, also those that the config freezes.
     frozen = {n for n, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d)}
     missing = [tensor for tensor in found.missing if leaf(tensor) not in GAINS]
     unused = [

@@ -289,8 +289,10 @@ def test_the_config_decides_on_pixels_whatever_the_checkpoint_has(tmp_path):
 # Evaluation.
 
 
-def test_weights_without_gains_can_be_evaluated(tmp_path):
+def test_converted_weights_can_be_evaluated(tmp_path):
     source = trained_kn()
     state = {n: v for n, v in source.state_dict().items() if "gain" not in n}
-    model = load(model_of("KN"), tmp_path, state, strict=True)
-    assert_same(others(model.state_dict()), others(source.state_dict()))
+    # The process models of layers that the config freezes have no use either.
+    for options in ({}, dict(MODEL__BACKBONE__FREEZE_AT=2)):
+        model = load(model_of("KN", **options), tmp_path, state, strict=True)
+        assert_same(others(model.state_dict()), others(source.state_dict()))
