@@ -1,10 +1,8 @@
 #!/usr/bin/env python
 """Fine-tunes a small Mask R-CNN with Kalman Normalization on generated images, evaluates and draws.
 
-It starts from released weights, which come with the package.
-
-It takes minutes on a CPU. What is done is not done again: run it twice, or interrupt it and run it
-again, and it goes on from where it was.
+It starts from released weights, which come with the package, and takes minutes on a CPU. What is done
+is not done again: run it twice, or interrupt it and run it again, and it goes on from where it was.
 """
 
 import argparse
