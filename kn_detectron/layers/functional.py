@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fused, passes
+from . import passes
 from .belief import Belief
 from .passes import Layout, statistics_dtype
 
@@ -98,7 +98,7 @@ def process(
         var = var + F.softplus(process_noise.to(var.dtype))
     if mean_offset is not None:
         std = var.clamp_min(torch.finfo(var.dtype).tiny).sqrt()
-        mean = mean + mean_offset.to(mean.dtype) * std
+        mean = torch.addcmul(mean, mean_offset.to(mean.dtype), std)
         var = var * log_var_scale.to(var.dtype).exp()
     return Belief(mean, var)
 
@@ -120,10 +120,12 @@ def update(prior: Belief, measurement: Belief, gain: Tensor, mixture: bool = Fal
         gain: q in [0, 1], a tensor of one element.
         mixture: whether to add the mixture term.
     """
-    innovation = measurement.mean - prior.mean
-    mean = prior.mean + gain * innovation
-    var = (1 - gain) * prior.var + gain * measurement.var
+    dtype = measurement.mean.dtype
+    prior, gain = Belief(*(v.to(dtype) for v in prior)), gain.to(dtype)
+    mean = torch.lerp(prior.mean, measurement.mean, gain)
+    var = torch.lerp(prior.var, measurement.var, gain)
     if mixture:
+        innovation = measurement.mean - prior.mean
         var = var + (1 - gain) * gain * innovation.square()
     return Belief(mean, var)
 
@@ -249,26 +251,27 @@ class _FilterAndNormalize(torch.autograd.Function):
             prior = Belief(given_mean, given_var)
             prior = posterior = process(prior, mean_offset, log_var_scale, process_noise)
         if options.measuring:
-            measured = layout.moments(x)
-            posterior = Belief(*measured)
-        if options.measuring and given_mean is not None:
-            if options.limit is not None:
-                fits = _fits(prior, posterior, options.limit)
-                prior = gate(prior, posterior, options.limit)
-            posterior = update(prior, posterior, gain, options.mixture)
+            measured = Belief(*layout.moments(x))
+            if given_mean is None:
+                posterior = measured
+            else:
+                if options.limit is not None:
+                    fits = _fits(prior, measured, options.limit)
+                    prior = gate(prior, measured, options.limit)
+                posterior = update(prior, measured, gain, options.mixture)
         mean, var = posterior
         inv_std = (var + options.eps).rsqrt()
         scale = layout.spread(inv_std, x)
         if weight is not None:
             scale = scale * layout.repeat(weight, x)
         center, shift = layout.spread(mean, x), layout.repeat(bias, x)
-        y = passes.transform(layout.unfold(x), center, scale, shift)
+        y = layout.run(passes.transform, x, center, scale, shift)
         ctx.options = options
         ctx.save_for_backward(
             *(x, weight, bias, inv_std, center, scale, *measured, *prior, fits, gain),
             *(given_var, mean_offset, log_var_scale, process_noise),
         )
-        if not fused.is_compiling():  # which does not know it
+        if not passes.is_compiling():  # which does not know it
             ctx.set_materialize_grads(False)
         if options.passes_on_y:
             belief = bias.to(mean.dtype, copy=True)[None], weight.to(mean.dtype).square()[None]
@@ -276,9 +279,9 @@ class _FilterAndNormalize(torch.autograd.Function):
         else:
             belief, constants = (mean.clone(), var.clone()), ()
         if options.measuring:
-            constants += (measured[1].clone(),)
+            constants += (measured.var.clone(),)  # it may be an output already
         ctx.mark_non_differentiable(*constants)
-        return layout.fold(y, x), *belief, *constants
+        return y, *belief, *constants
 
     @staticmethod
     def backward(ctx, dy, d_belief_mean, d_belief_var, *_):
@@ -289,12 +292,12 @@ class _FilterAndNormalize(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(x)
 
-        features, dy = layout.unfold(x), layout.unfold(dy)
-        # Where nothing is measured that is all. In half precision a CPU cannot scale dy fast later.
-        scaled = not options.measuring or (x.dtype != scale.dtype and not x.is_cuda)
-        dx, dy_x, dy_sum = passes.gradient_sums(dy, features, center, scale, scaled)
-        d_mean = -layout.total(scale * dy_sum, x)
-        d_var = -0.5 * inv_std.square() * layout.total(scale * dy_x, x)
+        # Where nothing is measured that is all there is to dx.
+        dx, dy_x, dy_sum = layout.run(
+            passes.gradient_sums, dy, x, center, scale, not options.measuring
+        )
+        d_mean = layout.total(scale * dy_sum, x).neg()
+        d_var = layout.total(scale * dy_x, x) * inv_std.square() * -0.5
         d_weight = d_bias = None
         if weight is not None:
             d_weight = layout.collect(dy_x * layout.spread(inv_std, x), x).to(weight.dtype)
@@ -304,7 +307,8 @@ class _FilterAndNormalize(torch.autograd.Function):
             if d_belief_mean is not None:
                 d_bias = d_bias + d_belief_mean[0].to(d_bias.dtype)
             if d_belief_var is not None:
-                d_weight = d_weight + 2 * d_belief_var[0].to(d_weight.dtype) * weight
+                d_square = d_belief_var[0].to(d_weight.dtype)
+                d_weight = torch.addcmul(d_weight, d_square, weight, value=2)
         else:
             if d_belief_mean is not None:
                 d_mean = d_mean + d_belief_mean
@@ -326,22 +330,19 @@ class _FilterAndNormalize(torch.autograd.Function):
 
         if options.measuring:
             count = x.numel() // inv_std.numel()
-            dx = passes.input_gradient(
-                dy,
-                dx,
-                features,
-                scale,
-                layout.spread(measured_mean, x),
+            dx = layout.run(
+                passes.input_gradient,
+                *(dy, x, scale, layout.spread(measured_mean, x)),
                 layout.spread(d_measured[1] * (2.0 / count), x),
-                layout.spread(d_measured[0] / count, x),
+                layout.spread(d_measured[0] * (1.0 / count), x),
             )
-        return layout.fold(dx, x), *d_prior, *d_model, d_gain, d_weight, d_bias, None
+        return dx, *d_prior, *d_model, d_gain, d_weight, d_bias, None
 
 
 def _update_backward(d_mean, d_var, prior, measured, fits, gain, mixture):
     """The gradients of gate and update: of prior, measurement and gain."""
     innovation = measured.mean - prior.mean
-    d_gain = d_mean * innovation + d_var * (measured.var - prior.var)
+    d_gain = torch.addcmul(d_mean * innovation, d_var, measured.var - prior.var)
     m_mean, m_var = gain * d_mean, gain * d_var
     p_mean, p_var = d_mean - m_mean, d_var - m_var
     if mixture:
@@ -367,18 +368,27 @@ def _process_backward(
     """
     d_offset = d_scale = d_noise = None
     if process_noise is not None:
-        d_noise = (d_var * process_noise.to(d_var.dtype).sigmoid()).sum(0).to(process_noise.dtype)
+        d_noise = _over_rows(d_var * process_noise.to(d_var.dtype).sigmoid()).to(
+            process_noise.dtype
+        )
     if mean_offset is not None:
-        tiny = torch.finfo(given_var.dtype).tiny
-        std = given_var.clamp_min(tiny).sqrt()
-        d_offset = (d_mean * std).sum(0).to(mean_offset.dtype)
-        d_scale = (d_var * prior_var).sum(0).to(log_var_scale.dtype)
-        slope = torch.where(given_var >= tiny, 0.5 * mean_offset.to(std.dtype) / std, 0.0)
-        d_var = d_var * log_var_scale.to(d_var.dtype).exp() + d_mean * slope
+        d_offsets = d_mean * given_var.sqrt()
+        d_offset = _over_rows(d_offsets).to(mean_offset.dtype)
+        d_scale = _over_rows(d_var * prior_var).to(log_var_scale.dtype)
+        d_var = torch.addcdiv(
+            d_var * log_var_scale.to(d_var.dtype).exp(),
+            d_offsets * mean_offset.to(d_var.dtype),
+            given_var.clamp_min(torch.finfo(given_var.dtype).tiny),
+            value=0.5,
+        )
     rows = given_var.shape[0]
     if d_mean.shape[0] > rows:  # one prior for all of them
         d_mean, d_var = d_mean.sum(0, keepdim=True), d_var.sum(0, keepdim=True)
     return (d_mean, d_var), (d_offset, d_scale, d_noise)
+
+
+def _over_rows(v: Tensor) -> Tensor:
+    return v[0] if v.shape[0] == 1 else v.sum(0)
 
 
 def filter_batch(

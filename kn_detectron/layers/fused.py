@@ -31,18 +31,13 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def kernels_for(*tensors: Optional[Tensor]):
     """The module of Triton's kernels if they can work on these tensors, else None."""
     first = tensors[0]
-    if not (first.is_cuda or _INTERPRETED) or is_compiling():
+    if not (first.is_cuda or _INTERPRETED) or passes.is_compiling():
         return None
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         return None  # Triton launches on the current one
     if any(t is not None and t.dtype != torch.float32 for t in tensors):
         return None
     return _usable_kernels(str(first.device))
-
-
-def is_compiling() -> bool:
-    """Whether torch.compile or torch.export is tracing."""
-    return hasattr(torch, "compiler") and torch.compiler.is_compiling()
 
 
 @functools.lru_cache(maxsize=None)
@@ -178,8 +173,7 @@ class _FilterAndNormalize(torch.autograd.Function):
         inputs = kernels.Inputs(*inputs, options.network)
         if dy is None:
             dy = torch.zeros_like(x)
-        scaled = not options.measuring or (x.dtype != scale.dtype and not x.is_cuda)
-        dx, dy_x, dy_sum = passes.gradient_sums(dy, x, mean, scale, scaled)
+        dx, dy_x, dy_sum = passes.gradient_sums(dy, x, mean, scale, not options.measuring)
         *gradients, slope, offset, one = kernels.filter_backward(
             *(inputs, weight, inv_std, dy_x, dy_sum, d_belief_mean, d_belief_var),
             count=x.numel() // x.shape[1],
@@ -188,9 +182,9 @@ class _FilterAndNormalize(torch.autograd.Function):
         center = inputs.measured_mean
         if options.measuring and options.network:
             vectors = scale, center, weight, inv_std, slope, offset, one
-            dx = passes.network_gradient(dy, dx, x, *vectors)
+            dx = passes.network_gradient(dy, x, *vectors)
         elif options.measuring:
-            dx = passes.input_gradient(dy, dx, x, scale, center, slope, offset)
+            dx = passes.input_gradient(dy, x, scale, center, slope, offset)
         d_first, d_second = (
             None if v is None else g
             for v, g in ((inputs.first, d_first), (inputs.second, d_second))

@@ -3,15 +3,19 @@
 A layer is bound by the memory that it reads and writes. BatchNorm reads x and writes nothing
 (:func:`moments`), reads x and writes y (:func:`transform`), reads x and dy (the sums of
 :func:`gradient_sums`), and reads x and dy and writes dx (:func:`input_gradient`). These are the same,
-by SyncBatchNorm's kernels on a GPU and by BatchNorm's on a CPU, but for the last one: no operator of
-torch computes a dy + b x + c, so it is made of two, which write and read dx once more (save in the
-case of :func:`network_gradient`).
+by SyncBatchNorm's kernels on a GPU and by BatchNorm's and GroupNorm's on a CPU, but for the last one:
+no operator of torch computes a dy + b x + c, so it is made of two, which write and read dx once more
+(save in the case of :func:`network_gradient`).
+
+On a CPU, memory that has just been allocated costs more to write to than memory costs to read. So
+what is of the size of the features and soon thrown away is made in pieces (``_PIECE``), each of which
+gets the memory of the last one, still in a cache.
 
 Vectors are per channel, in float32 (float64 for float64 features). Features stay in their own dtype
 and memory format: none is copied to float32.
 """
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +25,24 @@ __all__ = [
     "Layout",
     "gradient_sums",
     "input_gradient",
+    "is_compiling",
     "memory_format",
     "moments",
     "network_gradient",
     "statistics_dtype",
     "transform",
 ]
+
+# Numbers in features for which several calls take longer than one that is slow.
+_FEW = 2**15
+
+# Bytes of a piece: many enough for a call of an operator to be nothing beside it.
+_PIECE = 2**22
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile or torch.export is tracing."""
+    return hasattr(torch, "compiler") and torch.compiler.is_compiling()
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -41,13 +57,45 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _numbers(x: Tensor) -> int:
+    """How many numbers of x a piece has."""
+    return _PIECE // x.element_size()
+
+
+def _run_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Mean and biased variance of each row of x (rows, n), contiguous and on a CPU.
+
+    By GroupNorm, whose moments are several times faster than BatchNorm's, but which normalises too:
+    in pieces, what it wastes stays in a cache.
+    """
+    rows, n = x.shape
+    pieces = [
+        torch.native_group_norm(piece, None, None, 1, piece.shape[1], n, piece.shape[1], 0.0)[1:]
+        for piece in x[None].split(rows if is_compiling() else max(1, _numbers(x) // n), 1)
+    ]
+    mean, inv_std = (torch.cat(parts, 1)[0] for parts in zip(*pieces))
+    return mean, inv_std.square_().reciprocal_()
+
+
+def _mixture(mean: Tensor, var: Tensor, dim: Tuple[int, ...]) -> Tuple[Tensor, Tensor]:
+    """Mean and variance of equally large parts together, by the law of total variance."""
+    return mean.mean(dim), var.mean(dim) + mean.var(dim, unbiased=False)
+
+
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance per channel of x (N, C, H, W), of shape (C,)."""
-    if x.is_cuda or x.dtype == statistics_dtype(x):
+    if x.is_cuda:
         return torch.batch_norm_update_stats(x, None, None, 0.0)
-    # On a CPU they come in the dtype of the running statistics.
-    unused = x.new_zeros(2, x.shape[1], dtype=statistics_dtype(x))
-    return torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
+    if x.dtype != statistics_dtype(x):  # they come in the dtype of the running statistics
+        unused = x.new_zeros(2, x.shape[1], dtype=statistics_dtype(x))
+        return torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
+    if not x.is_contiguous() or x.numel() < _FEW:
+        return torch.batch_norm_update_stats(x, None, None, 0.0)
+    images, channels = x.shape[:2]
+    mean, var = _run_moments(x.view(images * channels, -1))
+    if images == 1:
+        return mean, var
+    return _mixture(mean.view(images, channels), var.view(images, channels), (0,))
 
 
 def transform(x: Tensor, center: Tensor, scale: Tensor, shift: Optional[Tensor]) -> Tensor:
@@ -80,24 +128,41 @@ def gradient_sums(
 
 
 def input_gradient(
-    dy: Tensor,
-    scaled: Optional[Tensor],
-    x: Tensor,
-    scale: Tensor,
-    center: Tensor,
-    slope: Tensor,
-    offset: Tensor,
+    dy: Tensor, x: Tensor, scale: Tensor, center: Tensor, slope: Tensor, offset: Tensor
 ) -> Tensor:
-    """scale dy + slope (x - center) + offset; ``scaled`` is scale dy if that is at hand."""
+    """scale dy + slope (x - center) + offset."""
     dx = transform(x, center, slope, offset)
-    if scaled is not None:
-        return dx.add_(scaled)
-    return dx.addcmul_(dy, scale.view(1, -1, 1, 1))
+    if x.is_cuda or x.dtype == scale.dtype:
+        return dx.addcmul_(dy, scale.view(1, -1, 1, 1))
+    # A CPU is slow where dtypes are mixed, save in BatchNorm.
+    for total, piece, *vectors in _pieces(dx, dy, torch.zeros_like(scale), scale):
+        total.add_(transform(piece, *vectors, None))
+    return dx
+
+
+def _pieces(total: Tensor, x: Tensor, *vectors: Tensor):
+    """Two tensors of the same shape in pieces, with the vectors over the channels of each."""
+    images, channels, height, width = x.shape
+    numbers = _numbers(x)
+    whole = x.numel() <= numbers or is_compiling()
+    if not whole and all(t.is_contiguous() for t in (total, x)):
+        planes = max(1, numbers // (height * width))
+        tensors = (t.view(1, images * channels, height, width) for t in (total, x))
+        yield from zip(
+            *(t.split(planes, 1) for t in tensors),
+            *(v.repeat(images).split(planes) for v in vectors),
+        )
+    elif not whole and all(memory_format(t) == torch.channels_last for t in (total, x)):
+        # Pixels in the place of the height, one image: that is how a piece is channels_last too.
+        rows = (t.permute(0, 2, 3, 1).view(-1, channels) for t in (total, x))
+        for pieces in zip(*(t.split(max(1, numbers // channels)) for t in rows)):
+            yield (*(piece.t()[None, :, :, None] for piece in pieces), *vectors)
+    else:
+        yield (total, x, *vectors)
 
 
 def network_gradient(
     dy: Tensor,
-    scaled: Optional[Tensor],
     x: Tensor,
     scale: Tensor,
     center: Tensor,
@@ -119,7 +184,7 @@ def network_gradient(
         dy = dy.contiguous(memory_format=memory_format(x))
         return torch.batch_norm_backward_elemt(dy, x, center, inv_std, weight, a, b, one)
     slope, offset = -scale * inv_std.square() * b / one, -scale * a / one
-    return input_gradient(dy, scaled, x, scale, center, slope, offset)
+    return input_gradient(dy, x, scale, center, slope, offset)
 
 
 class Layout(NamedTuple):
@@ -138,19 +203,47 @@ class Layout(NamedTuple):
         """Whether the sets are BatchNorm's."""
         return self.rows == 1 and self.groups == x.shape[1]
 
-    def unfold(self, x: Tensor) -> Tensor:
-        """x itself if the sets are BatchNorm's, else of shape (1, N C, H, W)."""
-        if self.is_batch(x):
-            return x
-        return x.contiguous().view(1, -1, *x.shape[2:])
+    def run(self, a_pass: Callable, *args) -> Union[Optional[Tensor], Tuple[Optional[Tensor], ...]]:
+        """Calls one of the passes with vectors that are unfolded.
 
-    def fold(self, y: Optional[Tensor], x: Tensor) -> Optional[Tensor]:
-        """Undoes :meth:`unfold`, in the memory format of x."""
-        if y is None or self.is_batch(x):
-            return y
-        # Not a view for autograd, which would not let it be changed in place.
-        y = torch.ops.aten._unsafe_view(y, x.shape)
-        return y.contiguous(memory_format=memory_format(x))
+        Args:
+            a_pass: :func:`transform`, :func:`gradient_sums` or :func:`input_gradient`.
+            args: its arguments: features as they are, vectors over C if the sets are BatchNorm's,
+                else as :meth:`repeat` and :meth:`spread` make them.
+
+        Returns:
+            What it returns, features in the memory format of the features given.
+        """
+        x = args[0]
+        if self.is_batch(x) or x.shape[0] == 1:
+            return a_pass(*args)
+        if not x.is_cuda and memory_format(x) == torch.channels_last and not is_compiling():
+            return self._run_by_image(a_pass, *args)  # a CPU is slow at changing the format
+
+        def unfold(v):
+            is_feature = isinstance(v, Tensor) and v.dim() == 4
+            return v.contiguous().view(1, -1, *x.shape[2:]) if is_feature else v
+
+        def fold(v):
+            if v is None or v.dim() != 4:
+                return v
+            # Not a view for autograd, which would not let it be changed in place.
+            v = torch.ops.aten._unsafe_view(v, x.shape)
+            return v.contiguous(memory_format=memory_format(x))
+
+        result = a_pass(*(unfold(v) for v in args))
+        return fold(result) if isinstance(result, Tensor) else tuple(fold(v) for v in result)
+
+    def _run_by_image(self, a_pass, *args):
+        images, channels = args[0].shape[:2]
+        parts = [
+            v.split(1 if v.dim() == 4 else channels) if isinstance(v, Tensor) else [v] * images
+            for v in args
+        ]
+        results = [a_pass(*part) for part in zip(*parts)]
+        if isinstance(results[0], Tensor):
+            return torch.cat(results)
+        return tuple(None if v[0] is None else torch.cat(v) for v in zip(*results))
 
     def repeat(self, v: Optional[Tensor], x: Tensor) -> Optional[Tensor]:
         """A vector over C as one over the channels of x unfolded, in the statistics' dtype."""
@@ -177,17 +270,22 @@ class Layout(NamedTuple):
 
     def moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """Mean and biased variance of each set."""
-        if self.rows == x.shape[0] and x.dtype == statistics_dtype(x):  # GroupNorm's
+        if self.is_batch(x):
+            mean, var = moments(x)
+            return mean[None], var[None]
+        images = x.shape[0]
+        if self.rows == images and x.is_cuda and x.dtype == statistics_dtype(x):  # GroupNorm's
             count = x.shape[2] * x.shape[3]
             _, mean, inv_std = torch.native_group_norm(
                 x, None, None, *x.shape[:2], count, self.groups, 0.0
             )
             return mean, inv_std.square().reciprocal()
-        mean, var = moments(self.unfold(x))
-        if self.is_batch(x):
-            return mean[None], var[None]
-        mean, var = self._by_set(mean, x), self._by_set(var, x)
-        return mean.mean((1, 3)), var.mean((1, 3)) + mean.var((1, 3), unbiased=False)
+        if self.rows == images and not x.is_cuda and memory_format(x) != torch.channels_last:
+            sets = x.contiguous().view(1, images * self.groups, -1, 1)
+            mean, var = moments(sets)
+            return mean.view(images, self.groups), var.view(images, self.groups)
+        mean, var = self.run(moments, x)
+        return _mixture(self._by_set(mean, x), self._by_set(var, x), (1, 3))
 
     def _by_set(self, v: Tensor, x: Tensor) -> Tensor:
         images, channels = x.shape[0] // self.rows, x.shape[1] // self.groups

@@ -52,11 +52,39 @@ def test_each_pass_against_its_formula(memory_format, dtype):
         assert (scaled is not None) == wanted
         if wanted:
             check(scaled, s * exact_dy, **close)
-        if wanted or not half:
-            dx = passes.input_gradient(dy, scaled, x, scale, center, slope, shift)
-            check(dx, s * exact_dy + k * (exact_x - c) + b, **close)
+    dx = passes.input_gradient(dy, x, scale, center, slope, shift)
+    check(dx, s * exact_dy + k * (exact_x - c) + b, **close)
     for result in (y, dx):
         assert result.dtype == dtype and result.is_contiguous(memory_format=memory_format)
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numbers", [1, 40, 100])  # fewer than a row of pixels, and no divisors
+def test_each_pass_in_pieces(memory_format, dtype, numbers, monkeypatch):
+    monkeypatch.setattr(passes, "_FEW", 0)
+    monkeypatch.setattr(passes, "_PIECE", numbers * torch.empty(0, dtype=dtype).element_size())
+    test_each_pass_against_its_formula(memory_format, dtype)
+
+
+def test_pieces_cover_tensors_of_different_formats(monkeypatch):
+    monkeypatch.setattr(passes, "_PIECE", 64)
+    vectors_of_half = [v.float() for v in vectors(4)]
+    x, dy = (features(torch.bfloat16, seed=seed) for seed in (0, 1))
+    want = passes.input_gradient(dy, x, *vectors_of_half)
+    for other in (dy.to(memory_format=torch.channels_last), dy.transpose(2, 3).contiguous().mT):
+        assert torch.equal(passes.input_gradient(other, x, *vectors_of_half), want)
+
+
+def test_moments_of_large_features():
+    """Far from 0, where a sum of squares would lose everything."""
+    x = features(torch.float32).repeat(1, 1, 40, 20) + 1000
+    assert x.numel() > passes._FEW
+    mean, var = passes.moments(x)
+    exact = x.double()
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    want = exact.var((0, 2, 3), unbiased=False)
+    torch.testing.assert_close(var.double(), want, rtol=1e-4, atol=0)
 
 
 @FORMATS
