@@ -37,7 +37,7 @@ __all__ = [
 _FEW = 2**15
 
 # Bytes of a piece: many enough for a call of an operator to be nothing beside it.
-_PIECE = 2**22
+_PIECE = 2**21
 
 
 def is_compiling() -> bool:
