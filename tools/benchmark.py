@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Measures Kalman Normalization beside the other norms: time, memory and launches.
 
-It prints tables, and writes them with all single times as JSON and as pictures into a folder. What
-a machine cannot run stands there as "not run", with the reason.
+It prints a table for each measurement and one of all ratios at the end, and writes the results with
+all single times as JSON and as pictures into a folder. What a machine cannot run stands there as "not
+run", with the reason.
 
 Examples:
     tools/benchmark.py                                     a set for a CPU, some minutes
@@ -25,6 +26,7 @@ from kn_detectron.benchmark import (
     draw_bars,
     draw_curves,
     format_group,
+    format_summary,
     make_groups,
     measure_group,
     write_json,
@@ -124,6 +126,7 @@ def benchmark(groups, args):
             write_json(result, os.path.join(args.output, "benchmark.json"))
     if not chief:
         return
+    print(format_summary(result["groups"]), flush=True)
     for draw, name in ((draw_bars, "ratios.png"), (draw_curves, "curves.png")):
         draw(result["groups"], os.path.join(args.output, name))
     print(

@@ -2,7 +2,14 @@
 
 from .measure import measure_group
 from .presets import PRESETS, WHATS, Group, make_groups
-from .report import describe_machine, draw_bars, draw_curves, format_group, write_json
+from .report import (
+    describe_machine,
+    draw_bars,
+    draw_curves,
+    format_group,
+    format_summary,
+    write_json,
+)
 
 __all__ = [
     "Group",
@@ -12,6 +19,7 @@ __all__ = [
     "draw_bars",
     "draw_curves",
     "format_group",
+    "format_summary",
     "make_groups",
     "measure_group",
     "write_json",

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .candidates import Candidate, NotRun, build
 from .presets import Group
 
-__all__ = ["count_launches", "measure_group", "saved_bytes", "summarize"]
+__all__ = ["count_launches", "is_free", "measure_group", "saved_bytes", "summarize"]
 
 
 # Operations that compute nothing, beside the views.
@@ -30,10 +30,12 @@ _FREE = {
     "aten::lift_fresh",
     "aten::new_empty",
     "aten::new_empty_strided",
+    "aten::promote_types",
 }
 
 
-def _is_free(operation) -> bool:
+def is_free(operation) -> bool:
+    """Whether an operation of torch computes nothing: a view or an allocation."""
     schema = getattr(operation, "_schema", None)
     if schema is None:
         return False
@@ -45,7 +47,7 @@ class _CountOperations(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not _is_free(func)
+        self.count += not is_free(func)
         return func(*args, **(kwargs or {}))
 
 

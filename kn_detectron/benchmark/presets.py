@@ -120,6 +120,9 @@ _DEFAULTS = {
     "channels": dict(sizes=(800,), channels=(64, 128, 256, 512, 1024, 2048), kernel=1, rounds=5),
 }
 
+# Of stem, res2 and res5 at full size, for which the project's targets are set.
+_SHAPES = ((1, 256, 200, 336), (2, 64, 400, 672), (512, 2048, 7, 7), (128, 512, 7, 7))
+
 _ON_A_GPU = dict(size=(800, 1333), images=(1, 2), rounds=11)
 
 # By name: what is measured, and with which settings in place of the defaults.
@@ -138,7 +141,7 @@ PRESETS: Dict[str, Dict[str, Dict]] = {
     },
     # A few minutes on two cores.
     "cpu": {
-        "layer": dict(formats=FORMATS),
+        "layer": dict(shapes=_SHAPES, dtypes=("float32", "bfloat16"), formats=FORMATS, rounds=5),
         "evaluation": {},
         "step": dict(
             norms=("BN", "FrozenBN", "GN", "KN", "KN-paper", "KN-paper-MC", "GKN", "KN-prediction"),
@@ -153,7 +156,7 @@ PRESETS: Dict[str, Dict[str, Dict]] = {
     "gpu": {
         "step": dict(_ON_A_GPU, dtypes=("float32", "float16")),
         "layer": dict(
-            shapes=((1, 256, 200, 336), (2, 64, 400, 672), (512, 2048, 7, 7), (128, 512, 7, 7)),
+            shapes=_SHAPES,
             dtypes=DTYPES,
             formats=FORMATS,
             rounds=11,

@@ -23,6 +23,7 @@ __all__ = [
     "draw_bars",
     "draw_curves",
     "format_group",
+    "format_summary",
     "write_json",
 ]
 
@@ -123,17 +124,43 @@ def format_group(group: Dict) -> str:
         if bases and _bytes(measured[bases[0]]):
             size += f" ({_bytes(row) / _bytes(measured[bases[0]]):.3f})"
         table.append([*cells, size, _launches(row)])
-    widths = [max(map(len, column)) for column in zip(*table)]
     lines = [f"**{describe_group(group)}**", ""]
     if measured:
-        lines.append(_line(table[0], widths))
-        lines.append(f"|{'|'.join('-' * (width + 2) for width in widths)}|")
-        lines += [_line(cells, widths) for cells in table[1:]]
-        lines.append("")
+        lines += [*_markdown(table), ""]
     for row in group["rows"]:
         if row["status"] != "measured":
             lines.append(f"- {row['name']}: {row['status']}: {row['reason']}")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def format_summary(groups: List[Dict]) -> str:
+    """The ratios of all groups to their first base, in one table in Markdown for each measurement.
+
+    A line is a group, a column a norm. "-" is what was not measured.
+    """
+    parts = {}
+    for group in groups:
+        if group["what"] not in ("prediction", "size", "channels"):
+            parts.setdefault((group["what"], group["bases"][0], group["device"]), []).append(group)
+    tables = []
+    for (what, base, device), part in parts.items():
+        names = dict.fromkeys(row["name"] for group in part for row in group["rows"])
+        names.pop(base, None)
+        table = [[f"{WHATS[what]}, time / {base}, {device}", *names]]
+        for group in part:
+            rows = {row["name"]: row.get("ratios", {}).get(base) for row in group["rows"]}
+            subject = f"{_subject(group)}, {group['dtype']}, {group['memory_format']}"
+            ratios = (rows.get(name) for name in names)
+            table.append([subject, *(f"{r['median']:.2f}" if r else "-" for r in ratios)])
+        if len(table) > 1 and len(table[0]) > 1:
+            tables.append("\n".join(_markdown(table)) + "\n")
+    return "\n".join(tables)
+
+
+def _markdown(table: List[List[str]]) -> List[str]:
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = [_line(table[0], widths), f"|{'|'.join('-' * (width + 2) for width in widths)}|"]
+    return lines + [_line(cells, widths) for cells in table[1:]]
 
 
 def write_json(result: Dict, path: str) -> None:

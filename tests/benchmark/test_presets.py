@@ -14,6 +14,14 @@ def test_every_preset_can_be_made_and_its_bases_are_candidates_or_known_norms(pr
         assert len(group.shape) == 4
 
 
+def test_the_cpu_preset_has_the_layers_that_the_targets_are_set_for():
+    layers = {
+        preset: {(g.shape, g.dtype, g.memory_format) for g in make_groups(preset, ["layer"])}
+        for preset in ("cpu", "gpu")
+    }
+    assert layers["cpu"] == {layer for layer in layers["gpu"] if layer[1] != "float16"}
+
+
 def test_the_gpu_preset_has_what_the_targets_are_set_for():
     groups = make_groups("gpu")
     layers = {(g.shape, g.dtype, g.memory_format) for g in groups if g.what == "layer"}

@@ -10,6 +10,7 @@ from kn_detectron.benchmark import (
     draw_bars,
     draw_curves,
     format_group,
+    format_summary,
     write_json,
 )
 
@@ -102,3 +103,15 @@ def test_pictures_are_drawn_where_there_is_something_to_draw(tmp_path):
     unmeasured = {**curve_results()[0], "rows": nothing["rows"]}
     assert not draw_curves([nothing, unmeasured], str(tmp_path / "b.png"))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_summary_has_a_line_for_each_group_and_a_column_for_each_norm():
+    other = layer_result()
+    other["rows"] = other["rows"][:1]
+    other["dtype"] = "bfloat16"
+    head, _, first, second = format_summary([layer_result(), other, *curve_results()]).splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in (head, first, second)]
+    assert cells[0] == ["one layer, forward and backward, time / BN, cpu", "KN", "SyncBN"]
+    assert cells[1] == ["1x64x8x9, float32, contiguous", "1.50", "-"]
+    assert cells[2] == ["1x64x8x9, bfloat16, contiguous", "-", "-"]
+    assert format_summary(curve_results()) == ""

@@ -12,7 +12,9 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kn_detectron.benchmark.measure import is_free
 from kn_detectron.layers import Belief, ClosedFormTransition, KalmanNorm2d, fused
 
 from .test_kalman_norm import prior_of, randomize
@@ -147,6 +149,83 @@ def test_layer(variant, case):
     tolerance = dict(rtol=3e-2, atol=3e-2) if dtype else dict(rtol=1e-4, atol=1e-5)
     for k, (want, got) in enumerate(zip(*results)):
         close(got, want, **tolerance, msg=lambda m: f"result {k}: {m}")
+
+
+class Launches(TorchDispatchMode):
+    """Counts torch's operations, and in the place of what a function does the launches it makes."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, self.inside = 0, False
+        self.patch = monkeypatch
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.inside:
+            self.count += not is_free(func)
+        return func(*args, **(kwargs or {}))
+
+    def counts_as(self, launches, module, *names):
+        for name in names:
+            self.patch.setattr(module, name, self._counted(getattr(module, name), launches))
+
+    def _counted(self, function, launches):
+        def counted(*args, **kwargs):
+            self.count += 0 if self.inside else launches
+            was, self.inside = self.inside, True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside = was
+
+        return counted
+
+
+@kernels
+@pytest.mark.parametrize("variant", ["network", "paper"])
+def test_launches_per_layer(variant, monkeypatch):
+    """What ReLU, convolution and norm of a chain launch beyond the convolution and the ReLU.
+
+    Each of our kernels is one launch. The passes over the features are counted as the CUDA operators
+    that they call on a GPU, one kernel each, save that torch makes the variance of what it measures by
+    a second one, and a sum of two terms takes two.
+    """
+    from kn_detectron.layers import passes, triton_kernels
+
+    layers = 4
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(5, 5, 1, bias=False).to(DEVICE) for _ in range(layers)]
+    norms = [randomize(KalmanNorm2d(5, variant=variant)).to(DEVICE) for _ in range(layers)]
+    transition = ClosedFormTransition()
+    x = torch.randn(2, 5, 4, 4, device=DEVICE)
+    start = Belief(*(v.to(DEVICE).requires_grad_() for v in prior_of(5)))
+
+    def network(normalised):
+        y, belief = x, start
+        for conv, norm in zip(convs, norms):
+            source = transition.relu(belief, y) if normalised else None
+            y = nn.functional.conv2d(y.relu(), conv.weight)
+            if normalised:
+                y, belief = norm(y, prior=transition.conv(source, conv))
+        return y.square().sum()
+
+    network(True).backward()  # the kernels are checked at first use
+    launches = Launches(monkeypatch)
+    launches.counts_as(1, triton_kernels, "relu_forward", "relu_backward")
+    launches.counts_as(1, triton_kernels, "predict_forward", "predict_backward")
+    launches.counts_as(1, triton_kernels, "filter_forward", "filter_backward")
+    launches.counts_as(2, passes, "moments", "input_gradient")
+    launches.counts_as(1, passes, "transform", "gradient_sums", "network_gradient")
+    counts = []
+    for normalised in (True, False):
+        with launches:
+            launches.count = 0
+            loss = network(normalised)
+            counts.append(launches.count)
+            launches.count = 0
+            torch.autograd.grad(loss, [conv.weight for conv in convs])
+            counts.append(launches.count)
+    assert 0 < (counts[0] - counts[2]) / layers <= 6
+    assert 0 < (counts[1] - counts[3]) / layers <= 10
 
 
 @kernels
