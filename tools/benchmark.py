@@ -9,12 +9,15 @@ Examples:
     tools/benchmark.py                                     a set for a CPU, some minutes
     tools/benchmark.py --preset gpu                        all of the project's targets
     tools/benchmark.py --what step --norms BN KN --images 1 2 --size 800x1333 --device cuda
+    tools/benchmark.py --configs configs/mask_rcnn_R50_C4_KN.yaml my_config.yaml --size 800x1333
     tools/benchmark.py --what layer --shapes 1x256x200x336 --dtypes bfloat16 --formats channels_last
 """
 
 import argparse
 import os
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
@@ -32,7 +35,7 @@ from kn_detectron.benchmark import (
     write_json,
 )
 from kn_detectron.benchmark.presets import DTYPES, FORMATS, NORMS
-from kn_detectron.engine.command_line import launch_ranks, run
+from kn_detectron.engine.command_line import launch_ranks, read_config, run
 
 from detectron2.utils import comm  # isort: skip  # made importable by kn_detectron
 
@@ -57,6 +60,7 @@ def parse_arguments():
     add("--preset", default="cpu", help=f"{', '.join(PRESETS)}; the options below change it")
     add("--what", nargs="+", metavar="WHAT", help="see below")
     add("--norms", nargs="+", metavar="NORM", help="see below")
+    add("--configs", nargs="+", metavar="FILE", help="training steps of these, ratios to the first")
     add("--shapes", nargs="+", metavar="NxCxHxW", type=dimensions, help="of a layer's features")
     add("--images", nargs="+", metavar="N", type=int, help="numbers of images per step")
     add("--size", metavar="PIXELS or HxW", type=dimensions, help="of the images")
@@ -92,13 +96,24 @@ def prepare(args):
         raise InputError("--size takes a number of pixels, or a height and a width as 800x1333")
     if any(len(shape) != 4 for shape in args.shapes or ()):
         raise InputError("--shapes takes four numbers each, as 1x256x200x336")
+    if args.configs and (args.what or args.norms or args.compile):
+        raise InputError("--configs says what is measured: leave out --what, --norms and --compile")
+    for file in args.configs or ():
+        if not file.endswith(".yaml"):
+            raise InputError(f"--configs takes files of configs, *.yaml, not {file}")
+        read_config(SimpleNamespace(config_file=file, opts=["MODEL.DEVICE", args.device]))
     names = ("norms", "shapes", "images", "size", "regions", "dtypes", "formats", "rounds")
     changes = {name: getattr(args, name) for name in names}
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
-    whats = args.what
+    whats = ["step"] if args.configs else args.what
     if args.compile:
         whats = [*(whats or PRESETS.get(args.preset, ())), "compiled"]
     groups = make_groups(args.preset, whats and list(dict.fromkeys(whats)), **changes)
+    if args.configs:
+        files = tuple(dict.fromkeys(args.configs))
+        # As many regions as each config says, unless the command line does.
+        fields = dict(candidates=files, bases=files[:1], regions=args.regions)
+        groups = [replace(group, **fields) for group in groups]
     try:
         os.makedirs(args.output, exist_ok=True)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Callable, List
 
 import numpy as np
@@ -15,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from ..engine.command_line import read_config
 from ..layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
 from ..model_zoo import get_config
 from ..modeling import Feature
@@ -157,30 +159,34 @@ _CONFIGS = {
 
 
 def network_config(norm: str, device: torch.device, group: Group) -> CfgNode:
-    """The shipped COCO config of a norm, alike for all norms but for the norm.
+    """The shipped COCO config of a norm, alike for all norms but for the norm; or a config file.
 
     Raises:
         NotRun: if there is no network with this norm.
+        InputError: if something in the file is wrong.
     """
-    if norm not in _CONFIGS:
+    # Weights are random, and with this learning rate every step is the same.
+    fixed = ["MODEL.DEVICE", str(device), "MODEL.WEIGHTS", "", "SOLVER.BASE_LR", "0.0"]
+    if norm.endswith(".yaml"):
+        cfg = read_config(SimpleNamespace(config_file=norm, opts=fixed))
+    elif norm in _CONFIGS:
+        name, options = _CONFIGS[norm]
+        file = f"mask_rcnn_R50_C4_{name}.yaml"
+        if group.slim:
+            file = f"quick_schedules/mask_rcnn_R50_C4_{name}_instant_test.yaml"
+        cfg = get_config(file)
+        cfg.merge_from_list(
+            [
+                *fixed,
+                # GroupNorm's weights have it otherwise, which changes the work of the convolutions.
+                *("MODEL.RESNETS.STRIDE_IN_1X1", True),
+                # So that frozen statistics do not overflow with random weights.
+                *("MODEL.PIXEL_STD", [57.375, 57.120, 58.395]),
+                *options,
+            ]
+        )
+    else:
         raise NotRun("only one layer is measured with it, not a network")
-    name, options = _CONFIGS[norm]
-    file = f"mask_rcnn_R50_C4_{name}.yaml"
-    if group.slim:
-        file = f"quick_schedules/mask_rcnn_R50_C4_{name}_instant_test.yaml"
-    cfg = get_config(file)
-    cfg.merge_from_list(
-        [
-            *("MODEL.DEVICE", str(device), "MODEL.WEIGHTS", ""),
-            # GroupNorm's weights have it otherwise, which changes the work of the convolutions.
-            *("MODEL.RESNETS.STRIDE_IN_1X1", True),
-            # So that frozen statistics do not overflow with random weights.
-            *("MODEL.PIXEL_STD", [57.375, 57.120, 58.395]),
-            # So that every step is the same.
-            *("SOLVER.BASE_LR", 0.0),
-            *options,
-        ]
-    )
     if group.regions is not None:
         cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = group.regions
     return cfg

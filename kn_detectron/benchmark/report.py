@@ -58,6 +58,11 @@ def describe_machine() -> Dict:
     }
 
 
+def _label(name: str) -> str:
+    """A candidate's name, or that of its config file without folder and ending."""
+    return os.path.basename(name).removesuffix(".yaml")
+
+
 def _times(numbers) -> str:
     return "x".join(str(number) for number in numbers)
 
@@ -111,12 +116,12 @@ def format_group(group: Dict) -> str:
     bases = [base for base in group["bases"] if base in measured]
     memory = "peak MiB" if group["device"] == "cuda" else "saved MiB"
     launches = "launches" if group["device"] == "cuda" else "operations"
-    table = [["", "ms", *(f"/ {base}" for base in bases), memory, launches]]
+    table = [["", "ms", *(f"/ {_label(base)}" for base in bases), memory, launches]]
     for row in group["rows"]:
         if row["status"] != "measured":
             continue
         ms = {key: 1e3 * value for key, value in row["seconds"].items()}
-        cells = [row["name"], f"{ms['median']:.4g} ({ms['q1']:.4g} to {ms['q3']:.4g})"]
+        cells = [_label(row["name"]), f"{ms['median']:.4g} ({ms['q1']:.4g} to {ms['q3']:.4g})"]
         for base in bases:
             ratio = row["ratios"][base]
             cells.append(f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})")
@@ -129,7 +134,7 @@ def format_group(group: Dict) -> str:
         lines += [*_markdown(table), ""]
     for row in group["rows"]:
         if row["status"] != "measured":
-            lines.append(f"- {row['name']}: {row['status']}: {row['reason']}")
+            lines.append(f"- {_label(row['name'])}: {row['status']}: {row['reason']}")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -146,7 +151,7 @@ def format_summary(groups: List[Dict]) -> str:
     for (what, base, device), part in parts.items():
         names = dict.fromkeys(row["name"] for group in part for row in group["rows"])
         names.pop(base, None)
-        table = [[f"{WHATS[what]}, time / {base}, {device}", *names]]
+        table = [[f"{WHATS[what]}, time / {_label(base)}, {device}", *map(_label, names)]]
         for group in part:
             rows = {row["name"]: row.get("ratios", {}).get(base) for row in group["rows"]}
             subject = f"{_subject(group)}, {group['dtype']}, {group['memory_format']}"
@@ -196,12 +201,14 @@ def draw_bars(groups: List[Dict], path: str) -> bool:
                 median, q1, q3 = (row["ratios"][base][key] for key in ("median", "q1", "q3"))
                 spread = [[median - q1], [q3 - median]]
                 axes.bar(at, median, yerr=spread, color=colors[row["name"]], capsize=2)
-                axes.text(at, 0, f" {row['name']}", rotation=90, ha="center", va="bottom", size=7)
+                axes.text(
+                    at, 0, f" {_label(row['name'])}", rotation=90, ha="center", va="bottom", size=7
+                )
                 at += 1
             at += 1
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_xticks(list(ticks), ticks.values(), fontsize=8)
-        axes.set(xlim=(-1, widest - 1), ylabel=f"time / {base}")
+        axes.set(xlim=(-1, widest - 1), ylabel=f"time / {_label(base)}")
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3, axis="y")
     figure.savefig(path, dpi=120)

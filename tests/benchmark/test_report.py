@@ -115,3 +115,10 @@ def test_summary_has_a_line_for_each_group_and_a_column_for_each_norm():
     assert cells[1] == ["1x64x8x9, float32, contiguous", "1.50", "-"]
     assert cells[2] == ["1x64x8x9, bfloat16, contiguous", "-", "-"]
     assert format_summary(curve_results()) == ""
+
+
+def test_a_config_goes_by_its_name():
+    group = layer_result()
+    group["rows"][1]["name"] = "configs/mine.yaml"
+    assert "| mine " in format_group(group)
+    assert format_summary([group]).splitlines()[0].split("|")[2].strip() == "mine"

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from kn_detectron import InputError
+from kn_detectron.benchmark import measure_group
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/benchmark.py"
@@ -50,7 +52,7 @@ def test_arguments_change_the_preset(monkeypatch, tmp_path):
     groups, args = prepare(
         monkeypatch, "--what", "layer", "--shapes", "1x8x4x4", "2x8x4x4", "--compile", *output
     )
-    assert [g.what for g in groups] == ["layer"] * 4 + ["compiled"]
+    assert [g.what for g in groups] == ["layer"] * 8 + ["compiled"]
     assert groups[0].shape == (1, 8, 4, 4) and args.device == "cpu"
     groups, args = prepare(monkeypatch, "--preset", "gpu", "--size", "96", *output)
     assert args.device == "cuda"
@@ -59,9 +61,26 @@ def test_arguments_change_the_preset(monkeypatch, tmp_path):
     assert (tmp_path / "out").is_dir()
 
 
+def test_configs_are_measured_side_by_side(monkeypatch, tmp_path):
+    names = ("BN", "KN")
+    files = [
+        str(ROOT / f"configs/quick_schedules/mask_rcnn_R50_C4_{n}_instant_test.yaml") for n in names
+    ]
+    options = ["--size", "64", "--rounds", "1", "--output", str(tmp_path)]
+    (group,), args = prepare(monkeypatch, "--configs", *files, *options)
+    assert (group.what, group.candidates, group.regions) == ("step", tuple(files), None)
+    result = measure_group(group, torch.device(args.device))
+    bn, kn = result["rows"]
+    assert (bn["status"], kn["status"]) == ("measured", "measured")
+    assert bn["ratios"][files[0]]["median"] == 1 and kn["parameters"] > bn["parameters"]
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
+        (["--configs", "no.yaml"], "no.yaml"),
+        (["--configs", "README.md"], "--configs takes files of configs"),
+        (["--configs", "a.yaml", "--norms", "BN"], "leave out --what, --norms and --compile"),
         (["--preset", "all"], "there is no preset 'all'"),
         (["--preset", "all", "--compile"], "there is no preset 'all'"),
         (["--device", "tpu"], "--device is 'tpu'"),
