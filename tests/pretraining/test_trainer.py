@@ -26,8 +26,8 @@ def _trainer(cfg, resume=False):
     return trainer
 
 
-def _config(folder, output, steps=24, **options):
-    cfg = config(folder, output=output, epochs=steps / 3, lr=0.05, **options)
+def _config(folder, output, steps=36, **options):
+    cfg = config(folder, output=output, epochs=steps / 3, lr=0.02, **options)
     cfg.SOLVER.CHECKPOINT_PERIOD = cfg.TEST.EVAL_PERIOD = steps // 2
     return cfg
 
@@ -78,7 +78,7 @@ def _assert_same_run(one, other):
 
 
 def test_resumed_run_is_bit_equal(folder, whole, tmp_path):
-    assert _finish(_config(folder, tmp_path), whole[0] / "model_0000011.pth") == 12
+    assert _finish(_config(folder, tmp_path), whole[0] / "model_0000017.pth") == 18
     _assert_same_run(tmp_path, whole[0])
 
 
