@@ -123,6 +123,22 @@ def test_filter_batch_of_any_layout_is_its_parts(memory_format, rows, groups, me
         torch.testing.assert_close(a, b)
 
 
+@FORMATS
+def test_an_image_alone_is_that_image_of_a_batch(memory_format):
+    layer = randomize(GroupKalmanNorm2d(3, 6)).double()
+    x, prior = features(memory_format=memory_format), prior_of(6, dtype=torch.float64)
+    dy = features(memory_format=memory_format, seed=1)
+    results = []
+    for images in (slice(None), slice(2, 3)):
+        part = x[images].detach().requires_grad_()
+        y, _ = layer(part, prior=prior)
+        (dx,) = torch.autograd.grad(y, part, dy[images])
+        results.append((y[2:3], dx[2:3]) if len(part) == 4 else (y, dx))
+    for together, alone in zip(*results):
+        torch.testing.assert_close(alone, together)
+        assert alone.is_contiguous(memory_format=memory_format)
+
+
 @pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_gradcheck_with_the_process_model(released, rows):
