@@ -141,7 +141,7 @@ def format_group(group: Dict) -> str:
 def format_summary(groups: List[Dict]) -> str:
     """The ratios of all groups to their first base, in one table in Markdown for each measurement.
 
-    A line is a group, a column a norm. "-" is what was not measured.
+    A line is a group, a column a norm that was measured in any of them. "-" is what was not.
     """
     parts = {}
     for group in groups:
@@ -149,15 +149,15 @@ def format_summary(groups: List[Dict]) -> str:
             parts.setdefault((group["what"], group["bases"][0], group["device"]), []).append(group)
     tables = []
     for (what, base, device), part in parts.items():
-        names = dict.fromkeys(row["name"] for group in part for row in group["rows"])
-        names.pop(base, None)
+        rows = (row for group in part for row in group["rows"] if base in row.get("ratios", {}))
+        names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != base]
         table = [[f"{WHATS[what]}, time / {_label(base)}, {device}", *map(_label, names)]]
         for group in part:
             rows = {row["name"]: row.get("ratios", {}).get(base) for row in group["rows"]}
             subject = f"{_subject(group)}, {group['dtype']}, {group['memory_format']}"
             ratios = (rows.get(name) for name in names)
             table.append([subject, *(f"{r['median']:.2f}" if r else "-" for r in ratios)])
-        if len(table) > 1 and len(table[0]) > 1:
+        if names:
             tables.append("\n".join(_markdown(table)) + "\n")
     return "\n".join(tables)
 
