@@ -207,12 +207,14 @@ class Layout(NamedTuple):
         """Calls one of the passes with vectors that are unfolded.
 
         Args:
-            a_pass: :func:`transform`, :func:`gradient_sums` or :func:`input_gradient`.
+            a_pass: :func:`moments`, :func:`transform`, :func:`gradient_sums` or
+                :func:`input_gradient`.
             args: its arguments: features as they are, vectors over C if the sets are BatchNorm's,
                 else as :meth:`repeat` and :meth:`spread` make them.
 
         Returns:
-            What it returns, features in the memory format of the features given.
+            What it returns: features in the memory format of the first ones given, vectors like
+            those that it takes.
         """
         x = args[0]
         if self.is_batch(x) or x.shape[0] == 1:
