@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.utils import comm
 from torch import nn
 
 from kn_detectron import InputError, KalmanNorm2d
@@ -35,7 +36,11 @@ def _on_rank(rank, folder):
         _averages_when_due(rank)
         _stops_together(rank, os.path.join(folder, "run"))
         _fails_together(rank)
+        dist.barrier()  # none leaves while the other still waits for it
     finally:
+        # detectron2 keeps the group, whose threads would then live into the interpreter's end, which
+        # now and then aborts the process.
+        comm._get_global_gloo_group.cache_clear()
         dist.destroy_process_group()
     with open(os.path.join(folder, f"passed{rank}"), "w"):
         pass
