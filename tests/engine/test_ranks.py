@@ -2,13 +2,11 @@
 
 import os
 import signal
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2.utils import comm
 from torch import nn
 
 from kn_detectron import InputError, KalmanNorm2d
@@ -20,28 +18,16 @@ from kn_detectron.engine import (
 )
 from kn_detectron.engine.trainer import _AgreedBatches
 
+from ..ranks import two_ranks
 from .loop import Loop
 
 
 def _on_rank(rank, folder):
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),  # one that waits for the other in vain fails
-    )
-    try:
+    with two_ranks(rank, folder, seconds=60):
         _averages(rank)
         _averages_when_due(rank)
         _stops_together(rank, os.path.join(folder, "run"))
         _fails_together(rank)
-        dist.barrier()  # none leaves while the other still waits for it
-    finally:
-        # detectron2 keeps the group, whose threads would then live into the interpreter's end, which
-        # now and then aborts the process.
-        comm._get_global_gloo_group.cache_clear()
-        dist.destroy_process_group()
     with open(os.path.join(folder, f"passed{rank}"), "w"):
         pass
 

@@ -1,11 +1,9 @@
 """Two processes on the CPU (gloo): the same step as one process, and no unused parameter."""
 
-import datetime
 import os
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
@@ -13,17 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kn_detectron.layers import set_gain_scale
 
 from ..models import build_backbone, build_rcnn, images, rcnn_cfg, rcnn_inputs, resnet_cfg
-
-
-def start(rank, path):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{path}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=120),
-    )
+from ..ranks import two_ranks
 
 
 def step(backbone, x, optimizer):
@@ -42,14 +30,13 @@ def build(gain_scale):
 
 
 def same_step(rank, path, gain_scale):
-    start(rank, path)
-    backbone, optimizer = build(gain_scale)
-    model = DistributedDataParallel(backbone, broadcast_buffers=False)
-    for k in range(3):
-        step(model, images(2, seed=k)[rank : rank + 1], optimizer)
-    if rank == 0:
-        torch.save(backbone.state_dict(), os.path.join(path, "two.pth"))
-    dist.destroy_process_group()
+    with two_ranks(rank, path):
+        backbone, optimizer = build(gain_scale)
+        model = DistributedDataParallel(backbone, broadcast_buffers=False)
+        for k in range(3):
+            step(model, images(2, seed=k)[rank : rank + 1], optimizer)
+        if rank == 0:
+            torch.save(backbone.state_dict(), os.path.join(path, "two.pth"))
 
 
 @pytest.mark.parametrize("gain_scale", [0.0, 1.0])
@@ -73,22 +60,21 @@ def test_two_processes_take_the_step_of_one(gain_scale, tmp_path):
 
 
 def no_unused_parameters(rank, path, configs):
-    start(rank, path)
     steps = 0
-    for norm, options in configs:
-        model = build_rcnn(rcnn_cfg(norm, **options))
-        model = DistributedDataParallel(model, broadcast_buffers=False)
-        # A parameter that gets no gradient makes the step after it fail. Rank 1 has no ground truth
-        # in the first one; the last two are those of an annealed gain.
-        for k, gain_scale in enumerate((1.0, 1.0, 0.0, 0.0)):
-            set_gain_scale(model, gain_scale)
-            with EventStorage():
-                losses = model(rcnn_inputs(1, objects=0 if rank == 1 and k == 0 else 1))
-            sum(losses.values()).backward()
-            steps += 1
+    with two_ranks(rank, path):
+        for norm, options in configs:
+            model = build_rcnn(rcnn_cfg(norm, **options))
+            model = DistributedDataParallel(model, broadcast_buffers=False)
+            # A parameter that gets no gradient makes the step after it fail. Rank 1 has no ground
+            # truth in the first one; the last two are those of an annealed gain.
+            for k, gain_scale in enumerate((1.0, 1.0, 0.0, 0.0)):
+                set_gain_scale(model, gain_scale)
+                with EventStorage():
+                    losses = model(rcnn_inputs(1, objects=0 if rank == 1 and k == 0 else 1))
+                sum(losses.values()).backward()
+                steps += 1
     with open(os.path.join(path, f"rank{rank}"), "w") as f:
         f.write(str(steps))
-    dist.destroy_process_group()
 
 
 VARIANTS = [

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils.events import EventStorage
 from PIL import Image
@@ -11,6 +10,7 @@ from PIL import Image
 from kn_detectron.pretraining import ImageClassifier, evaluate, online_statistics, open_folders
 
 from ..models import randomize
+from ..ranks import two_ranks
 from .conftest import config
 
 
@@ -115,13 +115,9 @@ def test_evaluation_needs_no_training_around_it(folder):
 
 
 def _evaluate_on_rank(rank, cfg, folder):
-    address = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    try:
+    with two_ranks(rank, folder):
         torch.manual_seed(0)
         torch.save(evaluate(cfg, _classifier(cfg, classes=9)), f"{folder}/{rank}.pth")
-    finally:
-        dist.destroy_process_group()
 
 
 def test_two_processes_share_the_images(folder, tmp_path):

@@ -1,0 +1,35 @@
+"""A process group of two processes on the CPU, for tests."""
+
+import contextlib
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+
+
+@contextlib.contextmanager
+def two_ranks(rank, folder, seconds=120):
+    """What runs inside is one of two processes.
+
+    Args:
+        rank: 0 or 1.
+        folder: that both see, and where they meet.
+        seconds: after which one that waits for the other in vain fails.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=seconds),
+    )
+    try:
+        yield
+        dist.barrier()  # none leaves while the other still waits for it
+    finally:
+        # detectron2 keeps the group, whose threads would then live into the interpreter's end, which
+        # now and then aborts the process.
+        comm._get_global_gloo_group.cache_clear()
+        dist.destroy_process_group()
