@@ -33,7 +33,7 @@ WHATS = {
     "backbone": "R50-C4 backbone, forward and backward",
     "compiled": "the backbone under torch.compile, which fails at a graph break",
     "evaluation": "R50-C4 backbone in evaluation",
-    "step": "training step of Mask R-CNN R50-C4: forward, backward, optimiser",
+    "step": "training step of Mask R-CNN: forward, backward, optimiser",
     "prediction": "all predictions of a step of R50-C4, forward and backward, by image size",
     "size": "one prediction and one layer over image size",
     "channels": "one prediction and one layer over channels",

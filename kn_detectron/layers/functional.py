@@ -73,7 +73,7 @@ def group_belief(belief: Belief, num_groups: int) -> Belief:
     """
     rows, channels = belief.mean.shape  # written out: an empty belief cannot infer a size
     mean, var = (v.reshape(rows, num_groups, channels // num_groups) for v in belief)
-    return Belief(mean.mean(2), var.mean(2) + mean.var(2, unbiased=False))
+    return Belief(*passes.moments_together(mean, var, 2))
 
 
 def process(

@@ -28,6 +28,7 @@ __all__ = [
     "is_compiling",
     "memory_format",
     "moments",
+    "moments_together",
     "network_gradient",
     "statistics_dtype",
     "transform",
@@ -77,7 +78,9 @@ def _run_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean, inv_std.square_().reciprocal_()
 
 
-def _mixture(mean: Tensor, var: Tensor, dim: Tuple[int, ...]) -> Tuple[Tensor, Tensor]:
+def moments_together(
+    mean: Tensor, var: Tensor, dim: Union[int, Tuple[int, ...]]
+) -> Tuple[Tensor, Tensor]:
     """Mean and variance of equally large parts together, by the law of total variance."""
     return mean.mean(dim), var.mean(dim) + mean.var(dim, unbiased=False)
 
@@ -95,7 +98,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     mean, var = _run_moments(x.view(images * channels, -1))
     if images == 1:
         return mean, var
-    return _mixture(mean.view(images, channels), var.view(images, channels), (0,))
+    return moments_together(mean.view(images, channels), var.view(images, channels), (0,))
 
 
 def transform(x: Tensor, center: Tensor, scale: Tensor, shift: Optional[Tensor]) -> Tensor:
@@ -203,7 +206,7 @@ class Layout(NamedTuple):
         """Whether the sets are BatchNorm's."""
         return self.rows == 1 and self.groups == x.shape[1]
 
-    def run(self, a_pass: Callable, *args) -> Union[Optional[Tensor], Tuple[Optional[Tensor], ...]]:
+    def run(self, a_pass: Callable, *args) -> Union[Tensor, Tuple[Optional[Tensor], ...]]:
         """Calls one of the passes with vectors that are unfolded.
 
         Args:
@@ -287,7 +290,7 @@ class Layout(NamedTuple):
             mean, var = moments(sets)
             return mean.view(images, self.groups), var.view(images, self.groups)
         mean, var = self.run(moments, x)
-        return _mixture(self._by_set(mean, x), self._by_set(var, x), (1, 3))
+        return moments_together(self._by_set(mean, x), self._by_set(var, x), (1, 3))
 
     def _by_set(self, v: Tensor, x: Tensor) -> Tensor:
         images, channels = x.shape[0] // self.rows, x.shape[1] // self.groups
