@@ -22,7 +22,7 @@ __all__ = ["LARGEST_CHANNELS", "filter_batch", "kernels_for", "predict", "relu"]
 
 logger = logging.getLogger(__name__)
 
-LARGEST_CHANNELS = 8192  # those of a layer: its kernels hold all of them at once
+LARGEST_CHANNELS = 4096  # those of a layer: its kernels hold all of them at once
 
 # Triton's interpreter runs the kernels on a CPU, slowly: for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -23,7 +23,11 @@ __all__ = [
 
 _BLOCK = 1024  # channels for each program of the ReLU's kernels
 _ROWS, _COLUMNS = 4, 256  # of the filter, that a program of predict_forward reads at once
-_BACK_ROWS, _BACK_COLUMNS = 32, 32  # the same of predict_backward
+_BACK_ROWS, _BACK_COLUMNS = (
+    256,
+    16,
+)  # the same of predict_backward; it goes through the rows in turn
+_BACK_WARPS = 8
 
 
 @triton.jit
@@ -201,8 +205,9 @@ def predict_backward(
         *(*given, d_mean, d_var, d_weight, outputs, inputs),
         TAPS=taps,
         TAPS_2=taps_2,
-        ROWS=_BACK_ROWS,
+        ROWS=_BACK_ROWS * _BACK_COLUMNS // (channels * taps_2),
         CHANNELS=channels,
+        num_warps=_BACK_WARPS,
     )
     return d_mean, d_var, d_weight
 
@@ -480,11 +485,14 @@ class Inputs(NamedTuple):
     def _arguments(self) -> Tuple:
         """For a kernel: pointers (of anything where there is nothing to read), and switches."""
         pointers = [self.given_mean if v is None else v for v in self[:-1]]
+        block = triton.next_power_of_2(self.given_mean.numel())
         switches = dict(
             NETWORK=self.network,
             PROCESS=self.first is not None,
             MEASURING=self.measured_mean is not None,
-            BLOCK=triton.next_power_of_2(self.given_mean.numel()),
+            BLOCK=block,
+            # 4 channels to a thread, so that all of them stay in registers.
+            num_warps=min(max(block // 128, 4), 32),
         )
         return pointers, switches
 

@@ -6,6 +6,7 @@ there the tests run in a process of their own. On a GPU they run as they are.
 
 import copy
 import os
+import re
 import subprocess
 import sys
 
@@ -226,6 +227,84 @@ def test_launches_per_layer(variant, monkeypatch):
             counts.append(launches.count)
     assert 0 < (counts[0] - counts[2]) / layers <= 6
     assert 0 < (counts[1] - counts[3]) / layers <= 10
+
+
+_POINTERS = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+def _signature(kernel, given):
+    """The types of the arguments of a launch, as Triton's compiler takes them."""
+
+    def kind(parameter):
+        value = given[parameter.name]
+        if parameter.is_constexpr:
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            return _POINTERS[value.dtype]
+        return {int: "i32", float: "fp32"}[type(value)]
+
+    return {parameter.name: kind(parameter) for parameter in kernel.params}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [75, 80, 90])
+@pytest.mark.parametrize("variant", ["network", "paper"])
+def test_they_compile_for_a_gpu_without_spilling(variant, capability, monkeypatch, tmp_path):
+    """Triton's compiler needs no GPU, and takes less than its interpreter does.
+
+    What is compiled is what the functions launch on layers as wide as ResNet's widest, and as the
+    widest that there may be. No kernel may use the stack, where registers go that are too many.
+    """
+    from triton import compile, knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    from kn_detectron.layers import triton_kernels
+
+    launched = []
+
+    def launch(self, *args, grid, warmup, **switches):
+        launched.append((self, dict(zip(self.arg_names, args), **switches)))
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "cache"))
+    network = variant == "network"
+    for channels in (2048, fused.LARGEST_CHANNELS):
+        row = torch.ones(1, channels)
+        vector, number, tracked = row[0], torch.ones(()), torch.zeros((), dtype=torch.long)
+        triton_kernels.relu_forward(row, row)
+        triton_kernels.relu_backward(row, row, row, row)
+        for taps in (1, 3):
+            some = torch.ones(1, 64)
+            filters = torch.ones(channels, 64, taps, taps)
+            triton_kernels.predict_forward(some, some, filters)
+            triton_kernels.predict_backward(some, some, filters, row, row)
+        for measured in (vector, None):
+            inputs = triton_kernels.Inputs(
+                *(measured, measured, row, row, vector, vector if network else None),
+                *(number, number, network),
+            )
+            running = vector, vector, tracked
+            triton_kernels.filter_forward(inputs, vector, vector, 1e-5, running, 0.1, 49)
+            triton_kernels.filter_backward(inputs, *[vector] * 4, row, row, 49)
+    assert len(launched) == 2 * (2 + 4 + 4)
+    for kernel, given in launched:
+        constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+        compiled = compile(
+            ASTSource(kernel, _signature(kernel, given), constants),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": given.get("num_warps", 4)},
+        )
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert re.search(r"STACK:(\d+)", usage).group(1) == "0", f"{kernel.__name__}: {usage}"
 
 
 @kernels
