@@ -7,6 +7,7 @@ from kn_detectron.layers import functional as KF
 from kn_detectron.layers import passes
 from kn_detectron.layers.passes import Layout
 
+from .gpu_operators import gpu_operators, on_gpu
 from .test_kalman_norm import prior_of, randomize
 
 FORMATS = pytest.mark.parametrize(
@@ -26,11 +27,16 @@ def vectors(n, dtype=torch.float64):
     return torch.randn(n, 6, generator=torch.Generator().manual_seed(9), dtype=dtype).unbind()
 
 
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
+
+
 @FORMATS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_each_pass_against_its_formula(memory_format, dtype):
-    x, dy = (features(dtype, memory_format, seed) for seed in (0, 1))
-    center, scale, shift, slope = (v.to(passes.statistics_dtype(x)) for v in vectors(4))
+@DTYPES
+def test_each_pass_against_its_formula(memory_format, dtype, place=lambda v: v):
+    x, dy = (place(features(dtype, memory_format, seed)) for seed in (0, 1))
+    center, scale, shift, slope = (place(v.to(passes.statistics_dtype(x))) for v in vectors(4))
     exact_x, exact_dy = x.double(), dy.double()
     c, s, b, k = (v.double().view(-1, 1, 1) for v in (center, scale, shift, slope))
     half = dtype in (torch.bfloat16, torch.float16)
@@ -54,12 +60,25 @@ def test_each_pass_against_its_formula(memory_format, dtype):
             check(scaled, s * exact_dy, **close)
     dx = passes.input_gradient(dy, x, scale, center, slope, shift)
     check(dx, s * exact_dy + k * (exact_x - c) + b, **close)
-    for result in (y, dx):
+    inv_std, a, one = scale.abs(), shift, place(torch.ones(1, dtype=torch.int32))
+    vectors_of_network = inv_std * slope, center, slope, inv_std, scale, a, one
+    through_network = passes.network_gradient(dy, x, *vectors_of_network)
+    inside = exact_dy - b - s * s.square() * (exact_x - c)
+    check(through_network, k * s.abs() * inside, **close)
+    for result in (y, dx, through_network):
         assert result.dtype == dtype and result.is_contiguous(memory_format=memory_format)
 
 
 @FORMATS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@DTYPES
+def test_each_pass_as_a_gpu_makes_it(memory_format, dtype):
+    with gpu_operators() as called:
+        test_each_pass_against_its_formula(memory_format, dtype, on_gpu)
+    assert len(called) == 4 or torch.cuda.is_available()
+
+
+@FORMATS
+@DTYPES
 @pytest.mark.parametrize("numbers", [1, 40, 100])  # fewer than a row of pixels, and no divisors
 def test_each_pass_in_pieces(memory_format, dtype, numbers, monkeypatch):
     monkeypatch.setattr(passes, "_FEW", 0)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kn_detectron.benchmark.measure import is_free
 from kn_detectron.layers import Belief, ClosedFormTransition, KalmanNorm2d, fused
 
+from .gpu_operators import gpu_operators, on_gpu
 from .test_kalman_norm import prior_of, randomize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -112,9 +113,9 @@ def test_convolution(shape):
 )
 def test_layer(variant, case):
     case = dict(case)
-    annealed, wide, dtype, evaluation, y_only, memory_format = (
+    annealed, wide, dtype, evaluation, y_only, memory_format, place = (
         case.pop(k, None)
-        for k in ("annealed", "wide", "dtype", "evaluation", "y_only", "memory_format")
+        for k in ("annealed", "wide", "dtype", "evaluation", "y_only", "memory_format", "place")
     )
     layer = randomize(KalmanNorm2d(5, **{"variant": variant, "gain": 0.3, **case}))
     if annealed:
@@ -135,7 +136,10 @@ def test_layer(variant, case):
         leaves = [v.detach().double() if exact else v.detach() for v in (x, *prior)]
         leaves = [v.requires_grad_() for v in leaves]
         for step in (1, 2):  # the second one averages with the first one's statistics
-            y, belief = own(step * leaves[0], prior=Belief(*leaves[1:]))
+            features = step * leaves[0]
+            if place and not exact:
+                features = place(features)
+            y, belief = own(features, prior=Belief(*leaves[1:]))
         assert y.is_contiguous(memory_format=memory_format or torch.contiguous_format)
         assert ("fused" in type(y.grad_fn)._forward_cls.__module__) == (not exact)
         y.relu_()  # blocks work in place
@@ -150,6 +154,30 @@ def test_layer(variant, case):
     tolerance = dict(rtol=3e-2, atol=3e-2) if dtype else dict(rtol=1e-4, atol=1e-5)
     for k, (want, got) in enumerate(zip(*results)):
         close(got, want, **tolerance, msg=lambda m: f"result {k}: {m}")
+
+
+@kernels
+@pytest.mark.parametrize("variant", ["network", "paper"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(),
+        dict(gain=0.0, learn_gain=False),
+        dict(memory_format=torch.channels_last, dtype=torch.bfloat16),
+        dict(y_only=True),
+    ],
+    ids=str,
+)
+def test_layer_with_the_passes_of_a_gpu(variant, case):
+    with gpu_operators() as called:
+        test_layer(variant, dict(case, place=on_gpu))
+    if DEVICE == "cpu":  # that they have been the passes of a GPU, backward too
+        wanted = {"batch_norm_elemt", "batch_norm_backward_reduce"}
+        if case.get("gain") != 0.0:
+            wanted.add("batch_norm_update_stats")
+            if variant == "network":
+                wanted.add("batch_norm_backward_elemt")
+        assert called == wanted
 
 
 class Launches(TorchDispatchMode):
