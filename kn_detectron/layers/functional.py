@@ -279,7 +279,8 @@ class _FilterAndNormalize(torch.autograd.Function):
         else:
             belief, constants = (mean.clone(), var.clone()), ()
         if options.measuring:
-            constants += (measured.var.clone(),)  # it may be an output already
+            # As the posterior of a head it may be an output already.
+            constants += (measured.var.clone() if given_mean is None else measured.var,)
         ctx.mark_non_differentiable(*constants)
         return y, *belief, *constants
 

@@ -147,13 +147,15 @@ class _KalmanFilter(nn.Module):
             return self.mean_offset, self.log_var_scale, None
         return None, None, self.process_noise
 
-    def _filter_batch(self, x: Tensor, prior: Optional[Belief], layout: Layout, model):
+    def _filter_batch(
+        self, x: Tensor, prior: Optional[Belief], gain: Optional[Tensor], layout: Layout, model
+    ):
         """:func:`~.functional.filter_batch` with what this layer is."""
         released = self.variant == "paper" and prior is not None
         return filter_batch(
             x,
             prior,
-            None if prior is None else self.gain.to(prior.mean.dtype),
+            None if prior is None else gain.to(prior.mean.dtype),
             self.weight,
             self.bias,
             self.eps,
@@ -354,11 +356,12 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
             return self._filter_in_few_launches(x, prior, kernels)
         if not self._measures:
             rows = prior.mean.shape[0]
+        gain = self.gain
         y, belief, posterior, measured_var = self._filter_batch(
-            x, prior, Layout(rows, self.num_features), self._model()
+            x, prior, gain, Layout(rows, self.num_features), self._model()
         )
         if self.training and self.track_running_stats:
-            self._track(posterior, measured_var, count)
+            self._track(posterior, measured_var, gain, count)
         if self.variant == "network" and not self.affine:
             belief = self._belief_to_pass_on(posterior)
         return y, belief
@@ -406,11 +409,20 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         return x.shape[0] // self.norm_batch_size
 
     @torch.no_grad()
-    def _track(self, posterior: Belief, measured_var: Optional[Tensor], count: int) -> None:
+    def _track(
+        self,
+        posterior: Belief,
+        measured_var: Optional[Tensor],
+        gain: Optional[Tensor],
+        count: int,
+    ) -> None:
         mean, var = posterior
         if measured_var is not None:
-            gain = torch.ones_like(var[:1, :1]) if self.is_head else self.gain
-            var = torch.addcmul(var, measured_var, gain, value=1.0 / max(count - 1, 1))
+            excess = 1.0 / max(count - 1, 1)
+            if self.is_head:
+                var = torch.add(var, measured_var, alpha=excess)
+            else:
+                var = torch.addcmul(var, measured_var, gain, value=excess)
         # Of micro-batches the average, to which averaging over as many GPUs would come.
         mean, var = (v[0] if v.shape[0] == 1 else v.mean(0) for v in (mean, var))
         # A batch with a NaN or an overflow would otherwise spoil inference for good.
@@ -503,7 +515,8 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
         else:
             rows = x.shape[0] if self._measures else prior.mean.shape[0]
             layout = Layout(rows, self.num_groups)
-            y, belief, posterior, _ = self._filter_batch(x, prior, layout, (None, None, None))
+            model = None, None, None  # it is done
+            y, belief, posterior, _ = self._filter_batch(x, prior, self.gain, layout, model)
             if self.variant == "paper" or not self.affine:
                 belief = self._belief_to_pass_on(self._spread(posterior))
         return (y, belief) if passes_on else y
