@@ -83,16 +83,30 @@ def test_each_pass_as_a_gpu_makes_it(memory_format, dtype):
 def test_each_pass_in_pieces(memory_format, dtype, numbers, monkeypatch):
     monkeypatch.setattr(passes, "_FEW", 0)
     monkeypatch.setattr(passes, "_PIECE", numbers * torch.empty(0, dtype=dtype).element_size())
+    monkeypatch.setattr(passes, "_SMALL_PLANE", 0)
     test_each_pass_against_its_formula(memory_format, dtype)
 
 
-def test_pieces_cover_tensors_of_different_formats(monkeypatch):
-    monkeypatch.setattr(passes, "_PIECE", 64)
+@pytest.mark.parametrize("small_plane", [0, 128])
+def test_input_gradient_of_tensors_of_different_formats(small_plane, monkeypatch):
+    monkeypatch.setattr(passes, "_SMALL_PLANE", small_plane)
     vectors_of_half = [v.float() for v in vectors(4)]
     x, dy = (features(torch.bfloat16, seed=seed) for seed in (0, 1))
     want = passes.input_gradient(dy, x, *vectors_of_half)
     for other in (dy.to(memory_format=torch.channels_last), dy.transpose(2, 3).contiguous().mT):
         assert torch.equal(passes.input_gradient(other, x, *vectors_of_half), want)
+
+
+@pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_input_gradient_in_half_precision_is_off_by_rounding_only(dtype, bits):
+    x, dy = (features(dtype, seed=seed) for seed in (0, 1))
+    scale, center, slope, offset = (v.float() for v in vectors(4))
+    dx = passes.input_gradient(dy, x, scale, center, slope, offset)
+    s, c, k, b = (v.double().view(-1, 1, 1) for v in (scale, center, slope, offset))
+    large, small = s * dy.double(), k * (x.double() - c) + b
+    # Once the scale, once the small term, once the sum, each by half a unit in the last place.
+    bound = 2.0**-bits * (large.abs() + small.abs() + (large + small).abs())
+    assert ((dx.double() - large - small).abs() <= 1.01 * bound).all()
 
 
 def test_moments_of_large_features():
