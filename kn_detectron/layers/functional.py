@@ -16,7 +16,6 @@ from .belief import Belief
 from .passes import Layout, statistics_dtype
 
 __all__ = [
-    "filter_and_normalize",
     "filter_batch",
     "fold_groups",
     "gate",
@@ -201,7 +200,7 @@ def batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight, bias, eps: float) -
 
 
 class _Options(NamedTuple):
-    """What _FilterAndNormalize takes besides tensors; see filter_and_normalize."""
+    """What _FilterAndNormalize takes besides tensors; see filter_batch."""
 
     layout: Layout
     eps: float
@@ -407,13 +406,21 @@ def filter_batch(
     measuring: bool = True,
     passes_on_y: bool = False,
 ) -> Tuple[Tensor, Belief, Belief, Optional[Tensor]]:
-    """:func:`filter_and_normalize` with all that a layer needs.
+    """Measures features, updates the prior and normalises, at about BatchNorm's time and memory.
+
+    The same as :func:`measure`, :func:`process`, :func:`gate` (if there is a ``limit``),
+    :func:`update` and :func:`normalize` one after the other, in one node of the graph.
 
     Args:
-        x, prior, gain, weight, bias, eps, mixture, limit: as there; ``prior`` may have one row for
-            each of the layout's, and a number for each of its groups.
+        x: features of shape (N, C, H, W), not empty.
+        prior: a row, or one for each of the layout's, with a number for each of its groups; None for
+            the measurement alone.
+        gain: q, a tensor of one element; None if there is no prior.
+        weight, bias, eps: as for :func:`normalize`.
         layout: which pixels share statistics.
         model: the parameters of :func:`process`.
+        mixture: as for :func:`update`.
+        limit: as for :func:`gate`.
         measuring: False takes the prior for the posterior, whatever x is.
         passes_on_y: whether the belief to pass on is that about y (see
             :func:`~kn_detectron.layers.belief.normalized`) instead of the posterior. There must be a
@@ -429,37 +436,3 @@ def filter_batch(
     belief = Belief(*results[:2])
     posterior = Belief(*results[2:4]) if passes_on_y else belief
     return y, belief, posterior, results[-1] if measuring else None
-
-
-def filter_and_normalize(
-    x: Tensor,
-    prior: Optional[Belief],
-    gain: Optional[Tensor],
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    eps: float,
-    mixture: bool = False,
-    limit: Optional[float] = None,
-) -> Tuple[Tensor, Belief, Tensor]:
-    """Measures a batch, updates the prior and normalises, at about BatchNorm's time and memory.
-
-    The same as :func:`measure`, :func:`gate` (if there is a ``limit``), :func:`update` and
-    :func:`normalize` one after the other, in one node of the graph.
-
-    Args:
-        x: features of shape (N, C, H, W), not empty.
-        prior: shape (1, C), or None for the measurement alone.
-        gain: q, a tensor of one element; None if there is no prior.
-        weight, bias, eps: as for :func:`normalize`.
-        mixture: as for :func:`update`.
-        limit: as for :func:`gate`.
-
-    Returns:
-        y, the posterior of shape (1, C), and the measured variance of shape (1, C), without
-        gradient.
-    """
-    layout = Layout(1, x.shape[1])
-    y, posterior, _, measured_var = filter_batch(
-        x, prior, gain, weight, bias, eps, layout=layout, mixture=mixture, limit=limit
-    )
-    return y, posterior, measured_var

@@ -4,6 +4,7 @@ import torch
 
 from kn_detectron.layers import Belief
 from kn_detectron.layers import functional as KF
+from kn_detectron.layers.passes import Layout
 
 
 def test_measure_is_batch_norms(rng=np.random.default_rng(0)):
@@ -109,6 +110,13 @@ def test_normalize_keeps_dtype_and_memory_format(dtype):
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
 
 
+def filter_and_normalize(x, prior, gain, weight, bias, eps, mixture=False, limit=None):
+    """A batch through filter_batch: y, posterior, measured variance."""
+    options = dict(layout=Layout(1, x.shape[1]), mixture=mixture, limit=limit)
+    y, posterior, _, measured_var = KF.filter_batch(x, prior, gain, weight, bias, eps, **options)
+    return y, posterior, measured_var
+
+
 def plain(x, prior, gain, weight, bias, eps, mixture=False, limit=None):
     """What filter_and_normalize does, out of the functions that autograd differentiates."""
     posterior = measured = KF.measure(x)
@@ -133,7 +141,7 @@ def test_filter_and_normalize_is_its_parts(has_prior, affine, mixture, limit, me
 
     x = (torch.randn(3, 4, 5, 6, generator=g) * 2 + 1).contiguous(memory_format=memory_format)
     leaves, results = inputs(x), []
-    for function in (KF.filter_and_normalize, plain):
+    for function in (filter_and_normalize, plain):
         x, mean, var, gain, weight, bias = leaves
         y, posterior, measured_var = function(
             x,
@@ -166,7 +174,7 @@ def test_gradcheck_of_filter_and_normalize(mixture):
     leaves = [x, mean, var, torch.tensor(0.3), *torch.randn(2, 3, generator=g)]
 
     def f(x, mean, var, gain, weight, bias):
-        y, posterior, _ = KF.filter_and_normalize(
+        y, posterior, _ = filter_and_normalize(
             x, Belief(mean, var), gain, weight, bias, 1e-5, mixture
         )
         return (y, *posterior)
@@ -182,7 +190,7 @@ def test_filter_and_normalize_in_half_precision(dtype):
     prior, gain = Belief(torch.zeros(1, 3), torch.ones(1, 3)), torch.tensor(0.5)
     grads = []
     for x in (x.requires_grad_(), x.detach().double().requires_grad_()):
-        y, posterior, _ = KF.filter_and_normalize(x, prior, gain, None, None, 1e-5)
+        y, posterior, _ = filter_and_normalize(x, prior, gain, None, None, 1e-5)
         assert y.dtype == x.dtype and posterior.var.dtype in (torch.float32, torch.float64)
         (posterior.mean.sum() * 100 + posterior.var.sum() * 1000).backward()
         grads.append(x.grad)
@@ -194,6 +202,6 @@ def test_filter_and_normalize_saves_x_and_vectors_only():
     x = torch.randn(2, 8, 16, 16, requires_grad=True)
     prior, weight = Belief(torch.zeros(1, 8), torch.ones(1, 8)), torch.ones(8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        KF.filter_and_normalize(x, prior, torch.tensor(0.1), weight, torch.zeros(8), 1e-5)
+        filter_and_normalize(x, prior, torch.tensor(0.1), weight, torch.zeros(8), 1e-5)
     large = [t for t in saved if t.numel() > 8]
     assert len(large) == 1 and large[0].data_ptr() == x.data_ptr()
