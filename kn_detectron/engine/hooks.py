@@ -1,5 +1,7 @@
 """What happens around a training step."""
 
+import logging
+import math
 import random
 
 import numpy as np
@@ -10,6 +12,7 @@ from detectron2.utils import comm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checkpoint.calibration import calibrate, is_exact
 from ..layers import kalman_layers, set_gain_scale
 
 __all__ = [
@@ -20,6 +23,9 @@ __all__ = [
     "SeedStep",
     "average_running_statistics",
 ]
+
+
+_logger = logging.getLogger(__name__)
 
 
 def _unwrap(model):
@@ -44,11 +50,19 @@ class SeedStep(HookBase):
 
 
 class GainAnneal(HookBase):
-    """Lowers the gain of all Kalman layers over the schedule, from the iteration alone.
+    """Lowers the gain of all Kalman layers over the schedule.
 
     The scale of the gains is 1 until ``start``, falls linearly, and is 0 from ``end`` on, as
     fractions of the trainer's ``max_iter``. When both are equal it is 1 throughout, also where
     the weights come from a checkpoint that was annealed.
+
+    Without measurements a layer is left with its prior, and nothing has made that resemble the
+    features: a network can learn around one that is far off. So before the first step in which the
+    gain is lowered, the priors are calibrated to the running statistics (ours; see
+    :func:`~kn_detectron.checkpoint.calibrate`), which are what inference normalises with. Layers of
+    which that is not possible keep theirs: those of the paper variant, of GKN, or without a process
+    model. At a ``start`` of 0 there are no statistics yet, save those that were loaded and
+    calibrated to then.
     """
 
     def __init__(self, start, end):
@@ -69,10 +83,28 @@ class GainAnneal(HookBase):
 
     def before_step(self):
         """Sets the scale of the step."""
+        if 0 < self._start < self._end and self.trainer.iter == self._first_step():
+            self._calibrate()
         scale = self.scale(self.trainer.iter)
         if scale != self._scale:  # setting it waits for the GPU
             set_gain_scale(_unwrap(self.trainer.model), scale)
             self._scale = scale
+
+    def _first_step(self):
+        """The first one with a gain below the learned one."""
+        return math.floor(self._start * self.trainer.max_iter) + 1
+
+    def _calibrate(self):
+        average_running_statistics(self.trainer.model)  # or the ranks' weights would part
+        model = _unwrap(self.trainer.model)
+        layers = kalman_layers(model)
+        names = [name for name, layer in layers.items() if layer.training and is_exact(layer)]
+        calibrated = calibrate(model, names)
+        _logger.info(
+            "From here on the gain falls: calibrated the priors of %d layers to their running "
+            "statistics.",
+            len(calibrated),
+        )
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """What the hooks set and store."""
 
+import copy
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 from detectron2.engine import HookBase
 
 from kn_detectron.engine import GainAnneal, KalmanStatistics, SeedStep
-from kn_detectron.layers import Belief
+from kn_detectron.layers import Belief, kalman_layers, set_gain_scale
 
+from ..models import build_backbone, images, randomize, resnet_cfg
 from .loop import CHANNELS, Images, Loop
 
 
@@ -36,6 +39,64 @@ def test_annealing_depends_on_the_iteration_alone():
 
 def test_without_annealing_the_gain_is_whole_even_from_an_annealed_checkpoint():
     assert _annealed(0.5, 0.5, scale=0.0) == pytest.approx([0.1] * 10)
+
+
+@pytest.fixture(scope="module")
+def far_off():
+    """A backbone in training whose priors are not where its statistics have settled."""
+    model = randomize(build_backbone(resnet_cfg(MODEL__BACKBONE__FREEZE_AT=2)))
+    for layer in kalman_layers(model).values():
+        if layer.training:
+            torch.nn.init.normal_(layer.log_var_scale, 1.0, 0.5)
+    for step in range(40):
+        model.train()(images(2, seed=step))
+    return model
+
+
+def _before(step, model, start, end=0.9, max_iter=20):
+    model = copy.deepcopy(model)
+    hook = GainAnneal(start, end)
+    hook.trainer = SimpleNamespace(model=model, iter=step, max_iter=max_iter)
+    hook.before_step()
+    return model
+
+
+def _gap(model):
+    """How far what the network trains with at gain 0 is from what it infers with."""
+    set_gain_scale(model, 0.0)
+    with torch.no_grad():
+        infers, trains = (model.train(mode)(images(2))["res4"] for mode in (False, True))
+    return ((trains - infers).norm() / infers.norm()).item()
+
+
+def test_priors_are_calibrated_where_the_gain_begins_to_fall(far_off):
+    assert _gap(_before(10, far_off, start=0.5)) > 0.3  # the last step with the whole gain
+    assert _gap(_before(11, far_off, start=0.5)) < 1e-3
+    assert _gap(_before(12, far_off, start=0.5)) > 0.3  # a run that was resumed there has done it
+
+
+@pytest.mark.parametrize("start, end", [(0.0, 0.9), (0.5, 0.5)])
+def test_nothing_is_calibrated_without_statistics_or_annealing(far_off, start, end):
+    for step in range(20):
+        model = _before(step, far_off, start, end)
+        for name, parameter in far_off.named_parameters():
+            assert torch.equal(parameter, model.get_parameter(name)), (step, name)
+
+
+def test_frozen_layers_are_left_alone(far_off):
+    model = _before(11, far_off, start=0.5)
+    for name, layer in kalman_layers(far_off).items():
+        changed = not torch.equal(layer.mean_offset, model.get_submodule(name).mean_offset)
+        assert changed == layer.training, name
+
+
+@pytest.mark.parametrize("options", [dict(MODEL__KN__VARIANT="paper"), dict(norm="GKN")])
+def test_what_cannot_be_calibrated_is_annealed_as_it_is(options):
+    model = build_backbone(resnet_cfg(**options)).train()
+    annealed = _before(11, model, start=0.5)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, annealed.get_parameter(name)), name
+    assert all(layer.gain_scale < 1 for layer in kalman_layers(annealed).values())
 
 
 def _draws(first, seed=3):

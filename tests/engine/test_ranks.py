@@ -1,7 +1,9 @@
 """Two processes agree."""
 
+import copy
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +14,14 @@ from torch import nn
 from kn_detectron import InputError, KalmanNorm2d
 from kn_detectron.engine import (
     AverageRunningStatistics,
+    GainAnneal,
     StopOnSignal,
     Stopped,
     average_running_statistics,
 )
 from kn_detectron.engine.trainer import _AgreedBatches
 
+from ..models import build_backbone, randomize, resnet_cfg
 from ..ranks import two_ranks
 from .loop import Loop
 
@@ -26,6 +30,7 @@ def _on_rank(rank, folder):
     with two_ranks(rank, folder, seconds=60):
         _averages(rank)
         _averages_when_due(rank)
+        _calibrates_alike(rank)
         _stops_together(rank, os.path.join(folder, "run"))
         _fails_together(rank)
     with open(os.path.join(folder, f"passed{rank}"), "w"):
@@ -69,6 +74,24 @@ def _averages_when_due(rank):
     dist.all_gather_object(gathered, means)
     same = [k for k in range(1, 6) if torch.equal(gathered[0][k], gathered[1][k])]
     assert same == [3, 5], same
+
+
+def _calibrates_alike(rank):
+    model = build_backbone(resnet_cfg()).train()
+    before = copy.deepcopy(model.state_dict())
+    randomize(model, seed=rank)  # the statistics of each rank's own images
+    for name, value in before.items():
+        if "running_" not in name:
+            model.state_dict()[name].copy_(value)
+    hook = GainAnneal(0.5, 0.9)
+    hook.trainer = SimpleNamespace(model=model, iter=6, max_iter=10)
+    hook.before_step()
+    gathered = [None, None]
+    dist.all_gather_object(gathered, model.state_dict())
+    for name, value in gathered[0].items():
+        assert torch.equal(value, gathered[1][name]), name
+    offset = "res4.0.conv2.norm.mean_offset"
+    assert not torch.equal(gathered[0][offset], before[offset])
 
 
 def _stops_together(rank, folder):
