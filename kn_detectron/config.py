@@ -35,8 +35,9 @@ def add_kn_config(cfg: CN) -> None:
     # Whether the gain of each layer is learned.
     kn.LEARN_GAIN = True
     # The gain falls linearly to 0 between these two fractions of SOLVER.MAX_ITER, so that training
-    # ends with statistics that depend on no batch. Off when they are equal. It takes priors that
-    # fit, as they do after calibration from BatchNorm weights, where [0.6, 0.9] is a good choice.
+    # ends with statistics that depend on no batch; the priors are calibrated to the running
+    # statistics first. Off when they are equal; [0.6, 0.9] is a good choice. Priors that cannot be
+    # calibrated (the paper variant's, GKN's) have to fit by themselves.
     kn.GAIN_ANNEAL = [1.0, 1.0]
     # Whether each layer learns a correction of its prior (b and r, or the paper's R).
     kn.PROCESS_MODEL = True
