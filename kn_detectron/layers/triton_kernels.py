@@ -23,11 +23,7 @@ __all__ = [
 
 _BLOCK = 1024  # channels for each program of the ReLU's kernels
 _ROWS, _COLUMNS = 4, 256  # of the filter, that a program of predict_forward reads at once
-_BACK_ROWS, _BACK_COLUMNS = (
-    256,
-    16,
-)  # the same of predict_backward; it goes through the rows in turn
-_BACK_WARPS = 8
+_BACK_ROWS, _BACK_COLUMNS, _BACK_WARPS = 256, 16, 8  # the same of predict_backward
 
 
 @triton.jit
