@@ -1,7 +1,6 @@
 """What happens around a training step."""
 
 import logging
-import math
 import random
 
 import numpy as np
@@ -82,17 +81,13 @@ class GainAnneal(HookBase):
         return min(1.0, max(0.0, (self._end - done) / (self._end - self._start)))
 
     def before_step(self):
-        """Sets the scale of the step."""
-        if 0 < self._start < self._end and self.trainer.iter == self._first_step():
-            self._calibrate()
+        """Sets the scale of the step, and calibrates if it is the first one below 1."""
         scale = self.scale(self.trainer.iter)
+        if self._start > 0 and scale < 1.0 == self.scale(self.trainer.iter - 1):
+            self._calibrate()
         if scale != self._scale:  # setting it waits for the GPU
             set_gain_scale(_unwrap(self.trainer.model), scale)
             self._scale = scale
-
-    def _first_step(self):
-        """The first one with a gain below the learned one."""
-        return math.floor(self._start * self.trainer.max_iter) + 1
 
     def _calibrate(self):
         average_running_statistics(self.trainer.model)  # or the ranks' weights would part

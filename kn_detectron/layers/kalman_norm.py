@@ -515,7 +515,7 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
         else:
             rows = x.shape[0] if self._measures else prior.mean.shape[0]
             layout = Layout(rows, self.num_groups)
-            model = None, None, None  # it is done
+            model = None, None, None  # the prior has been through it
             y, belief, posterior, _ = self._filter_batch(x, prior, self.gain, layout, model)
             if self.variant == "paper" or not self.affine:
                 belief = self._belief_to_pass_on(self._spread(posterior))

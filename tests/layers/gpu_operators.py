@@ -22,7 +22,7 @@ def on_gpu(x: torch.Tensor) -> torch.Tensor:
     return x.cuda() if torch.cuda.is_available() else x.as_subclass(OnGPU)
 
 
-def _vector(v, x):
+def _vector(v):
     return v.double().view(1, -1, 1, 1) if v is not None else 1.0
 
 
@@ -35,28 +35,24 @@ def _update_stats(x, running_mean, running_var, momentum):
 
 
 def _elemt(x, weight, bias, mean, invstd, eps):
-    y = (x.double() - _vector(mean, x)) * _vector(invstd, x) * _vector(weight, x)
-    return (y if bias is None else y + _vector(bias, x)).to(x.dtype)
+    y = (x.double() - _vector(mean)) * _vector(invstd) * _vector(weight)
+    return (y if bias is None else y + _vector(bias)).to(x.dtype)
 
 
 def _reduce(dy, x, mean, invstd, weight, input_g, weight_g, bias_g):
     assert (input_g, weight_g, bias_g) == (True, False, False)
     dy_sum = dy.double().sum((0, 2, 3))
-    dy_x = (dy.double() * (x.double() - _vector(mean, x))).sum((0, 2, 3))
+    dy_x = (dy.double() * (x.double() - _vector(mean))).sum((0, 2, 3))
     nothing = mean.new_empty(0)
     return dy_sum.to(mean.dtype), dy_x.to(mean.dtype), nothing, nothing
 
 
 def _backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
     assert count.dtype == torch.int32
-    n, invstd = count.sum(), _vector(invstd, x)
-    centred = x.double() - _vector(mean, x)
-    dx = (
-        dy.double()
-        - _vector(sum_dy, x) / n
-        - centred * invstd.square() * _vector(sum_dy_xmu, x) / n
-    )
-    return (dx * invstd * _vector(weight, x)).to(x.dtype)
+    n, invstd = count.sum(), _vector(invstd)
+    centred = x.double() - _vector(mean)
+    dx = dy.double() - _vector(sum_dy) / n - centred * invstd.square() * _vector(sum_dy_xmu) / n
+    return (dx * invstd * _vector(weight)).to(x.dtype)
 
 
 _OPERATORS = {
