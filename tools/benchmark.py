@@ -21,8 +21,8 @@ from types import SimpleNamespace
 
 import torch
 
-from kn_detectron import InputError
-from kn_detectron.benchmark import (
+# The folder, which Python prefers to this file of the same name.
+from benchmark import (
     PRESETS,
     WHATS,
     describe_machine,
@@ -34,7 +34,8 @@ from kn_detectron.benchmark import (
     measure_group,
     write_json,
 )
-from kn_detectron.benchmark.presets import DTYPES, FORMATS, NORMS
+from benchmark.presets import DTYPES, FORMATS, NORMS
+from kn_detectron import InputError
 from kn_detectron.engine.command_line import launch_ranks, read_config, run
 
 from detectron2.utils import comm  # isort: skip  # made importable by kn_detectron

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kn_detectron.benchmark.measure import is_free
+from benchmark.measure import is_free
 from kn_detectron.layers import Belief, ClosedFormTransition, KalmanNorm2d, fused
 
 from .gpu_operators import gpu_operators, on_gpu

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmark import measure_group
 from kn_detectron import InputError
-from kn_detectron.benchmark import measure_group
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/benchmark.py"

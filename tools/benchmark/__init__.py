@@ -1,5 +1,7 @@
 """What ``tools/benchmark.py`` does: measures KN beside the other norms, side by side in one run."""
 
+import kn_detectron  # noqa: F401  # first, since it makes old versions of detectron2 importable
+
 from .measure import measure_group
 from .presets import PRESETS, WHATS, Group, make_groups
 from .report import (

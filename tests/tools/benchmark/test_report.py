@@ -4,7 +4,7 @@ from dataclasses import asdict
 import pytest
 from PIL import Image
 
-from kn_detectron.benchmark import (
+from benchmark import (
     Group,
     describe_machine,
     draw_bars,

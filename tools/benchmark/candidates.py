@@ -16,11 +16,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..engine.command_line import read_config
-from ..layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
-from ..model_zoo import get_config
-from ..modeling import Feature
-from ..modeling.resnet import belief_keys
+from kn_detectron.engine.command_line import read_config
+from kn_detectron.layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
+from kn_detectron.model_zoo import get_config
+from kn_detectron.modeling import Feature
+from kn_detectron.modeling.resnet import belief_keys
+
 from .presets import Group
 
 __all__ = ["Candidate", "NotRun", "build", "network_config"]

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
-from ..errors import InputError
+from kn_detectron.errors import InputError
 
 __all__ = ["DTYPES", "FORMATS", "Group", "NORMS", "PRESETS", "WHATS", "make_groups"]
 

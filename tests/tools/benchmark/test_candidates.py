@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_backbone
 
-from kn_detectron.benchmark import Group, candidates, make_groups, measure_group
-from kn_detectron.benchmark.candidates import NotRun, build, network_config
-from kn_detectron.benchmark.presets import DTYPES, FORMATS, NORMS
+from benchmark import Group, candidates, make_groups, measure_group
+from benchmark.candidates import NotRun, build, network_config
+from benchmark.presets import DTYPES, FORMATS, NORMS
 from kn_detectron.layers import kalman_layers
 
 CPU = torch.device("cpu")

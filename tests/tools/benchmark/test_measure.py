@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kn_detectron.benchmark import Group, measure, measure_group
-from kn_detectron.benchmark.candidates import Candidate, NotRun
-from kn_detectron.benchmark.measure import _LAUNCH, count_launches, saved_bytes, summarize
+from benchmark import Group, measure, measure_group
+from benchmark.candidates import Candidate, NotRun
+from benchmark.measure import _LAUNCH, count_launches, saved_bytes, summarize
 
 CPU = torch.device("cpu")
 

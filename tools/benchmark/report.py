@@ -13,8 +13,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 import kn_detectron
+from kn_detectron.checkpoint.files import atomic_write
 
-from ..checkpoint.files import atomic_write
 from .presets import WHATS
 
 __all__ = [

@@ -1,7 +1,7 @@
 import pytest
 
+from benchmark import PRESETS, WHATS, make_groups
 from kn_detectron import InputError
-from kn_detectron.benchmark import PRESETS, WHATS, make_groups
 
 
 @pytest.mark.parametrize("preset", PRESETS)
