@@ -10,7 +10,7 @@ from . import data, model_zoo, modeling  # noqa: E402
 from .config import add_kn_config, check_config  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .layers import Belief, GroupKalmanNorm2d, KalmanNorm2d  # noqa: E402
-from .layers.registration import register_norms, unregister_norms  # noqa: E402
+from .registration import register_norms, unregister_norms  # noqa: E402
 
 __version__ = "0.1.0"
 

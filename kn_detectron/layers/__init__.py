@@ -1,5 +1,4 @@
-"""The normalisation layers, and the beliefs that chain them. Knows nothing of detectron2, apart
-from ``registration``, which is not imported here."""
+"""The normalisation layers, and the beliefs that chain them. Knows nothing of detectron2."""
 
 from .belief import Belief
 from .kalman_norm import (

@@ -8,7 +8,8 @@ from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from torch import nn
 
 import kn_detectron
-from kn_detectron.layers import GroupKalmanNorm2d, KalmanNorm2d, registration
+from kn_detectron import registration
+from kn_detectron.layers import GroupKalmanNorm2d, KalmanNorm2d
 
 
 def bindings():
@@ -126,7 +127,7 @@ def test_both_import_orders(imports):
 def test_the_log_says_once_that_it_is_a_head(caplog, monkeypatch):
     monkeypatch.setattr(registration, "_told", set())
     get_norm_now = sys.modules["detectron2.layers"].get_norm
-    with caplog.at_level("WARNING", "kn_detectron.layers.registration"):
+    with caplog.at_level("WARNING", "kn_detectron.registration"):
         for _ in range(3):
             get_norm_now("KN", 4)
     assert len(caplog.records) == 1

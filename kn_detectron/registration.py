@@ -8,8 +8,8 @@ from typing import Callable
 import detectron2.layers
 from torch import nn
 
-from ..errors import InputError
-from .kalman_norm import GroupKalmanNorm2d, KalmanNorm2d
+from .errors import InputError
+from .layers import GroupKalmanNorm2d, KalmanNorm2d
 
 __all__ = ["NORMS", "register_norms", "unregister_norms"]
 
