@@ -1,12 +1,19 @@
 """Datasets and loaders: importing this registers `shapes_train` and `shapes_val`."""
 
 from .coco_folder import CocoFolder, register_coco_folder
-from .drawing import CATEGORIES
 from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import CheckedMapper, first_sentence
 from .register import prepare_dataset, register_shapes, register_shapes_lazily
-from .shapes import ShapesSpec, draw_image, generate_shapes, shapes_paths
-from .single_shapes import SingleShapesSpec, draw_single_shape, generate_single_shapes
+from .shapes import (
+    CATEGORIES,
+    ShapesSpec,
+    SingleShapesSpec,
+    draw_image,
+    draw_single_shape,
+    generate_shapes,
+    generate_single_shapes,
+    shapes_paths,
+)
 from .validate import check_dataset
 
 __all__ = [

@@ -6,8 +6,7 @@ import os
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from .drawing import CATEGORIES
-from .shapes import SPLITS, generate_shapes, shapes_paths
+from .shapes import CATEGORIES, SPLITS, generate_shapes, shapes_paths
 
 __all__ = ["prepare_dataset", "register_shapes", "register_shapes_lazily"]
 

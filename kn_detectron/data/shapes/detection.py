@@ -15,9 +15,9 @@ import numpy as np
 import pycocotools.mask as mask_util
 from tqdm import tqdm
 
-from ..errors import InputError
+from ...errors import InputError
+from ..once import write_once
 from .drawing import CATEGORIES, cover, outline, rim, texture
-from .once import write_once
 
 __all__ = ["SPLITS", "ShapesSpec", "draw_image", "generate_shapes", "shapes_paths"]
 

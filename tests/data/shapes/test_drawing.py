@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from kn_detectron.data import CATEGORIES
-from kn_detectron.data.drawing import cover, outline, rim, texture
+from kn_detectron.data.shapes.drawing import cover, outline, rim, texture
 
 
 def _area(contours):

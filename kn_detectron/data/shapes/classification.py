@@ -6,10 +6,10 @@ import logging
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import InputError
+from ...errors import InputError
+from ..once import write_once
+from .detection import SPLITS, render, write_image
 from .drawing import CATEGORIES, outline
-from .once import write_once
-from .shapes import SPLITS, render, write_image
 
 __all__ = ["SingleShapesSpec", "draw_single_shape", "generate_single_shapes"]
 

@@ -9,10 +9,10 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from kn_detectron.data import CATEGORIES, ShapesSpec, draw_image, generate_shapes, shapes_paths
-from kn_detectron.data import shapes as shapes_module
+from kn_detectron.data.shapes import detection
 from kn_detectron.errors import InputError
 
-from .conftest import SPEC
+from ..conftest import SPEC
 
 
 def _many(count=150, **changes):
@@ -81,7 +81,7 @@ def test_polygons_rasterise_to_the_very_mask():
     for _ in range(300):
         # Blobs with ragged borders, some of which have holes or several parts.
         mask = cv2.GaussianBlur(rng.random((20, 24)), (0, 0), 2.0) > 0.5
-        polygon = shapes_module._polygon_of(mask)
+        polygon = detection._polygon_of(mask)
         if polygon is not None:
             polygons += 1
             (rle,) = mask_util.frPyObjects([polygon], *mask.shape)
@@ -91,12 +91,12 @@ def test_polygons_rasterise_to_the_very_mask():
 
 def test_polygon_starts_on_top_and_holes_and_parts_have_none():
     square = np.pad(np.ones((6, 6), bool), 3)
-    assert shapes_module._polygon_of(square) == [3, 3, 9, 3, 9, 9, 3, 9]
+    assert detection._polygon_of(square) == [3, 3, 9, 3, 9, 9, 3, 9]
     hole, parts = square.copy(), square.copy()
     hole[5:7, 5:7] = False
     parts[5:7] = False
-    assert shapes_module._polygon_of(hole) is None
-    assert shapes_module._polygon_of(parts) is None
+    assert detection._polygon_of(hole) is None
+    assert detection._polygon_of(parts) is None
 
 
 def test_has_everything_a_dataset_should_have():
@@ -115,14 +115,14 @@ def test_has_everything_a_dataset_should_have():
 
 def test_objects_are_occluded_but_never_mostly_hidden(monkeypatch):
     seen = []
-    visible_objects = shapes_module._visible_objects
+    visible_objects = detection._visible_objects
 
     def record(objects, height, width):
         kept = visible_objects(objects, height, width)
         seen.append((objects, kept))
         return kept
 
-    monkeypatch.setattr(shapes_module, "_visible_objects", record)
+    monkeypatch.setattr(detection, "_visible_objects", record)
     _many(60)
     shares = [v.sum() / (alpha >= 0.5).sum() for _, kept in seen for _, _, alpha, v in kept]
     assert min(shares) >= 0.4
@@ -143,7 +143,7 @@ def test_colour_does_not_tell_the_category():
 
 
 def test_existing_dataset_is_kept(shapes_root, monkeypatch):
-    monkeypatch.setattr(shapes_module, "_write_dataset", None)  # would fail if it were called
+    monkeypatch.setattr(detection, "_write_dataset", None)  # would fail if it were called
     generate_shapes(shapes_root, SPEC)
     generate_shapes(shapes_root)
 
@@ -175,7 +175,7 @@ def test_killed_generation_leaves_no_dataset_and_is_redone(shapes_root, tmp_path
         return draw_image(spec, split, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shapes_module, "draw_image", draw_some)
+        patch.setattr(detection, "draw_image", draw_some)
         with pytest.raises(Killed):
             generate_shapes(root, SPEC)
     assert not root.exists()
