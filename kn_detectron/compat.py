@@ -21,9 +21,28 @@ from .errors import InputError
 
 __all__ = ["prepare_detectron2"]
 
-# Names that NumPy 1.24 and Pillow 10 removed, and what they stood for.
-_NUMPY_ALIASES = {"bool": bool, "float": float, "int": int, "object": object, "str": str}
-_PILLOW_ALIASES = {"LINEAR": "BILINEAR"}
+# Names that NumPy 1.24 and Pillow 10 removed, what they stood for, and where detectron2 uses them: in
+# the same files in all its releases, 0.1 to 0.6. The others are not worth reading at every import.
+_NUMPY_ALIASES = {
+    "bool": (
+        bool,
+        (
+            "evaluation/pascal_voc_evaluation.py",
+            "structures/masks.py",
+            "utils/video_visualizer.py",
+            "utils/visualizer.py",
+        ),
+    ),
+    "float": (float, ("evaluation/sem_seg_evaluation.py",)),
+    "int": (int, ("data/build.py", "evaluation/sem_seg_evaluation.py")),
+    "str": (str, ("data/datasets/pascal_voc.py",)),
+}
+_PILLOW_ALIASES = {"LINEAR": ("BILINEAR", ("data/transforms/transform.py",))}
+
+# The layers that import the compiled extension, of which newer ones do without it by themselves.
+_COMPILED_LAYERS = tuple(
+    f"layers/{name}.py" for name in ("deform_conv", "roi_align_rotated", "rotated_boxes")
+)
 
 # torch forgets an operator together with the Library that defined it, so this one is kept.
 _operators = None
@@ -46,21 +65,17 @@ def prepare_detectron2():
             name="detectron2",
         )
     root = Path(spec.origin).parent
-    source = {
-        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
-        for path in root.rglob("*.py")
-    }
-    _restore_aliases("\n".join(source.values()))
+    _restore_aliases(root)
 
     stand_ins = {}
-    layers = "\n".join(text for path, text in source.items() if path.startswith("layers/"))
-    # Newer layers import the extension inside a try, and do without it by themselves.
-    if _has_line(r"^from detectron2 import _C$", layers) and not _has_extension(spec):
+    # Newer layers import the extension inside a try.
+    if not _has_extension(spec) and _uses(root, _COMPILED_LAYERS, r"^from detectron2 import _C$"):
         stand_ins.update(_extension_stand_ins())
-        if _has_line(r"= torch\.ops\.detectron2\.nms_rotated$", layers):
+        if _uses(root, ["layers/nms.py"], r"= torch\.ops\.detectron2\.nms_rotated$"):
             _define_nms_rotated()
-    uses_resources = _has_line("^import pkg_resources$", source.get("model_zoo/model_zoo.py", ""))
-    if uses_resources and find_spec("pkg_resources") is None:
+    if find_spec("pkg_resources") is None and _uses(
+        root, ["model_zoo/model_zoo.py"], "^import pkg_resources$"
+    ):
         stand_ins["pkg_resources"] = _module("pkg_resources", resource_filename=_resource_filename)
 
     # The importing modules keep their stand-ins. Nobody else is to find them: whoever asks
@@ -73,8 +88,11 @@ def prepare_detectron2():
             importlib.import_module("detectron2.model_zoo")
 
 
-def _has_line(pattern, text):
-    return re.search(pattern, text, re.MULTILINE) is not None
+def _uses(root, files, pattern):
+    """Whether a line of any of these files of detectron2 matches; there need not be all of them."""
+    paths = [root / file for file in files]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in paths if path.is_file())
+    return re.search(pattern, source, re.MULTILINE) is not None
 
 
 def _has_extension(spec):
@@ -85,19 +103,19 @@ def _has_extension(spec):
     return PathFinder.find_spec("detectron2._C", spec.submodule_search_locations) is not None
 
 
-def _restore_aliases(source):
-    """Gives NumPy and Pillow back the removed names that this source uses."""
+def _restore_aliases(root):
+    """Gives NumPy and Pillow back the removed names that the detectron2 in this folder uses."""
     import numpy
     from PIL import Image
 
     with warnings.catch_warnings():
         # The versions between deprecation and removal warn at every look.
         warnings.simplefilter("ignore")
-        for name, value in _NUMPY_ALIASES.items():
-            if _has_line(rf"\bnp\.{name}\b", source) and not hasattr(numpy, name):
+        for name, (value, files) in _NUMPY_ALIASES.items():
+            if not hasattr(numpy, name) and _uses(root, files, rf"\bnp\.{name}\b"):
                 setattr(numpy, name, value)
-        for name, new_name in _PILLOW_ALIASES.items():
-            if _has_line(rf"\bImage\.{name}\b", source) and not hasattr(Image, name):
+        for name, (new_name, files) in _PILLOW_ALIASES.items():
+            if not hasattr(Image, name) and _uses(root, files, rf"\bImage\.{name}\b"):
                 setattr(Image, name, getattr(Image, new_name))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,8 +13,10 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
+from PIL import Image
 
 import kn_detectron  # noqa: F401  # before detectron2
+import detectron2
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
@@ -64,16 +67,30 @@ OLD_DETECTRON2 = {
 
         COCOeval_opt = _C.COCOevalAccumulate
     """,
-    "structures.py": """
-        import numpy as np
+    "data/transforms/transform.py": """
         from PIL import Image
 
         INTERPOLATION = Image.LINEAR
+    """,
+    "evaluation/sem_seg_evaluation.py": """
+        import numpy as np
 
         def zeros():
-            return [np.zeros(1, dtype=t) for t in (np.int, np.float, np.bool)]
+            return [np.zeros(1, dtype=t) for t in (np.int, np.float)]
+    """,
+    "structures/masks.py": """
+        import numpy as np
+
+        def zeros():
+            return [np.zeros(1, dtype=np.bool)]
     """,
 }
+
+USES_REMOVED_NAMES = (
+    "data/transforms/transform.py",
+    "evaluation/sem_seg_evaluation.py",
+    "structures/masks.py",
+)
 
 EXTENSION = """
     import torch
@@ -163,8 +180,26 @@ def test_does_nothing_where_nothing_is_needed(tmp_path, compat_only):
     check(code, [compat_only, tmp_path], tmp_path)
 
 
+def test_few_files_are_read(tmp_path, compat_only):
+    # As many as detectron2 has; and what one of the others uses makes no difference.
+    others = {f"modeling/part_{i}.py": "import numpy as np\nx = np.int\n" for i in range(200)}
+    write_package(tmp_path, {**OLD_DETECTRON2, **others})
+    code = """
+        import sys
+        read = set()
+        sys.addaudithook(lambda event, args: event == "open" and read.add(str(args[0])))
+        from kn_detectron.compat import prepare_detectron2
+        prepare_detectron2()
+        read = sorted(path for path in read if "detectron2" in path and path.endswith(".py"))
+        assert any(path.endswith("evaluation/sem_seg_evaluation.py") for path in read)
+        assert not [path for path in read if "part_" in path]
+    """
+    check(code, [compat_only, tmp_path], tmp_path)
+
+
 def test_an_extension_that_is_there_is_used(tmp_path, compat_only):
-    write_package(tmp_path, {**OLD_DETECTRON2, "_C.py": EXTENSION, "structures.py": ""})
+    files = {name: text for name, text in OLD_DETECTRON2.items() if name not in USES_REMOVED_NAMES}
+    write_package(tmp_path, {**files, "_C.py": EXTENSION})
     code = PATCHABLE + """
     before = patchable()
     from kn_detectron.compat import prepare_detectron2
@@ -188,10 +223,13 @@ def test_old_sources_without_extension(tmp_path, compat_only):
         for call in range(2):
             prepare_detectron2()
 
-        import detectron2.structures
+        from detectron2.data.transforms import transform
+        from detectron2.evaluation import sem_seg_evaluation
+        from detectron2.structures import masks
         from PIL import Image
-        assert detectron2.structures.INTERPOLATION == Image.BILINEAR
-        assert [str(z.dtype) for z in detectron2.structures.zeros()] == ["int64", "float64", "bool"]
+        assert transform.INTERPOLATION == Image.BILINEAR
+        zeros = sem_seg_evaluation.zeros() + masks.zeros()
+        assert [str(z.dtype) for z in zeros] == ["int64", "float64", "bool"]
 
         import torch
         from detectron2.layers import nms_rotated, rotated_boxes
@@ -252,6 +290,17 @@ def test_pkg_resources_is_replaced_only_where_it_is_gone(tmp_path, compat_only, 
 
 
 # With the detectron2 at hand, whichever it is.
+
+
+def test_every_removed_name_that_the_installed_detectron2_uses_is_there_again():
+    root = Path(detectron2.__file__).parent
+    source = "\n".join(path.read_text(encoding="utf-8") for path in root.rglob("*.py"))
+    for module, pattern in (
+        (np, r"\bnp\.(bool|complex|float|int|long|object|str|unicode)\b"),
+        (Image, r"\bImage\.([A-Z]+)\b"),
+    ):
+        for name in set(re.findall(pattern, source)):
+            assert hasattr(module, name), name
 
 
 def test_installed_detectron2_imports_before_and_after(tmp_path):
