@@ -3,27 +3,24 @@
 import contextlib
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
 
 @contextlib.contextmanager
-def two_ranks(rank, folder, seconds=120):
+def two_ranks(rank, folder):
     """What runs inside is one of two processes.
 
     Args:
         rank: 0 or 1.
         folder: that both see, and where they meet.
-        seconds: after which one that waits for the other in vain fails.
     """
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=seconds),
+        timeout=timedelta(minutes=15),  # for one that waits in vain, not for a busy machine
     )
     try:
         yield

@@ -97,11 +97,7 @@ def stock(models, tmp_path_factory):
     arguments = [package, str(folder / "pictures.pth"), str(folder / "results.pth"), *configs]
     result = subprocess.run(
         [sys.executable, "-c", _STOCK, *arguments],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(detectron2.__file__).parents[1]),
-        },
+        env={**os.environ, "PYTHONPATH": str(Path(detectron2.__file__).parents[1])},
         cwd=folder,
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 import logging
 
 import pytest
-import torch
 from detectron2.utils.logger import setup_logger
 
 from . import tiny
@@ -24,15 +23,6 @@ def plain(datasets, tmp_path_factory):
     trainer, losses = tiny.trainer(tiny.config(folder))
     trainer.train()
     return folder, losses.of
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Tiny tensors are faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from .loop import Loop
 
 
 def _on_rank(rank, folder):
-    with two_ranks(rank, folder, seconds=60):
+    with two_ranks(rank, folder):
         _averages(rank)
         _averages_when_due(rank)
         _calibrates_alike(rank)

@@ -101,20 +101,14 @@ def test_killed_command_line_run_resumes_as_if_nothing_had_happened(plain, datas
     arguments = ["--config", tiny.write_config(tmp_path / "tiny.yaml"), "OUTPUT_DIR", run]
     # A process that loads is forked from the training and must not mind its signals.
     arguments += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.CHECKPOINT_PERIOD", "2"]
-    process = tiny.start_train_net(*arguments, datasets=datasets)
-    with process:
-        for line in process.stdout:
-            if "model_0000001.pth" in line:
-                process.send_signal(signal.SIGTERM)
-                break
-        output = process.stdout.read()
+    process = tiny.start_train_net(*arguments, datasets=datasets, stopped_at="model_0000001.pth")
+    output = process.communicate()[0]
     assert process.returncode == 143, output
     assert "Traceback" not in output
-    stopped_after = tiny.read(run / (run / "last_checkpoint").read_text())["iteration"]
-    assert 1 <= stopped_after < 5, output
+    assert (run / "last_checkpoint").read_text() == "model_0000001.pth"
 
     process = tiny.start_train_net("--resume", *arguments, datasets=datasets)
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    assert f"Starting training from iteration {stopped_after + 1}" in output
+    assert "Starting training from iteration 2" in output
     tiny.assert_same_state(run / "model_final.pth", plain[0] / "model_final.pth")

@@ -149,14 +149,34 @@ def train_net_module():
     return module
 
 
-def start_train_net(*arguments, datasets):
-    """Starts tools/train_net.py as its users do."""
+# Runs a command, and sends the process SIGTERM when a file of this name is complete.
+_STOPPED_AT = """
+import os, runpy, signal, sys
+
+def stop(event, args):
+    if event == "os.rename" and os.path.basename(args[1]) == name:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+name, *sys.argv = sys.argv[1:]
+sys.addaudithook(stop)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_train_net(*arguments, datasets, stopped_at=None):
+    """Starts tools/train_net.py as its users do.
+
+    Args:
+        arguments: of the command line.
+        datasets: the folder of datasets.
+        stopped_at: the name of a checkpoint; the process gets SIGTERM when it has written it.
+    """
+    driver = ["-c", _STOPPED_AT, stopped_at] if stopped_at else []
     return subprocess.Popen(
-        [sys.executable, str(TRAIN_NET), *map(str, arguments)],
+        [sys.executable, *driver, str(TRAIN_NET), *map(str, arguments)],
         env={
             **os.environ,
             "DETECTRON2_DATASETS": str(datasets),
-            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         },
         stdout=subprocess.PIPE,

@@ -1,3 +1,3 @@
 """What running the commands in this process needs."""
 
-from ..engine.conftest import fresh_logs, one_thread  # noqa: F401
+from ..engine.conftest import fresh_logs  # noqa: F401

@@ -41,16 +41,21 @@ def small(*options):
     return [str(o) for pair in _SMALL.items() for o in pair] + [str(o) for o in options]
 
 
-def start_train_net(*arguments):
-    """Starts the command with the KN config; flags come first, then KEY, VALUE, ..."""
+def run_train_net(*arguments, stopped_at=None):
+    """Runs the command with the KN config.
+
+    Args:
+        arguments: flags come first, then KEY, VALUE, ...
+        stopped_at: as for :func:`tiny.start_train_net`.
+
+    Returns:
+        its exit status, and what it printed.
+    """
     flags = [a for a in arguments if str(a).startswith("--")]
     options = small(*arguments[len(flags) :])
     datasets = os.environ["DETECTRON2_DATASETS"]
-    return tiny.start_train_net("--config", config("KN"), *flags, *options, datasets=datasets)
-
-
-def run_train_net(*arguments):
-    """The exit status of the command, and what it printed."""
-    process = start_train_net(*arguments)
+    process = tiny.start_train_net(
+        "--config", config("KN"), *flags, *options, datasets=datasets, stopped_at=stopped_at
+    )
     output = process.communicate()[0]
     return process.returncode, output

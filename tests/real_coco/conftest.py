@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 
 from ..engine.conftest import fresh_logs  # noqa: F401
-from .commands import run_train_net, start_train_net
+from .commands import run_train_net
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,13 +44,9 @@ def whole(runs):
 def interrupted(runs):
     """The same run, told to stop on its way: its folder, what it printed and its exit status."""
     folder = runs / "interrupted"
-    with start_train_net("OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", 2) as process:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if "model_0000001.pth" in line:
-                process.send_signal(signal.SIGTERM)
-    return folder, "".join(lines), process.returncode
+    options = ["OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", 2]
+    status, output = run_train_net(*options, stopped_at="model_0000001.pth")
+    return folder, output, status
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ it: with some 70 images in each set two cores take about three minutes.
 import copy
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -86,15 +85,14 @@ def test_interrupted_run_saved_its_step(interrupted):
     folder, output, status = interrupted
     assert status == 143, output
     assert "Traceback" not in output
-    assert tiny.read(folder / (folder / "last_checkpoint").read_text())["iteration"] >= 1
+    assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
 def test_resumed_run_is_the_uninterrupted_one(whole, resumed):
     # Weights and momentum are equal to the bit only if the losses of all steps were; those that
     # are written are medians over the steps of a run, and so are not the same here.
     folder, output = resumed
-    start = int(re.search(r"Starting training from iteration (\d+)", output)[1])
-    assert 2 <= start < NUM_STEPS
+    assert "Starting training from iteration 2" in output
     tiny.assert_same_state(folder / "model_final.pth", whole / "model_final.pth")
     assert twelve_numbers(folder) == twelve_numbers(whole)
 

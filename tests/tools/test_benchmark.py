@@ -26,8 +26,8 @@ def prepare(monkeypatch, *arguments):
 
 
 def test_benchmark_measures_prints_and_writes(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": path}
     options = ["--preset", "quick", "--what", "layer", "size", "--rounds", "1"]
     options += ["--norms", "BN", "KN", "SyncBN", "--threads", "1", "--output", str(tmp_path)]
     done = subprocess.run(

@@ -12,8 +12,8 @@ PICTURES = ("predictions.png", "curves.png", "gains.png")
 
 
 def run_demo(output, *options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, str(ROOT / "tools/demo.py"), "--output", str(output), *options]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 

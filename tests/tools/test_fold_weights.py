@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, str(ROOT / "tools/fold_weights.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
 

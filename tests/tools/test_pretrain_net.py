@@ -11,7 +11,7 @@ import yaml
 
 from kn_detectron.engine.command_line import run
 
-from ..engine.conftest import fresh_logs, one_thread  # noqa: F401
+from ..engine.conftest import fresh_logs  # noqa: F401
 from ..pretraining.conftest import folder, write_images  # noqa: F401
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain_net.py"
