@@ -21,8 +21,8 @@ from .errors import InputError
 
 __all__ = ["prepare_detectron2"]
 
-# Names that NumPy 1.24 and Pillow 10 removed, what they stood for, and where detectron2 uses them: in
-# the same files in all its releases, 0.1 to 0.6. The others are not worth reading at every import.
+# Names that NumPy 1.24 and Pillow 10 removed, what they stood for, and where detectron2 uses them:
+# in the same files in all its releases, 0.1 to 0.6. The others are not read at every import.
 _NUMPY_ALIASES = {
     "bool": (
         bool,

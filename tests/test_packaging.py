@@ -1,11 +1,14 @@
 """The wheel has what an installed kn_detectron needs, and asks for what it can get."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from email.parser import Parser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -52,15 +55,46 @@ def test_configs_lie_at_the_top_too():
     assert (ROOT / "configs").samefile(ROOT / "kn_detectron" / "model_zoo" / "configs")
 
 
-def test_wheel_does_not_ask_for_detectron2(wheel):
+@pytest.fixture(scope="module")
+def metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
-        metadata = Parser().parsestr(archive.read(name).decode())
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def test_wheel_does_not_ask_for_detectron2(metadata):
     requirements = metadata.get_all("Requires-Dist")
     assert any(requirement.startswith("torch>=") for requirement in requirements)
     assert not [requirement for requirement in requirements if "detectron" in requirement.lower()]
     assert metadata["Name"] == "kn_detectron"
     assert metadata["Requires-Python"] == ">=3.10"
+
+
+def imported():
+    """The packages that kn_detectron imports, without Python's own."""
+    names = set()
+    for path in (ROOT / "kn_detectron").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module)
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+
+
+def test_what_is_imported_is_declared(metadata):
+    declared = {
+        re.match(r"[\w.-]+", requirement)[0].lower()
+        for requirement in metadata.get_all("Requires-Dist")
+        if "extra ==" not in requirement
+    }
+    # PyPI does not have the one; the other comes with torch where there are GPUs for it.
+    packages = imported() - {"detectron2", "triton"}
+    assert {"numpy", "torch", "yaml"} <= packages
+    # The headless build that the tests run with has the same module.
+    provided = {**packages_distributions(), "cv2": ["opencv-python"]}
+    undeclared = {p for p in packages if not {d.lower() for d in provided[p]} & declared}
+    assert not undeclared
 
 
 def test_the_wheels_version_is_the_packages(wheel):
