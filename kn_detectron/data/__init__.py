@@ -1,9 +1,10 @@
 """Datasets and loaders: importing this registers `shapes_train` and `shapes_val`."""
 
-from .coco_folder import CocoFolder, register_coco_folder
+from .coco_folder import register_coco_folder
 from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import CheckedMapper, first_sentence
 from .register import prepare_dataset, register_shapes, register_shapes_lazily
+from .requirements import check_requirements
 from .shapes import (
     CATEGORIES,
     ShapesSpec,
@@ -14,18 +15,20 @@ from .shapes import (
     generate_single_shapes,
     shapes_paths,
 )
-from .validate import check_dataset
+from .validate import check_dataset, check_datasets, check_datasets_once, use_checked_datasets
 
 __all__ = [
     "CATEGORIES",
     "CheckedMapper",
-    "CocoFolder",
     "ShapesSpec",
     "SingleShapesSpec",
     "TrainLoader",
     "build_test_loader",
     "build_train_loader",
     "check_dataset",
+    "check_datasets",
+    "check_datasets_once",
+    "check_requirements",
     "draw_image",
     "draw_single_shape",
     "first_sentence",
@@ -36,6 +39,7 @@ __all__ = [
     "register_shapes",
     "register_shapes_lazily",
     "shapes_paths",
+    "use_checked_datasets",
 ]
 
 register_shapes_lazily()

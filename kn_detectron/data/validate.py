@@ -1,25 +1,57 @@
-"""Checks of a dataset's files before a run starts, in the user's terms."""
+"""Checks of the datasets of a run, before anything of it is built.
+
+What is mended is written to a copy of the annotation file in the output folder, and the dataset is
+registered anew with it: the loaders, COCO's evaluation and whoever else looks the dataset up read
+the same truth, in every process. The file of the user is left alone.
+"""
 
 import difflib
+import functools
+import hashlib
 import json
+import logging
 import os
+import socket
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ..checkpoint.files import atomic_write
 from ..errors import InputError
+from .annotations import Uses, check_annotations
 from .register import prepare_dataset
+from .requirements import check_requirements, uses_of
 
-__all__ = ["check_dataset"]
+__all__ = ["check_dataset", "check_datasets", "check_datasets_once", "use_checked_datasets"]
 
-_REQUIRED_KEYS = {
-    "images": {"id", "file_name", "width", "height"},
-    "categories": {"id", "name"},
-    "annotations": {"id", "image_id", "category_id", "bbox"},
-}
+_logger = logging.getLogger(__name__)
 
 
-def check_dataset(name):
+def check_datasets(cfg, keys=("TRAIN", "TEST")):
+    """Checks the datasets of a config, in this process: see :func:`check_dataset`.
+
+    Args:
+        cfg (CfgNode): detectron2's config.
+        keys (Iterable[str]): of cfg.DATASETS.
+
+    Returns:
+        dict[str, dict[str, Truth]]: what there is, for each key and dataset in COCO's format.
+
+    Raises:
+        InputError: a dataset cannot be used.
+    """
+    uses = uses_of(cfg)
+    names = dict.fromkeys(name for key in keys for name in cfg.DATASETS[key])
+    truths = {name: check_dataset(name, cfg.OUTPUT_DIR, uses) for name in names}
+    return {
+        key: {name: truths[name] for name in cfg.DATASETS[key] if truths[name] is not None}
+        for key in keys
+    }
+
+
+def check_dataset(name, output_dir, uses=Uses()):
     """Checks that a dataset can be used; writes it first if it is one that is generated.
 
     It reads the annotation file once and lists the image folder once; no image is opened. For
@@ -28,25 +60,107 @@ def check_dataset(name):
 
     Args:
         name (str): name of the dataset as in DATASETS.TRAIN.
+        output_dir (str): where the mended annotations go, in the folder ``annotations``.
+        uses (Uses): what the run makes use of.
+
+    Returns:
+        Truth or None: what the annotations hold; None where they are not in COCO's format.
 
     Raises:
         InputError: the name is unknown, or the dataset's files are missing or broken.
     """
-    if name not in DatasetCatalog.list():
-        close = difflib.get_close_matches(name, DatasetCatalog.list())
-        raise InputError(
-            f"Dataset {name!r} is not registered in detectron2's catalog: register it or correct "
-            f"the name{' to ' + ' or '.join(close) if close else ''}."
-        )
+    _check_name(name)
     prepare_dataset(name)
+    if not _is_coco(name):
+        return None
+    json_file, metadata = _source(name), MetadataCatalog.get(name)
+    _check_root(name, json_file)
+    stamp = _stamp(json_file, uses)
+    content, truth, report = check_annotations(json_file, metadata.image_root, name, uses)
+    for line in report.lines():
+        _logger.warning(line)
+    mended = _path_of_mended(output_dir, name, json_file)
+    if report.is_mended:
+        _check_loader(name, report)
+        os.makedirs(os.path.dirname(mended), exist_ok=True)
+        with atomic_write(mended) as file:
+            # Without other characters than ASCII, whatever the locale of the reader is.
+            file.write(json.dumps(content).encode("ascii"))
+        _logger.warning("%s is left as it is: %s is used instead.", json_file, mended)
+    elif os.path.exists(mended):
+        os.unlink(mended)
+    _use(name, mended if report.is_mended else json_file, stamp)
+    return truth
+
+
+def use_checked_datasets(cfg, keys=("TRAIN", "TEST")):
+    """Has this process use what another one has checked, and mended, for the same config.
+
+    Args:
+        cfg, keys: as for :func:`check_datasets`.
+    """
+    for name in (name for key in keys for name in cfg.DATASETS[key]):
+        if name in DatasetCatalog.list() and _is_coco(name) and PathManager.isfile(_source(name)):
+            json_file = _source(name)
+            mended = _path_of_mended(cfg.OUTPUT_DIR, name, json_file)
+            used = mended if os.path.exists(mended) else json_file
+            _use(name, used, _stamp(json_file, uses_of(cfg)))
+
+
+def check_datasets_once(cfg):
+    """Checks what no process of the run has checked yet; to be called by all ranks.
+
+    One rank of each machine does it. Names that are not registered are left to the loaders.
+
+    Args:
+        cfg (CfgNode): detectron2's config.
+
+    Raises:
+        InputError: a dataset cannot be used; on all ranks.
+    """
+    names = [name for key in ("TRAIN", "TEST") for name in cfg.DATASETS[key]]
+    if not all(name in DatasetCatalog.list() for name in names):
+        return
+    if all(comm.all_gather(all(_is_checked(name, uses_of(cfg)) for name in names))):
+        return
+    fault = None
+    if comm.all_gather(socket.gethostname()).index(socket.gethostname()) == comm.get_rank():
+        try:
+            check_requirements(cfg, check_datasets(cfg))
+        except InputError as error:
+            fault = str(error)
+    for fault in filter(None, comm.all_gather(fault)):
+        raise InputError(fault)
+    use_checked_datasets(cfg)
+
+
+def _check_name(name):
+    if name in DatasetCatalog.list():
+        return
+    if os.path.isdir(name):
+        raise InputError(
+            f"Dataset {name} is a folder, and not registered in detectron2's catalog: give the "
+            "folder that holds its annotations with --dataset, in COCO's layout, and leave "
+            "DATASETS out."
+        )
+    close = difflib.get_close_matches(name, DatasetCatalog.list())
+    raise InputError(
+        f"Dataset {name!r} is not registered in detectron2's catalog: register it, correct the "
+        f"name{' to ' + ' or '.join(close) if close else ''}, or give a folder in COCO's layout "
+        "with --dataset."
+    )
+
+
+def _is_coco(name):
     metadata = MetadataCatalog.get(name)
     # LVIS has these files too, but another format in them.
-    if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
-        return
-    _check_root(name, metadata.json_file)
-    content = _read_json(name, metadata.json_file)
-    _check_content(metadata.json_file, content)
-    _check_images(name, metadata.image_root, [i["file_name"] for i in content["images"]])
+    return metadata.get("evaluator_type") == "coco" and bool(metadata.get("json_file"))
+
+
+def _source(name):
+    """The file that the user has, also where the dataset has been registered with another."""
+    metadata = MetadataCatalog.get(name)
+    return metadata.get("source_json_file") or metadata.json_file
 
 
 def _check_root(name, json_file):
@@ -60,88 +174,59 @@ def _check_root(name, json_file):
                 f"Folder {root}, where dataset {name} is looked for, does not exist: set the "
                 "environment variable DETECTRON2_DATASETS to the folder that holds the datasets."
             )
-
-
-def _read_json(name, json_file):
     if not PathManager.isfile(json_file):
         raise InputError(
-            f"Annotation file {json_file} of dataset {name} does not exist: put it there, or set "
-            "the environment variable DETECTRON2_DATASETS to the folder that holds the datasets."
-        )
-    try:
-        with PathManager.open(json_file, "r", encoding="utf-8") as f:
-            return json.load(f)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise InputError(
-            f"Annotation file {json_file} is not valid JSON ({error.msg} at {where}, character "
-            f"{error.pos} of {len(error.doc)}): it is broken or cut short, copy it again."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"Annotation file {json_file} is not text (byte {error.start} is not UTF-8): expected "
-            "COCO instances in JSON, copy it again."
-        ) from error
-
-
-def _check_content(json_file, content):
-    """Checks that the parsed annotation file has the structure of COCO instances."""
-    fault = _fault_of_content(content, test_set=_is_test_set(json_file))
-    if fault is not None:
-        raise InputError(
-            f"Annotation file {json_file} {fault}: expected COCO instances, a JSON object with "
-            "the lists images, annotations and categories."
+            f"Annotation file {json_file} of dataset {name} does not exist: put it there, set the "
+            "environment variable DETECTRON2_DATASETS to the folder that holds the datasets, or "
+            "give a folder of your own with --dataset."
         )
 
 
-def _is_test_set(json_file):
-    """COCO keeps the annotations of its test sets back; their files are named image_info_*."""
-    return os.path.basename(json_file).startswith("image_info")
-
-
-def _fault_of_content(content, test_set):
-    if not isinstance(content, dict):
-        return f"holds a JSON {type(content).__name__}"
-    for part, keys in _REQUIRED_KEYS.items():
-        if part == "annotations" and test_set:
-            continue
-        entries = content.get(part)
-        if not isinstance(entries, list):
-            return f"has no list {part}"
-        if not entries and part != "annotations":
-            return f"has an empty list {part}"
-        for index, entry in enumerate(entries):
-            if not isinstance(entry, dict) or not keys <= entry.keys():
-                return f"lacks one of {', '.join(sorted(keys))} in entry {index} of {part}"
-    known = {category["id"] for category in content["categories"]}
-    for index, annotation in enumerate(content.get("annotations", ())):
-        if annotation["category_id"] not in known:
-            return (
-                f"has the category_id {annotation['category_id']}, which is none of its "
-                f"categories, in entry {index} of annotations"
-            )
-    return None
-
-
-def _check_images(name, image_root, file_names):
-    """Checks that all images exist, by listing each folder once instead of asking per image."""
-    if not PathManager.isdir(image_root):
+def _check_loader(name, report):
+    """Refuses to mend what is loaded by code that would not read the mended file."""
+    function = DatasetCatalog[name]
+    module = getattr(getattr(function, "func", function), "__module__", None) or ""
+    if module != load_coco_json.__module__ and module != prepare_dataset.__module__:
         raise InputError(
-            f"Image folder {image_root} of dataset {name} does not exist: put the images there, or "
-            "set the environment variable DETECTRON2_DATASETS to the folder that holds the "
-            "datasets."
+            f"{report.lines()[0].rstrip('.')}; dataset {name} is loaded by a function of its own, "
+            "which cannot be given a mended copy, so correct the file."
         )
-    present = {}
-    missing = []
-    for file_name in file_names:
-        folder, base = os.path.split(file_name)
-        if folder not in present:
-            path = os.path.join(image_root, folder)
-            present[folder] = set(PathManager.ls(path)) if PathManager.isdir(path) else set()
-        if base not in present[folder]:
-            missing.append(file_name)
-    if missing:
-        raise InputError(
-            f"Image folder {image_root} lacks {len(missing)} of the {len(file_names)} images of "
-            f"dataset {name}, the first is {missing[0]}: expected all of them, copy the rest."
-        )
+
+
+def _path_of_mended(output_dir, name, json_file):
+    # Names can be paths, and files of different datasets can have the same name.
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    base = os.path.splitext(os.path.basename(json_file))[0]
+    return os.path.join(os.path.abspath(output_dir), "annotations", f"{base}-{digest}.json")
+
+
+def _stamp(json_file, uses):
+    """What a check holds for: the file as it is, and what is used of it."""
+    found = os.stat(PathManager.get_local_path(json_file))
+    return found.st_size, found.st_mtime_ns, uses
+
+
+def _is_checked(name, uses):
+    if not _is_coco(name):
+        return True
+    metadata = MetadataCatalog.get(name)
+    return (
+        metadata.get("checked") is not None
+        and PathManager.isfile(_source(name))
+        and metadata.checked == _stamp(_source(name), uses)
+        and PathManager.isfile(metadata.json_file)
+    )
+
+
+def _use(name, json_file, stamp):
+    """Registers a dataset anew with a checked file."""
+    source, metadata = _source(name), MetadataCatalog.get(name)
+    if json_file != metadata.json_file:
+        DatasetCatalog.pop(name)
+        load = functools.partial(load_coco_json, json_file, metadata.image_root, name)
+        DatasetCatalog.register(name, load)
+    # Metadata refuses to change a value, so the old one has to go as a whole.
+    values = {**metadata.as_dict(), "json_file": json_file}
+    MetadataCatalog.pop(name)
+    values.update(source_json_file=source, checked=stamp)
+    MetadataCatalog.get(name).set(**values)

@@ -17,7 +17,12 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..config import add_kn_config, check_config
-from ..data import check_dataset, register_coco_folder
+from ..data import (
+    check_datasets,
+    check_requirements,
+    register_coco_folder,
+    use_checked_datasets,
+)
 from ..errors import InputError
 
 __all__ = [
@@ -62,28 +67,28 @@ def load_config(args):
     """
     cfg = read_config(args)
     if args.dataset:
-        _use_folder(cfg, args.dataset)
-    cfg.freeze()
-    for key in ("TEST",) if args.eval_only else ("TRAIN", "TEST"):
+        train, val = register_coco_folder(args.dataset)
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train,), (val,)
+    keys = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
+    for key in keys:
         if not cfg.DATASETS[key]:
             raise InputError(f"DATASETS.{key} is empty: name at least one dataset.")
-        for name in cfg.DATASETS[key]:
-            check_dataset(name)
     make_output_dir(cfg)
+    # For what the checks have to say; the processes of the run go on with the same file.
+    setup_logger(cfg.OUTPUT_DIR, args.machine_rank * args.num_gpus, name="kn_detectron")
+    truths = check_datasets(cfg, keys)
+    if args.dataset:
+        _fit_to_folder(cfg, [truths[key][name] for key in keys for name in cfg.DATASETS[key]])
+    check_requirements(cfg, truths)
+    cfg.freeze()
     return cfg
 
 
-def _use_folder(cfg, folder):
-    """Sets what a folder of data decides; in the other processes of a run see :func:`set_up`."""
-    data = register_coco_folder(folder)
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (data.train,), (data.val,)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(data.classes)
-    if cfg.MODEL.MASK_ON and not data.has_masks:
-        raise InputError(
-            f"Some objects of {folder} have no segmentation: add them to the annotations, or give "
-            "MODEL.MASK_ON False to learn boxes only."
-        )
-    if data.has_encoded_masks:
+def _fit_to_folder(cfg, truths):
+    """Sets what the annotations of a folder decide."""
+    num_classes = len(truths[0].classes)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
+    if any(truth.has_encoded_masks for truth in truths):
         cfg.INPUT.MASK_FORMAT = "bitmask"
 
 
@@ -204,6 +209,7 @@ def set_up(cfg, args):
     """
     if args.dataset:
         register_coco_folder(args.dataset)
+    use_checked_datasets(cfg)
     default_setup(cfg, args)
     logger = setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="kn_detectron")
     if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():

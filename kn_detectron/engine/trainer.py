@@ -19,7 +19,12 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
 from ..checkpoint import KNCheckpointer
-from ..data import build_test_loader, build_train_loader, first_sentence
+from ..data import (
+    build_test_loader,
+    build_train_loader,
+    check_datasets_once,
+    first_sentence,
+)
 from ..errors import InputError
 from .evaluation import build_coco_evaluator, write_results
 from .hooks import (
@@ -68,6 +73,7 @@ class Trainer(DefaultTrainer):
                 setup_logger(name=name)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         PathManager.mkdirs(cfg.OUTPUT_DIR)  # detectron2 0.4's writers take it for granted
+        self.check_datasets(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self._batches = _AgreedBatches(self.build_train_loader(cfg))
@@ -263,6 +269,11 @@ class Trainer(DefaultTrainer):
                 self.seed,
                 self.cfg.SEED,
             )
+
+    @classmethod
+    def check_datasets(cls, cfg):
+        """Checks the datasets of the config, unless :func:`load_config` has done so."""
+        check_datasets_once(cfg)
 
     @classmethod
     def build_train_loader(cls, cfg):

@@ -60,6 +60,10 @@ class ClassificationTrainer(Trainer):
         return super().build_model(cfg)
 
     @classmethod
+    def check_datasets(cls, cfg):
+        """There are none: the images come from the folder PRETRAINING.DATA."""
+
+    @classmethod
     def build_train_loader(cls, cfg):
         """Builds the loader of the training images."""
         return build_train_loader(cfg)

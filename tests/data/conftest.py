@@ -5,6 +5,8 @@ from detectron2.config import get_cfg
 
 from kn_detectron.data import ShapesSpec, generate_shapes, register_shapes_lazily
 
+from ..engine.conftest import kn_log  # noqa: F401
+
 SPEC = ShapesSpec(num_train=24, num_val=12, size=64, max_shapes=3, seed=5)
 
 

@@ -3,13 +3,8 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, Instances
-from pycocotools import mask as mask_util
 
 from kn_detectron.data import (
     CATEGORIES,
@@ -21,6 +16,7 @@ from kn_detectron.data import (
 from kn_detectron.errors import InputError
 
 from .conftest import SPEC
+from .scoring import score_of_truth
 
 
 def test_dataset_dicts_hold_what_the_files_hold(shapes):
@@ -92,36 +88,6 @@ def test_import_registers_under_the_folder_of_detectron2s_datasets(shapes):
     assert int(count) == SPEC.num_train
 
 
-def _ground_truth_as_prediction(record, shift):
-    """Turns annotations into predictions, moved to the right by `shift` pixels."""
-    size = record["height"], record["width"]
-    objects = [a for a in record["annotations"] if not a["iscrowd"]]
-    masks = np.zeros((len(objects), *size), bool)
-    for mask, annotation in zip(masks, objects):
-        segmentation = annotation["segmentation"]
-        if isinstance(segmentation, list):
-            segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, *size))
-        mask[:] = mask_util.decode(segmentation)
-    boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes[:, ::2] += shift
-    instances = Instances(size)
-    instances.pred_boxes = Boxes(boxes)
-    instances.scores = torch.ones(len(objects))
-    instances.pred_classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
-    instances.pred_masks = torch.from_numpy(np.roll(masks, shift, axis=2))
-    return {"instances": instances}
-
-
-def _score(shift):
-    evaluator = COCOEvaluator("shapes_val", ("bbox", "segm"), False, use_fast_impl=False)
-    evaluator.reset()
-    records = DatasetCatalog.get("shapes_val")
-    evaluator.process(records, [_ground_truth_as_prediction(r, shift) for r in records])
-    results = evaluator.evaluate()
-    return results["bbox"]["AP"], results["segm"]["AP"]
-
-
 def test_ground_truth_as_prediction_gets_full_marks(shapes):
-    assert _score(shift=0) == pytest.approx((100, 100), abs=1e-3)
-    assert all(0 < ap < 95 for ap in _score(shift=4))
+    assert score_of_truth("shapes_val") == pytest.approx((100, 100), abs=1e-3)
+    assert all(0 < ap < 95 for ap in score_of_truth("shapes_val", shift=4))

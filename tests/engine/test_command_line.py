@@ -177,9 +177,8 @@ def test_evaluation_needs_weights_that_match(command, plain, tmp_path):
     run = ["OUTPUT_DIR", tmp_path / "run"]
     _assert_one_sentence(command("--eval-only", *run), "no weights to evaluate")
     weights = plain[0] / "model_final.pth"
-    result = command(
-        "--eval-only", *run, "MODEL.WEIGHTS", weights, "MODEL.ROI_HEADS.NUM_CLASSES", "7"
-    )
+    other = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"]
+    result = command("--eval-only", *run, "MODEL.WEIGHTS", weights, *other)
     _assert_one_sentence(result, "is not a checkpoint of this model", "roi_heads.box_predictor")
 
 
@@ -223,11 +222,106 @@ def test_fine_tuning_on_a_folder(command, plain, own_data, tmp_path):
     assert results == json.loads((run / "inference/results.json").read_text())
 
 
-def test_a_folder_without_masks(command, own_data, tmp_path):
-    path = own_data / "annotations" / "instances_train.json"
-    content = json.loads(path.read_text())
+def _change(folder, change, splits=("train", "val")):
+    for split in splits:
+        path = folder / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+
+def _as_a_tool_writes_it(content):
+    """What cost a run before: at its end, in silence, or at its start."""
     for annotation in content["annotations"]:
-        del annotation["segmentation"]
-    path.write_text(json.dumps(content))
+        annotation["image_id"] = str(annotation["image_id"])
+        annotation["id"] = "all the same"
+        del annotation["iscrowd"], annotation["area"]
+    content["annotations"][0]["ignore"] = 1
+    content["annotations"][1]["image_id"] = "nowhere"
+    for image in content["images"]:
+        image["width"] = float(image["width"])
+
+
+def test_annotations_are_mended_for_training_and_evaluation(command, own_data, tmp_path):
+    run = tmp_path / "run"
+    _change(own_data, _as_a_tool_writes_it)
+    written = {p: p.read_bytes() for p in (own_data / "annotations").iterdir()}
+    status, out, err = command("--dataset", own_data, "OUTPUT_DIR", run, "SOLVER.MAX_ITER", "2")
+    assert status == 0, err
+    log = (run / "log.txt").read_text()
+    for split in ("train", "val"):
+        (mended,) = (run / "annotations").glob(f"instances_{split}-*.json")
+        found = json.loads(mended.read_text())["annotations"]
+        assert all(annotation["area"] > 0 for annotation in found)
+        assert log.count(f"{mended} is used instead") == 1
+    results = json.loads((run / "inference/results.json").read_text())
+    assert all(results[task]["AP"] is not None for task in ("bbox", "segm"))
+    assert written == {p: p.read_bytes() for p in (own_data / "annotations").iterdir()}
+    # What is mended by hand is no longer mended.
+    for path in (own_data / "annotations").iterdir():
+        path.write_bytes(next((run / "annotations").glob(path.stem + "-*")).read_bytes())
+    weights = run / "model_final.pth"
+    result = command(
+        "--dataset", own_data, "--eval-only", "OUTPUT_DIR", run, "MODEL.WEIGHTS", weights
+    )
+    assert result[0] == 0, result[2]
+    assert [p.name[:15] for p in (run / "annotations").iterdir()] == ["instances_train"]
+    assert results == json.loads((run / "inference/results.json").read_text())
+
+
+@pytest.mark.parametrize("num_classes", ["4", "6"])
+@pytest.mark.parametrize("flags", [[], ["--eval-only"]])
+def test_number_of_classes_is_that_of_the_annotations(command, tmp_path, num_classes, flags):
+    result = command(
+        *flags, "OUTPUT_DIR", tmp_path / "run", "MODEL.ROI_HEADS.NUM_CLASSES", num_classes
+    )
+    _assert_one_sentence(result, f"NUM_CLASSES is {num_classes}", "has 5 categories")
+    assert "GeneralizedRCNN" not in result[1]
+
+
+@pytest.mark.parametrize(
+    "change, splits, patterns",
+    [
+        (
+            lambda content: [a.update(bbox=[5, 5, 0, 0]) for a in content["annotations"]],
+            ("train",),
+            ["instances_train.json", "no object to learn from"],
+        ),
+        (
+            lambda content: content["annotations"][0].update(bbox=[float("nan")] * 4),
+            ("val",),
+            ["instances_val.json", "entry 0 of annotations"],
+        ),
+        (
+            lambda content: content["categories"].reverse()
+            or [c.update(id=i) for i, c in enumerate(content["categories"])],
+            ("val",),
+            ["categories of .*instances_train.json and .*instances_val.json differ"],
+        ),
+    ],
+)
+def test_faults_are_found_before_the_first_step(
+    command, own_data, tmp_path, change, splits, patterns
+):
+    def without_masks(content):
+        for annotation in content["annotations"]:
+            annotation.pop("segmentation")
+            annotation["category_id"] = min(annotation["category_id"], 2)
+
+    _change(own_data, without_masks)
+    _change(own_data, change, splits)
+    result = command(
+        "--dataset", own_data, "OUTPUT_DIR", tmp_path / "run", "MODEL.MASK_ON", "False"
+    )
+    _assert_one_sentence(result, *patterns)
+    assert "GeneralizedRCNN" not in result[1]
+
+
+def test_a_folder_without_masks(command, own_data, tmp_path):
+    def change(content):
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+
+    _change(own_data, change, ("train",))
     result = command("--dataset", own_data, "OUTPUT_DIR", tmp_path / "run")
     _assert_one_sentence(result, re.escape(str(own_data)), "MODEL.MASK_ON False")
