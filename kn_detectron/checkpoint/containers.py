@@ -11,6 +11,7 @@ import contextlib
 import pickle
 import zipfile
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -66,12 +67,26 @@ def read_container(path):
     return content
 
 
+def _allowing_harmless_globals():
+    """Has torch read what training scripts save beside tensors, and what only holds values."""
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        return contextlib.nullcontext()  # torch before 2.6 takes no names, and refuses such a file
+    # numpy's arrays and numbers, whose constructors old and new versions of it name differently.
+    constructors = {
+        "_reconstruct": np.zeros(1).__reduce__()[0],
+        "scalar": np.float64(0.0).__reduce__()[0],
+    }
+    named = [(f, f"{m}.{name}") for name, f in constructors.items() for m in _NUMPY_MODULES]
+    types = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efd"}
+    return torch.serialization.safe_globals(
+        [argparse.Namespace, np.ndarray, np.dtype, *types, *named]
+    )
+
+
 def _read_torch(path):
-    # Training scripts save their arguments beside the weights; a Namespace only holds them.
-    # Versions of torch before 2.5 cannot be told so, and refuse such a file.
-    allow = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
+    _check_archive(path)
     try:
-        with allow([argparse.Namespace]):
+        with _allowing_harmless_globals():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports bytes it cannot read with nearly every type
         if isinstance(error, pickle.UnpicklingError):
@@ -85,6 +100,29 @@ def _read_torch(path):
         raise InputError(
             f"{path} is damaged: write it or copy it again, or use another checkpoint."
         ) from error
+
+
+def _check_archive(path):
+    """Refuses, by its name, a zip archive that is whole but not of torch.save."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = [name.rpartition("/")[2] for name in archive.namelist()]
+    if "constants.pkl" in names:
+        raise InputError(
+            f"{path} is a TorchScript program and not a checkpoint: give the checkpoint that it was "
+            "made from, or write one with torch.save(torch.jit.load(path).state_dict(), new_path)."
+        )
+    if all(name.endswith(".npy") for name in names):
+        raise InputError(
+            f"{path} is an archive of numpy arrays (.npz) and not a checkpoint: write one with "
+            "pickle.dump(dict(numpy.load(path)), file)."
+        )
+    if "data.pkl" not in names:
+        raise InputError(
+            f"{path} is a zip archive and not one of torch.save (its first file is {names[:1]}): "
+            "unpack it, or give the checkpoint itself."
+        )
 
 
 def _truncated(path):

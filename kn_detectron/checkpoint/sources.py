@@ -13,31 +13,25 @@ kn_detectron           detectron2's, and those of ``KN_STATE``
 """
 
 import dataclasses
-import logging
 import re
 from typing import Any, Dict
 
 import numpy as np
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ..errors import InputError
 from ..layers import KN_STATE
 from .containers import read_container
 from .conventions import CHECKPOINT_KEY, Conventions
+from .wrapping import is_numeric, unwrapped_content, unwrapped_names
 
 __all__ = ["Weights", "read_weights"]
-
-_logger = logging.getLogger(__name__)
-
-# Where a file may have its tensors, beside other things: ours, detectron2's and torchvision's
-# training; timm's; pycls's; Detectron1's.
-_WRAPPERS = ("model", "state_dict", "model_state", "blobs")
 
 _OF_CAFFE2 = re.compile(r"res[2-5]_\d+_branch")
 _OF_TORCHVISION = re.compile(r"layer1\.0\.")
 _UNPREFIXED = re.compile(r"(stem|res[2-5])\.")
+_OF_DETECTRON2 = re.compile(r"((backbone|bottom_up|roi_heads)\.)*(stem|res[2-5])\.")
 
 _AFFINE = "weight|bias|running_mean|running_var|num_batches_tracked"
 # What a plain ResNet or ResNeXt of torchvision or timm is made of, and its names in detectron2.
@@ -94,31 +88,29 @@ def read_weights(path: str) -> Weights:
             tensors; a variance is negative; its network is a ResNet that detectron2 does not have.
     """
     content = read_container(path)
-    wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
-    rest = {} if wrapper is None else {k: v for k, v in content.items() if k != wrapper}
-    state = content if wrapper is None else content[wrapper]
+    is_detectron1 = "model" not in content
+    state, rest = unwrapped_content(content, path)
     author = rest.get("__author__")
     if author == "Caffe2" or any(_is(_OF_CAFFE2, name) for name in state):
         state = {k: v for k, v in state.items() if not str(k).endswith("_momentum")}
     state = _tensors(state, path)
-    for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
-        consume_prefix_in_state_dict_if_present(state, prefix)
-
+    state = unwrapped_names(state, _is_of_a_network, path)
     if author == "Caffe2" or any(map(_OF_CAFFE2.match, state)):
-        weights = _from_caffe2(state, rest, path, is_detectron1=wrapper in (None, "blobs"))
+        weights = _from_caffe2(state, rest, path, is_detectron1=is_detectron1)
     elif any(map(_OF_TORCHVISION.match, state)):
         weights = _from_torchvision(state, rest, path)
     else:
         weights = _from_detectron2(state, rest, path)
     _check_variances(weights.state, path)
-    for average in ("state_dict_ema", "model_ema"):
-        if average in rest:
-            _logger.info("%s also has averaged weights, %s: they are not used.", path, average)
     return weights
 
 
 def _is(pattern, name) -> bool:
     return isinstance(name, str) and pattern.match(name) is not None
+
+
+def _is_of_a_network(name: str) -> bool:
+    return any(p.match(name) for p in (_OF_CAFFE2, _OF_TORCHVISION, _OF_DETECTRON2))
 
 
 def _from_caffe2(state, rest, path, is_detectron1: bool) -> Weights:
@@ -217,7 +209,7 @@ def _tensors(state, path):
         )
     broken = []
     for name, value in state.items():
-        if not isinstance(name, str) or not _is_numeric(value):
+        if not isinstance(name, str) or not is_numeric(value):
             raise InputError(
                 f"{path} is not a checkpoint of a model: its entry {name!r} is of type "
                 f"{type(value).__name__} where a tensor was expected; give the file that a "
@@ -238,14 +230,6 @@ def _tensors(state, path):
             "before, with a lower SOLVER.BASE_LR."
         )
     return state
-
-
-def _is_numeric(value) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.dtype.kind in "biuf"
-    if not isinstance(value, torch.Tensor) or value.is_complex() or value.is_quantized:
-        return False
-    return value.layout is torch.strided and not value.is_meta
 
 
 def _check_variances(state, path):

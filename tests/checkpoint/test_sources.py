@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import os
 import pickle
+import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -153,11 +155,88 @@ def test_a_detector_of_detectron1(tmp_path, resnet):
     assert not any("momentum" in name for name in weights.state)
 
 
+# The state under another key, or its names behind those of wrappers: the same as the plain file.
+WRAPPED = {
+    "torch's tutorial": (lambda s: {"model_state_dict": s, "epoch": 3}, ""),
+    "a key of its own": (lambda s: {"net": s, "epoch": 3}, "its weights under net"),
+    "averages alone": (lambda s: {"model_ema": s, "epoch": 3}, "its weights under model_ema"),
+    "numpy's numbers": (
+        lambda s: {"model": s, "best": np.float64(0.7), "steps": np.int64(9), "on": np.bool_(True)},
+        "",
+    ),
+    "numbers beside tensors": (
+        lambda s: {**s, "epoch": 3, "best": np.float32(0.7)},
+        "no tensors beside its weights: epoch, best",
+    ),
+    "compiled, then DistributedDataParallel": (
+        lambda s: {"model": _prefixed(s, "module._orig_mod.")},
+        "wrapped model: _orig_mod, module left out",
+    ),
+    "DistributedDataParallel, then compiled": (
+        lambda s: {"model": _prefixed(s, "_orig_mod.module.")},
+        "wrapped model: _orig_mod, module left out",
+    ),
+    "twice": (lambda s: _prefixed(s, "module.module."), "wrapped model: module left out"),
+    "compiled, checkpointed and sharded parts": (
+        lambda s: {
+            re.sub(r"^(\w+)\.(\w+)\.", r"\1._orig_mod.\2._checkpoint_wrapped_module.", n): t
+            for n, t in _prefixed(s, "_fsdp_wrapped_module.").items()
+        },
+        "wrapped model: _checkpoint_wrapped_module, _fsdp_wrapped_module, _orig_mod left out",
+    ),
+    "one foreign prefix": (
+        lambda s: {"state_dict": _prefixed(s, "detector.net.")},
+        "has detector.net. in front of all names",
+    ),
+}
+
+
+def _prefixed(state, prefix):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("names", ["detectron2", "torchvision"])
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrapped_weights_are_the_plain_ones(tmp_path, resnet, caplog, kind, names):
+    wrap, line = WRAPPED[kind]
+    state = formats.torchvision(resnet) if names == "torchvision" else resnet
+    path = formats.write(tmp_path, wrap(state))
+    with caplog.at_level("INFO", "kn_detectron"):
+        weights = read_weights(path)
+    plain = read_weights(formats.write(tmp_path, state, "plain.pth"))
+    assert set(weights.state) == set(plain.state)
+    _same(weights, plain.state)
+    assert weights.conventions == plain.conventions
+    assert line in caplog.text
+
+
+def test_wrapped_detectors_load_strictly(tmp_path, trained):
+    # By torch's own wrappers, whose names are theirs to choose.
+    for wrap in (
+        torch.optim.swa_utils.AveragedModel,
+        lambda m: nn.DataParallel(torch.compile(m)),
+        lambda m: torch.compile(nn.DataParallel(m)),
+    ):
+        source = build_rcnn(rcnn_cfg("BN"))
+        source.load_state_dict(trained)
+        path = formats.write(tmp_path, {"model_state_dict": wrap(source).state_dict()})
+        model = build_rcnn(rcnn_cfg("BN"), seed=1)
+        KNCheckpointer(model).load(path, [], strict=True)
+        for name, tensor in trained.items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_two_networks_are_not_made_one(tmp_path, resnet):
+    state = {**resnet, **_prefixed({n: t * 0 for n, t in resnet.items()}, "module.")}
+    weights = read_weights(formats.write(tmp_path, state))
+    _same(weights, state)
+
+
 def test_averages_are_left_and_said_so(tmp_path, resnet, caplog):
     name, content, _ = BATCH_NORM["timm's training"]
     with caplog.at_level("INFO", "kn_detectron"):
         read_weights(formats.write(tmp_path, content(resnet), name))
-    assert "state_dict_ema: they are not used" in caplog.text
+    assert "the weights state_dict_ema beside state_dict: they are not used" in caplog.text
 
 
 # Conventions that the kind of network decides.
@@ -310,6 +389,22 @@ def test_a_truncated_file(tmp_path, resnet, name, share):
     path = formats.write(tmp_path, content, name)
     os.truncate(path, int(os.path.getsize(path) * share))
     _refused(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_archives_of_other_kinds_are_not_damaged(tmp_path, resnet):
+    script, arrays, folder = (tmp_path / name for name in ("m.pt", "m.npz", "m.zip"))
+    torch.jit.script(nn.Linear(2, 2)).save(str(script))
+    np.savez(arrays, **{name: tensor.numpy() for name, tensor in resnet.items()})
+    with zipfile.ZipFile(folder, "w") as archive:
+        archive.writestr("model.pth", b"0")
+    _refused(script, "is a TorchScript program", "torch.jit.load")
+    _refused(arrays, "an archive of numpy arrays (.npz)", "pickle.dump")
+    _refused(folder, "is a zip archive and not one of torch.save", "model.pth")
+    # What the sentences advise.
+    state = torch.jit.load(script).state_dict()
+    assert set(read_weights(formats.write(tmp_path, state)).state) == {"weight", "bias"}
+    _same(read_weights(formats.write(tmp_path, dict(np.load(arrays)), "advised.pkl")), resnet)
 
 
 def test_a_truncated_file_of_an_old_torch(tmp_path, resnet):
