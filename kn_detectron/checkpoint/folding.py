@@ -4,8 +4,12 @@ With moving statistics a KN layer computes in evaluation what BatchNorm does, an
 
     y = weight (x - running_mean) / sqrt(running_var + eps) + bias
 
-which is that of detectron2's FrozenBatchNorm2d, with the same names of tensors and the same eps,
-1e-5. Gains, process models and beliefs serve training only.
+which is that of detectron2's FrozenBatchNorm2d, with the same names of tensors. Its eps is 1e-5, which
+no config changes, so that of a layer with another eps goes into the scale::
+
+    weight sqrt(running_var + 1e-5) / sqrt(running_var + eps)
+
+Gains, process models and beliefs serve training only.
 """
 
 import os
@@ -113,7 +117,7 @@ def fold(cfg, model):
 
     Raises:
         InputError: the model cannot be folded (see :func:`stock_config`; a layer without running
-            statistics cannot either), or is of another config.
+            statistics cannot either, nor GroupNorm with another eps), or is of another config.
     """
     stock_cfg = stock_config(cfg)
     for name, layer in model.named_modules():
@@ -132,8 +136,27 @@ def fold(cfg, model):
         raise InputError(
             f"The model is not one of the config ({found}): give the config that it was built from."
         )
+    _carry_eps(model, stock, state)
     stock.load_state_dict(state, strict=False)
     return stock_cfg, stock.eval()
+
+
+def _carry_eps(model, stock, state):
+    """Puts what norms have in another eps than those of the stock model into their scale."""
+    for name, layer in stock.named_modules():
+        eps = getattr(model.get_submodule(name), "eps", None)
+        if eps == getattr(layer, "eps", None):
+            continue
+        if f"{name}.running_var" not in state:
+            raise InputError(
+                f"{name} has eps {eps:g}, where detectron2 has {layer.eps:g}, and measures each "
+                "image, so that no constant makes up for it: such a model runs with this package "
+                "only."
+            )
+        var = state[f"{name}.running_var"].double()
+        scale = ((var + layer.eps) / (var + eps)).sqrt()
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = (weight * scale).to(weight.dtype)
 
 
 def fold_weights(cfg, output):

@@ -1,5 +1,6 @@
 """A folded model is detectron2's own, and detects what the Kalman model does."""
 
+import copy
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ from kn_detectron import InputError, KalmanNorm2d
 from kn_detectron.checkpoint import KNCheckpointer, fold, fold_weights
 from kn_detectron.checkpoint.folding import stock_config
 
-from ..models import images, rcnn_cfg
+from ..models import build_rcnn, images, rcnn_cfg
 from .deployed import assert_same_detections, c4_cfg, detect, fpn_cfg, pictures, trained
 
 CONFIGS = {
@@ -182,6 +183,23 @@ def test_folded_model_is_frozen_in_training(name, models):
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("name", ["c4", "fpn"])
+def test_another_eps_is_carried(name, models):
+    cfg, model = models[name]
+    model = copy.deepcopy(model)
+    for i, norm in enumerate(m for m in model.modules() if hasattr(m, "eps")):
+        norm.eps = (1e-3, 1e-6)[i % 2]
+    with torch.no_grad():
+        expected = model.backbone(images())
+        differing = models[name][1].backbone(images())
+        found = fold(cfg, model)[1].backbone(images())
+    for level, feature in expected.items():
+        scale = feature.abs().max()
+        torch.testing.assert_close(found[level] / scale, feature / scale, rtol=0, atol=1e-5)
+        assert (differing[level] - feature).abs().max() > 1e-3 * scale
+    assert_same_detections(detect(model, pictures()), detect(fold(cfg, model)[1], pictures()))
+
+
 # Refusing what cannot be folded.
 
 
@@ -225,6 +243,14 @@ def test_layer_without_running_statistics(models):
     with pytest.raises(InputError, match=r"^backbone.res3.0.conv2.norm has no running statistics"):
         fold(cfg, model)
     norm.track_running_stats = True
+
+
+def test_group_norm_with_another_eps():
+    cfg = fpn_cfg(MODEL__FPN__NORM="GN", MODEL__FPN__OUT_CHANNELS=32)
+    model = build_rcnn(cfg).eval()
+    model.backbone.fpn_lateral2.norm.eps = 1e-3
+    with pytest.raises(InputError, match="^backbone.fpn_lateral2.norm has eps 0.001, .* 1e-05"):
+        fold(cfg, model)
 
 
 def test_model_of_another_config(models):
