@@ -107,15 +107,14 @@ def draw_curves(output_dir: str, path: str) -> None:
 def draw_gains(output_dir: str, model: nn.Module, path: str) -> None:
     """Draws what each layer trusts: its gain, and how far its measurements are from its prior.
 
+    The gain is the one in effect, as annealing has scaled it.
+
     Args:
         output_dir: of the run, with the innovations in its ``metrics.json``.
         model: after the run.
         path: of the picture.
     """
-    layers = kalman_layers(model)
-    gains = {
-        name: torch.sigmoid(layer.gain_logit.detach()).item() for name, layer in layers.items()
-    }
+    gains = {name: layer.gain.item() for name, layer in kalman_layers(model).items()}
     latest = {}
     for entry in read_metrics(output_dir):
         latest.update(entry)

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from kn_detectron.engine.pictures import draw_curves, draw_gains, read_metrics
+from kn_detectron.layers import set_gain_scale
 
 from ..models import build_backbone, resnet_cfg
 
@@ -55,3 +56,17 @@ def test_draw_gains_shows_every_layer(tmp_path):
     draw_gains(str(tmp_path), backbone, str(tmp_path / "b.png"))
     a, b = drawn(tmp_path / "a.png"), drawn(tmp_path / "b.png")
     assert a.shape != b.shape or (a != b).any()
+
+
+def test_draw_gains_draws_the_gain_in_effect(tmp_path):
+    write_metrics(tmp_path, [{"iteration": 0}])
+    pictures = []
+    for gain, scale in ((0.4, 0.0), (0.0, 1.0), (0.4, 1.0)):
+        learned = dict(MODEL__KN__GAIN=gain, MODEL__KN__LEARN_GAIN=gain > 0)
+        backbone = build_backbone(resnet_cfg("KN", **learned))
+        set_gain_scale(backbone, scale)
+        draw_gains(str(tmp_path), backbone, str(tmp_path / "gains.png"))
+        pictures.append(drawn(tmp_path / "gains.png"))
+    annealed, same, other = pictures
+    assert annealed.shape == same.shape and (annealed == same).all()
+    assert annealed.shape != other.shape or (annealed != other).any()
