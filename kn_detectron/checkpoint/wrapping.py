@@ -66,7 +66,7 @@ def unwrapped_content(content: Dict, path: str) -> Tuple[Any, Dict]:
             "%s has the weights %s beside %s: they are not used.", path, ", ".join(others), key
         )
     scalars = [name for name, value in state.items() if isinstance(value, _SCALARS)]
-    if scalars:
+    if scalars and any(map(is_numeric, state.values())):
         _logger.info(
             "%s has entries that are no tensors beside its weights: %s.",
             path,
