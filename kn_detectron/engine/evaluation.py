@@ -6,11 +6,18 @@ import os
 
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOeval, COCOeval_opt
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.logger import create_small_table
 
 from ..checkpoint.files import atomic_write
+from ..errors import InputError
 
-__all__ = ["FullCOCOEvaluator", "build_coco_evaluator", "write_results"]
+__all__ = [
+    "FullCOCOEvaluator",
+    "build_coco_evaluator",
+    "check_test_augmentation",
+    "write_results",
+]
 
 _PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _RECALLS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -39,15 +46,35 @@ class FullCOCOEvaluator(COCOEvaluator):
         return results
 
 
-def build_coco_evaluator(cfg, dataset_name):
+def check_test_augmentation(cfg):
+    """Checks that detectron2 can do what TEST.AUG.ENABLED asks for.
+
+    Raises:
+        InputError: it is True, and the model is none that detectron2 can augment the images of.
+    """
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    reason = None
+    if not issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), GeneralizedRCNN):
+        reason = f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}"
+    elif cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
+        reason = f"MODEL.{'KEYPOINT_ON' if cfg.MODEL.KEYPOINT_ON else 'LOAD_PROPOSALS'} True"
+    if reason:
+        raise InputError(
+            f"TEST.AUG.ENABLED is True, which detectron2 cannot do with {reason}: set it to False."
+        )
+
+
+def build_coco_evaluator(cfg, dataset_name, folder="inference"):
     """Builds the evaluator of a dataset for what the config's model predicts.
 
     Args:
         cfg (CfgNode): detectron2's config.
         dataset_name (str): a registered dataset in COCO's format.
+        folder (str): where in OUTPUT_DIR the results go.
 
     Returns:
-        FullCOCOEvaluator: it writes the detections to OUTPUT_DIR/inference/<dataset>.
+        FullCOCOEvaluator: it writes the detections to OUTPUT_DIR/<folder>/<dataset>.
     """
     tasks = ["bbox"]
     if cfg.MODEL.MASK_ON:
@@ -57,7 +84,7 @@ def build_coco_evaluator(cfg, dataset_name):
     return FullCOCOEvaluator(
         dataset_name,
         tuple(tasks),
-        output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+        output_dir=os.path.join(cfg.OUTPUT_DIR, folder, dataset_name),
         # Without the compiled extension both names are the same class.
         use_fast_impl=COCOeval_opt is not COCOeval,
     )

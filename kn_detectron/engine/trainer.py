@@ -12,6 +12,7 @@ from detectron2.engine import (
     create_ddp_model,
     hooks,
 )
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.file_io import PathManager
@@ -26,7 +27,7 @@ from ..data import (
     first_sentence,
 )
 from ..errors import InputError
-from .evaluation import build_coco_evaluator, write_results
+from .evaluation import build_coco_evaluator, check_test_augmentation, write_results
 from .hooks import (
     AverageRunningStatistics,
     GainAnneal,
@@ -35,6 +36,7 @@ from .hooks import (
     SeedStep,
     average_running_statistics,
 )
+from .resuming import optimizer_settings, plain, report_changes, set_optimizer_settings
 from .stopping import StopOnSignal, Stopped
 
 __all__ = ["Trainer"]
@@ -50,7 +52,8 @@ class Trainer(DefaultTrainer):
 
     A run that was interrupted and resumed computes what an uninterrupted one computes, to the bit
     on a CPU: the checkpoint holds the optimizer, the schedule, the loss scaler and the seed, from
-    which the order and augmentation of the images and all sampling within a step follow.
+    which the order and augmentation of the images and all sampling within a step follow. Resumed with
+    another config, it has what that says from there on, and the log says what has changed.
 
     Running statistics are averaged over the ranks before they are evaluated or saved. A signal
     stops the run when its step is saved; see :class:`StopOnSignal`. An image that cannot be used
@@ -68,6 +71,7 @@ class Trainer(DefaultTrainer):
         # Not DefaultTrainer's own: its checkpointer writes in place, and its data-parallel model
         # is for GPUs only.
         TrainerBase.__init__(self)
+        check_test_augmentation(cfg)
         for name in ("detectron2", "kn_detectron"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):  # nobody has set up logging
                 setup_logger(name=name)
@@ -232,12 +236,19 @@ class Trainer(DefaultTrainer):
             return None
         try:
             with self._stop.at_once():
-                self._last_eval_results = self.test(self.cfg, self.model)
+                self._last_eval_results = self.test(self._evaluation_config(), self.model)
         except (InputError, Stopped):
             if self.iter < self.max_iter:  # after the last step all is saved
                 self._save()
             raise
         return self._last_eval_results
+
+    def _evaluation_config(self):
+        """The config, where augmentation, which takes many times longer, is left to the end."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.TEST.AUG.ENABLED = cfg.TEST.AUG.ENABLED and self.iter >= self.max_iter
+        return cfg
 
     def state_dict(self):
         """What a checkpoint has to hold beside the model."""
@@ -245,14 +256,16 @@ class Trainer(DefaultTrainer):
         state = TrainerBase.state_dict(self)
         state["_trainer"] = self._trainer.state_dict()
         state["seed"] = self.seed
+        state["config"] = plain(self.cfg)
         return state
 
     def load_state_dict(self, state_dict):
-        """Restores :meth:`state_dict`.
+        """Restores :meth:`state_dict`, with the settings of the config.
 
         Raises:
             InputError: the state is that of another optimizer, as with another config.
         """
+        settings = optimizer_settings(self._trainer.optimizer)
         try:
             TrainerBase.load_state_dict(self, state_dict)
             self._trainer.load_state_dict(state_dict["_trainer"])
@@ -263,6 +276,9 @@ class Trainer(DefaultTrainer):
                 "resume with the config and the detectron2 it was started with, or give the "
                 "checkpoint as MODEL.WEIGHTS of a new run."
             ) from error
+        set_optimizer_settings(self._trainer.optimizer, self.scheduler, settings)
+        if "config" in state_dict:  # older checkpoints have none
+            report_changes(state_dict["config"], plain(self.cfg), self.iter + 1)
         if self.cfg.SEED not in (-1, self.seed):
             _logger.warning(
                 "The resumed run has seed %d, and keeps it instead of SEED %d.",
@@ -286,23 +302,39 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
+    def build_evaluator(cls, cfg, dataset_name, folder="inference"):
         """Builds the COCO evaluator of a test dataset."""
-        return build_coco_evaluator(cfg, dataset_name)
+        return build_coco_evaluator(cfg, dataset_name, folder)
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
         """Evaluates on DATASETS.TEST and writes OUTPUT_DIR/inference/results.json.
 
+        With TEST.AUG.ENABLED it evaluates a second time with detectron2's test-time augmentation,
+        whose results have the suffix "_TTA" and whose detections go to OUTPUT_DIR/inference_TTA.
+
         See ``DefaultTrainer.test`` for arguments and result.
         """
+        check_test_augmentation(cfg)
         try:
             results = super().test(cfg, model, evaluators)
+            if cfg.TEST.AUG.ENABLED:
+                results.update(cls._test_with_augmentation(cfg, model, evaluators))
         except InputError as error:
             raise InputError(first_sentence(error)) from error
         if comm.is_main_process():
             write_results(cfg, results)
         return results
+
+    @classmethod
+    def _test_with_augmentation(cls, cfg, model, evaluators):
+        _logger.info("Evaluating with test-time augmentation.")
+        if evaluators is None:
+            evaluators = [
+                cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST
+            ]
+        results = super().test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{task}_TTA": numbers for task, numbers in results.items()}
 
 
 class _AgreedBatches:

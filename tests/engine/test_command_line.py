@@ -138,6 +138,39 @@ def test_evaluation_gives_twelve_numbers_each(command, plain, tmp_path):
     assert results == json.loads((plain[0] / "inference/results.json").read_text())
 
 
+def test_augmentation_at_test_time(command, plain, tmp_path):
+    run = tmp_path / "run"
+    detections = "shapes_val/coco_instances_results.json"
+    options = ["OUTPUT_DIR", run, "MODEL.WEIGHTS", plain[0] / "model_final.pth"]
+    augmented = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64, 80)"]
+    status, _, err = command("--eval-only", *options, *augmented)
+    assert status == 0, err
+    results = json.loads((run / "inference/results.json").read_text())
+    assert set(results) == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    plainly = json.loads((plain[0] / "inference/results.json").read_text())
+    assert {task: results[task] for task in plainly} == plainly
+    found, former = (
+        {tuple(f["bbox"]) for f in json.loads((run / folder / detections).read_text())}
+        for folder in ("inference_TTA", "inference")
+    )
+    assert found and former and not found & former
+
+
+def test_augmentation_ends_a_training(datasets, tmp_path):
+    options = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,), "TEST.EVAL_PERIOD", 1]
+    trainer, _ = tiny.trainer(tiny.config(tmp_path, *options, "SOLVER.MAX_ITER", 2))
+    assert set(trainer.train()) == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    assert (tmp_path / "metrics.json").read_text().count("bbox_TTA/AP50") == 1
+
+
+def test_augmentation_that_detectron2_cannot_do_is_refused(command, tmp_path):
+    options = ["OUTPUT_DIR", tmp_path / "run", "TEST.AUG.ENABLED", "True"]
+    result = command(*options, "MODEL.META_ARCHITECTURE", "RetinaNet")
+    _assert_one_sentence(result, "TEST.AUG.ENABLED is True", "MODEL.META_ARCHITECTURE RetinaNet")
+    result = command(*options, "MODEL.LOAD_PROPOSALS", "True")
+    _assert_one_sentence(result, "TEST.AUG.ENABLED is True", "MODEL.LOAD_PROPOSALS True")
+
+
 def test_evaluation_of_a_model_that_finds_nothing(command, plain, tmp_path):
     weights = plain[0] / "model_final.pth"
     options = ["OUTPUT_DIR", tmp_path / "run", "MODEL.WEIGHTS", weights]

@@ -1,0 +1,93 @@
+"""What a resumed run takes from its config where that is another one than before.
+
+The state of an optimizer and of a schedule holds settings beside what was learned, and loading it
+would bring back those of before. What the config says is put in force, and what it cannot decide
+any more is said.
+"""
+
+import logging
+from typing import Any, Dict, Iterator, List, Tuple
+
+import yaml
+from detectron2.config import CfgNode
+from torch.optim import Optimizer
+
+__all__ = ["optimizer_settings", "plain", "report_changes", "set_optimizer_settings"]
+
+_logger = logging.getLogger(__name__)
+
+# What the checkpoint decides.
+_NOT_IN_FORCE = {
+    "MODEL.KN.GAIN": "the gains are those of the checkpoint",
+    "MODEL.WEIGHTS": "the weights are those of the checkpoint",
+}
+# The trainer speaks of the seed itself, since the config may leave it to chance; a folder may move.
+_UNREPORTED = ("SEED", "OUTPUT_DIR")
+
+
+def plain(cfg: CfgNode) -> Dict[str, Any]:
+    """A config as plain containers, for a checkpoint."""
+    return yaml.safe_load(cfg.dump())
+
+
+def report_changes(before: Dict[str, Any], now: Dict[str, Any], iteration: int) -> None:
+    """Logs which keys of the config differ, with both values, and whether they are in force.
+
+    Args:
+        before: the config that the checkpoint was written with, by :func:`plain`.
+        now: that of the resumed run.
+        iteration: with which it goes on.
+    """
+    changed = dict(_changes(before, now))
+    in_force = [
+        f"{key} {new!r} (before: {old!r})"
+        for key, (old, new) in changed.items()
+        if key not in _NOT_IN_FORCE and key not in _UNREPORTED
+    ]
+    if in_force:
+        _logger.info(
+            "From iteration %d on other settings are in force: %s.", iteration, ", ".join(in_force)
+        )
+    for key, reason in _NOT_IN_FORCE.items():
+        if key in changed:
+            old, new = changed[key]
+            _logger.warning(
+                "%s %r is not in force in the resumed run, which began with %r: %s.",
+                key,
+                new,
+                old,
+                reason,
+            )
+
+
+def _changes(before, now, prefix: str = "") -> Iterator[Tuple[str, Tuple[Any, Any]]]:
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield prefix + key, (old, new)
+
+
+def optimizer_settings(optimizer: Optimizer) -> List[Dict[str, Any]]:
+    """The settings of each group of parameters: learning rate, momentum, weight decay, ..."""
+    return [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def set_optimizer_settings(optimizer: Optimizer, scheduler, settings: List[Dict[str, Any]]) -> None:
+    """Puts the settings of a new optimizer in force in one whose state was loaded.
+
+    Args:
+        optimizer: it keeps its momentum.
+        scheduler (LRMultiplier): of the optimizer, where the run goes on. The learning rate becomes
+            that of its multiplier there, times the initial one of the settings.
+        settings: of :func:`optimizer_settings`, after the scheduler had been built.
+    """
+    for group, setting in zip(optimizer.param_groups, settings):
+        group.update(setting)
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, lr in zip(optimizer.param_groups, scheduler.get_lr()):
+        group["lr"] = lr
