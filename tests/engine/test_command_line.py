@@ -10,6 +10,7 @@ import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from kn_detectron import InputError
 from kn_detectron.engine.command_line import argument_parser, load_config, run
 
 from . import tiny
@@ -163,12 +164,20 @@ def test_augmentation_ends_a_training(datasets, tmp_path):
     assert (tmp_path / "metrics.json").read_text().count("bbox_TTA/AP50") == 1
 
 
-def test_augmentation_that_detectron2_cannot_do_is_refused(command, tmp_path):
-    options = ["OUTPUT_DIR", tmp_path / "run", "TEST.AUG.ENABLED", "True"]
-    result = command(*options, "MODEL.META_ARCHITECTURE", "RetinaNet")
-    _assert_one_sentence(result, "TEST.AUG.ENABLED is True", "MODEL.META_ARCHITECTURE RetinaNet")
-    result = command(*options, "MODEL.LOAD_PROPOSALS", "True")
-    _assert_one_sentence(result, "TEST.AUG.ENABLED is True", "MODEL.LOAD_PROPOSALS True")
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("MODEL.META_ARCHITECTURE", "RetinaNet"),
+        ("MODEL.KEYPOINT_ON", True),
+        ("MODEL.LOAD_PROPOSALS", True),
+    ],
+)
+def test_augmentation_that_detectron2_cannot_do_is_refused(datasets, tmp_path, key, value):
+    cfg = tiny.config(tmp_path, "TEST.AUG.ENABLED", True, key, value)
+    with pytest.raises(InputError, match=f"TEST.AUG.ENABLED is True, .* with {key} {value}"):
+        tiny.Trainer(cfg)
+    with pytest.raises(InputError, match="TEST.AUG.ENABLED is True"):
+        tiny.Trainer.test(cfg, None)
 
 
 def test_evaluation_of_a_model_that_finds_nothing(command, plain, tmp_path):
