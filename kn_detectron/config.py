@@ -13,14 +13,16 @@ PREDICTIONS = ("closed_form", "monte_carlo")
 
 
 def add_kn_config(cfg: CN) -> None:
-    """Adds the node ``MODEL.KN`` with its defaults to a detectron2 config.
+    """Adds the node ``MODEL.KN`` and ``DATASETS.CLASS_NAMES``, with defaults, to a detectron2 config.
 
-    They apply to MODEL.RESNETS.NORM "KN" and "GKN" in the backbones ``build_kn_resnet_backbone``
+    The former's apply to MODEL.RESNETS.NORM "KN" and "GKN" in the backbones ``build_kn_resnet_backbone``
     and ``build_kn_resnet_fpn_backbone`` and in the heads ``KNRes5ROIHeads``. Calling it again
     leaves values that are already there alone.
     """
     if "KN" in cfg.MODEL:
         return
+    # What the classes are called, in their order. A run with --dataset notes it in its config.yaml.
+    cfg.DATASETS.CLASS_NAMES = []
     cfg.MODEL.KN = kn = CN()
     # "network": the belief goes through the layer's own normalisation, the chain starts at the
     # image. "paper": Eq. 7 as the authors released it, the chain starts behind the first conv.

@@ -16,13 +16,16 @@ from kn_detectron.engine.command_line import read_config, run
 
 from detectron2.utils.logger import setup_logger  # isort: skip  # made importable by kn_detectron
 
+_NAMES = """
+    predictor.metadata.thing_classes = {names}"""
+
 _USE = """
 With detectron2 alone, in its folder:
     tools/train_net.py --eval-only --config-file {config}{device}
 In Python:
     cfg = detectron2.config.get_cfg()
     cfg.merge_from_file("{config}")
-    predictor = detectron2.engine.DefaultPredictor(cfg)
+    predictor = detectron2.engine.DefaultPredictor(cfg){names}
 Where the two files have been moved, set MODEL.WEIGHTS to where the weights are now.
 """
 
@@ -51,10 +54,12 @@ def main():
     )
     args = parser.parse_intermixed_args()
     setup_logger(name="kn_detectron")
-    weights, config = fold_weights(read_config(args), args.output)
+    cfg = read_config(args)
+    weights, config = fold_weights(cfg, args.output)
     device = "" if torch.cuda.is_available() else " MODEL.DEVICE cpu"
     print(f"{weights} and {config} are written.")
-    print(_USE.format(config=config, device=device).rstrip())
+    names = _NAMES.format(names=cfg.DATASETS.CLASS_NAMES) if cfg.DATASETS.CLASS_NAMES else ""
+    print(_USE.format(config=config, device=device, names=names).rstrip())
 
 
 if __name__ == "__main__":

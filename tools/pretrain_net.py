@@ -15,12 +15,12 @@ from kn_detectron.checkpoint import KNCheckpointer
 from kn_detectron.engine.command_line import (
     argument_parser,
     launch_ranks,
-    make_output_dir,
     merge_options,
     read_config,
     run,
     set_up,
 )
+from kn_detectron.engine.output_dir import make_output_dir
 from kn_detectron.pretraining import (
     ClassificationTrainer,
     add_pretraining_config,
@@ -63,7 +63,7 @@ def load_config(args):
     )
     merge_options(cfg, args.opts)
     cfg.freeze()
-    make_output_dir(cfg)
+    make_output_dir(cfg, args)
     return cfg
 
 

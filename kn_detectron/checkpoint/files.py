@@ -1,6 +1,7 @@
 """Files that are whole or not there, and files of others on this machine."""
 
 import contextlib
+import errno
 import glob
 import os
 
@@ -8,9 +9,19 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError
 
-__all__ = ["atomic_write", "explained_write_errors", "fetch", "remove_partial_files"]
+__all__ = [
+    "atomic_write",
+    "explained_full_disk",
+    "explained_write_errors",
+    "fetch",
+    "is_full_disk",
+    "remove_partial_files",
+]
 
 _PARTIAL = ".partial"
+
+# No room, no quota, no larger files, and a disk that became read-only after a fault.
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -67,6 +78,32 @@ def explained_write_errors(path, advice):
         if not isinstance(cause, OSError):
             raise
         raise InputError(f"{path} cannot be written ({cause.strerror}): {advice}") from error
+
+
+def is_full_disk(error):
+    """Whether an exception is that of a disk that takes no more."""
+    return isinstance(error, OSError) and error.errno in _FULL_DISK
+
+
+@contextlib.contextmanager
+def explained_full_disk(folder):
+    """Makes one sentence of a disk that takes no more, whoever writes to it.
+
+    Args:
+        folder (str): where the writing goes, to be named.
+
+    Raises:
+        InputError: the disk takes no more. Other errors are not touched.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        raise InputError(
+            f"{folder} cannot be written to ({error.strerror}): make room, then run the same "
+            "command with --resume to go on from the last checkpoint."
+        ) from error
 
 
 def fetch(path):

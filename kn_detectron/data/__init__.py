@@ -3,6 +3,7 @@
 from .coco_folder import register_coco_folder
 from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import CheckedMapper, first_sentence
+from .named_folders import register_named_folders
 from .register import prepare_dataset, register_shapes, register_shapes_lazily
 from .requirements import check_requirements
 from .shapes import (
@@ -36,6 +37,7 @@ __all__ = [
     "generate_shapes",
     "prepare_dataset",
     "register_coco_folder",
+    "register_named_folders",
     "register_shapes",
     "register_shapes_lazily",
     "shapes_paths",

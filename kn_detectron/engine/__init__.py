@@ -9,6 +9,7 @@ from .hooks import (
     SeedStep,
     average_running_statistics,
 )
+from .run_config import load_run
 from .stopping import StopOnSignal, Stopped
 from .trainer import Trainer
 
@@ -23,4 +24,5 @@ __all__ = [
     "Stopped",
     "Trainer",
     "average_running_statistics",
+    "load_run",
 ]

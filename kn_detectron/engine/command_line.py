@@ -16,20 +16,23 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from ..checkpoint.files import explained_full_disk
 from ..config import add_kn_config, check_config
 from ..data import (
     check_datasets,
     check_requirements,
     register_coco_folder,
+    register_named_folders,
     use_checked_datasets,
 )
 from ..errors import InputError
+from .output_dir import make_output_dir
+from .stopping import STOPPING_SIGNALS, signals_to_take_over
 
 __all__ = [
     "argument_parser",
     "launch_ranks",
     "load_config",
-    "make_output_dir",
     "merge_options",
     "read_config",
     "run",
@@ -69,11 +72,12 @@ def load_config(args):
     if args.dataset:
         train, val = register_coco_folder(args.dataset)
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train,), (val,)
+    register_named_folders(cfg)
     keys = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     for key in keys:
         if not cfg.DATASETS[key]:
             raise InputError(f"DATASETS.{key} is empty: name at least one dataset.")
-    make_output_dir(cfg)
+    make_output_dir(cfg, args)
     # For what the checks have to say; the processes of the run go on with the same file.
     setup_logger(cfg.OUTPUT_DIR, args.machine_rank * args.num_gpus, name="kn_detectron")
     truths = check_datasets(cfg, keys)
@@ -87,6 +91,7 @@ def load_config(args):
 def _fit_to_folder(cfg, truths):
     """Sets what the annotations of a folder decide."""
     num_classes = len(truths[0].classes)
+    cfg.DATASETS.CLASS_NAMES = list(truths[0].classes)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
     if any(truth.has_encoded_masks for truth in truths):
         cfg.INPUT.MASK_FORMAT = "bitmask"
@@ -116,21 +121,6 @@ def read_config(args, *extensions):
     _choose_device(cfg, args.opts)
     check_config(cfg)
     return cfg
-
-
-def make_output_dir(cfg):
-    """Creates OUTPUT_DIR.
-
-    Raises:
-        InputError: it cannot be created.
-    """
-    try:
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be created ({error.strerror}): "
-            "give a folder that can be written to."
-        ) from error
 
 
 def _merge_file(cfg, path):
@@ -207,13 +197,17 @@ def set_up(cfg, args):
         cfg (CfgNode): of :func:`load_config`.
         args (argparse.Namespace): of :func:`argument_parser`.
     """
-    if args.dataset:
-        register_coco_folder(args.dataset)
+    register_named_folders(cfg)
     use_checked_datasets(cfg)
     default_setup(cfg, args)
     logger = setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="kn_detectron")
     if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():
         logger.info("No GPU is found: the CPU is used, in full precision.")
+
+
+def _on_rank(main, cfg, args):
+    with explained_full_disk(f"OUTPUT_DIR {cfg.OUTPUT_DIR}"):
+        main(cfg, args)
 
 
 def launch_ranks(main, cfg, args):
@@ -228,7 +222,7 @@ def launch_ranks(main, cfg, args):
         InputError: also one that was raised in any of the processes.
     """
     if args.num_gpus * args.num_machines <= 1:
-        main(cfg, args)
+        _on_rank(main, cfg, args)
         return
     if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
         raise InputError(
@@ -243,12 +237,12 @@ def launch_ranks(main, cfg, args):
     try:
         with _signals_left_to_children():
             launch(
-                main,
+                _on_rank,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(cfg, args),
+                args=(main, cfg, args),
             )
     except ProcessRaisedException as error:
         found = re.search(rf"^{InputError.__module__}\.InputError: (.+)$", str(error), re.MULTILINE)
@@ -256,7 +250,7 @@ def launch_ranks(main, cfg, args):
             raise InputError(found[1]) from None
         raise
     except ProcessExitedException as error:
-        if error.exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if error.exit_code in {128 + signum for signum in STOPPING_SIGNALS}:
             raise SystemExit(error.exit_code) from None  # stopped, and said so
         raise
 
@@ -269,10 +263,10 @@ def _signals_left_to_children():
         for child in multiprocessing.active_children():
             child.terminate()
 
-    # A terminal sends Ctrl-C to the children by itself.
+    # A terminal sends Ctrl-C, and that it is closed, to the children by itself.
     former = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda signum, frame: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
+        signum: signal.signal(signum, forward if signum == signal.SIGTERM else lambda *_: None)
+        for signum in signals_to_take_over()
     }
     try:
         yield

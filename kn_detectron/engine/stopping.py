@@ -9,9 +9,27 @@ import threading
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-__all__ = ["StopOnSignal", "Stopped"]
+__all__ = ["STOPPING_SIGNALS", "StopOnSignal", "Stopped", "signals_to_take_over"]
 
 _logger = logging.getLogger(__name__)
+
+# Ctrl-C, kill and batch systems, and, where there is such a thing, a terminal that is closed.
+STOPPING_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
+
+def signals_to_take_over():
+    """STOPPING_SIGNALS but for SIGHUP where it is ignored: under nohup a run is to go on.
+
+    Returns:
+        list[signal.Signals]
+    """
+    return [
+        signum
+        for signum in STOPPING_SIGNALS
+        if signum.name != "SIGHUP" or signal.getsignal(signum) != signal.SIG_IGN
+    ]
 
 
 class Stopped(SystemExit):
@@ -19,15 +37,13 @@ class Stopped(SystemExit):
 
 
 class StopOnSignal(HookBase):
-    """Ends the training on SIGINT (Ctrl-C) or SIGTERM when the step is done and saved.
+    """Ends the training on SIGINT (Ctrl-C), SIGTERM or SIGHUP when the step is done and saved.
 
     The trainer's ``save_checkpoint()`` writes the checkpoint; then :class:`Stopped` leaves the
     loop. If any rank got a signal, all of them stop after the same step. A second signal does
     what it would without this hook. To be placed after the hooks that change the model, and
     before evaluation.
     """
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
         self.requested = None  # the signal that this process got, or None
@@ -39,7 +55,7 @@ class StopOnSignal(HookBase):
         """Takes over the signals."""
         if threading.current_thread() is threading.main_thread():  # no other one may
             self._process = os.getpid()
-            self._former = {s: signal.signal(s, self._on_signal) for s in self._SIGNALS}
+            self._former = {s: signal.signal(s, self._on_signal) for s in signals_to_take_over()}
 
     def after_train(self):
         """Gives the signals back."""
@@ -63,7 +79,10 @@ class StopOnSignal(HookBase):
             raise Stopped(128 + signum)
         # Not through logging: the signal may have come in the middle of a line of it.
         name = signal.Signals(signum).name
-        os.write(2, f"Got {name}: stopping after this step; once more stops at once.\n".encode())
+        with contextlib.suppress(OSError):  # there may be no terminal any more
+            os.write(
+                2, f"Got {name}: stopping after this step; once more stops at once.\n".encode()
+            )
 
     def stop(self, signum=None):
         """Says how to go on.

@@ -20,6 +20,7 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
 from ..checkpoint import KNCheckpointer
+from ..checkpoint.files import is_full_disk
 from ..data import (
     build_test_loader,
     build_train_loader,
@@ -378,7 +379,8 @@ def _without_tracebacks_of_input_errors():
     """Keeps detectron2 from logging a traceback of an exception that is reported in a sentence."""
 
     def is_worth_it(record):
-        return not (record.exc_info and isinstance(record.exc_info[1], expected))
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, expected) or is_full_disk(error))
 
     expected = (InputError, FloatingPointError)
     logger = logging.getLogger("detectron2.engine.train_loop")

@@ -9,8 +9,12 @@ import pytest
 import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultPredictor
 
 from kn_detectron import InputError
+from kn_detectron.checkpoint import fold_weights
+from kn_detectron.data import register_named_folders
+from kn_detectron.engine import load_run
 from kn_detectron.engine.command_line import argument_parser, load_config, run
 
 from . import tiny
@@ -232,6 +236,14 @@ def test_training_writes_progress_curves_and_gains(plain):
     assert list(plain[0].glob("events.out.tfevents.*"))
 
 
+def _forget(folder):
+    """Takes the datasets of a folder out of detectron2's catalogs, as for another process."""
+    for name in list(DatasetCatalog.list()):
+        if name.startswith(str(folder)):
+            DatasetCatalog.pop(name)
+            MetadataCatalog.pop(name)
+
+
 @pytest.fixture
 def own_data(datasets, tmp_path):
     """A folder of one's own data: the shapes without stars and rings."""
@@ -243,10 +255,7 @@ def own_data(datasets, tmp_path):
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] <= 3]
         path.write_text(json.dumps(content))
     yield folder
-    for name in list(DatasetCatalog.list()):
-        if name.startswith(str(folder)):
-            DatasetCatalog.pop(name)
-            MetadataCatalog.pop(name)
+    _forget(folder)
 
 
 def test_fine_tuning_on_a_folder(command, plain, own_data, tmp_path):
@@ -262,6 +271,48 @@ def test_fine_tuning_on_a_folder(command, plain, own_data, tmp_path):
     status, out, err = command("--dataset", own_data, *options)
     assert status == 0, err
     assert results == json.loads((run / "inference/results.json").read_text())
+
+
+def test_the_config_that_a_run_wrote_is_enough(command, own_data, tmp_path):
+    run, classes = tmp_path / "run", ["circle", "square", "triangle"]
+    options = ["OUTPUT_DIR", run, "SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "1"]
+    assert command("--dataset", own_data, *options)[0] == 0
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    results = json.loads((run / "inference/results.json").read_text())
+
+    _forget(own_data)
+    status, _, err = command("--eval-only", "--resume", config=run / "config.yaml")
+    assert status == 0, err
+    assert json.loads((run / "inference/results.json").read_text()) == results
+    assert yaml.safe_load((run / "config.yaml").read_text()) == written
+
+    _forget(own_data)
+    (run / "last_checkpoint").write_text("model_0000000.pth")
+    status, out, err = command("--resume", config=run / "config.yaml")
+    assert status == 0 and "Starting training from iteration 1" in out, err
+    assert json.loads((run / "inference/results.json").read_text()) == results
+
+    # In another script, from another folder, on a machine without the data.
+    _forget(own_data)
+    shutil.rmtree(own_data)
+    run = run.rename(tmp_path / "moved")
+    cfg = load_run(run)
+    predictor = DefaultPredictor(cfg)
+    assert predictor.metadata.thing_classes == classes
+    state = tiny.read(run / "model_final.pth")["model"]
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.equal(predictor.model.state_dict()[name], state[name])
+    assert fold_weights(cfg, str(tmp_path / "folded"))[0] == str(tmp_path / "folded.pth")
+
+
+def test_names_of_classes_are_for_unregistered_folders_only(own_data, tmp_path):
+    cfg = tiny.config(tmp_path)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), (str(own_data / "val"), "shapes_val")
+    cfg.DATASETS.CLASS_NAMES = ["a", "b", "c"]
+    shapes = list(MetadataCatalog.get("shapes_val").thing_classes)
+    register_named_folders(cfg)
+    assert MetadataCatalog.get(str(own_data / "val")).thing_classes == ["a", "b", "c"]
+    assert MetadataCatalog.get("shapes_val").thing_classes == shapes
 
 
 def _change(folder, change, splits=("train", "val")):

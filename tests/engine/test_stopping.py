@@ -39,7 +39,24 @@ def test_undisturbed_run_gives_the_signals_back():
     assert all(step[0] == step[1] not in handlers for step in within) and len(within) == 2
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def hangups():
+    """SIGHUP as in a terminal, whatever the tests run under."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
+
+
+def test_a_run_under_nohup_goes_on(tmp_path, hangups):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    loop = Loop(StopOnSignal(), folder=tmp_path, in_step=_send(signal.SIGHUP, at=1))
+    loop.train(0, 3)
+    assert loop.steps == [0, 1, 2]
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("hangups")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_finishes_the_step_and_saves(tmp_path, signum, kn_log, child_handler):
     handlers = _handlers()
     loop = Loop(StopOnSignal(), folder=tmp_path, in_step=_send(signum, at=2))

@@ -25,7 +25,7 @@ def run(*arguments, cwd):
 @pytest.fixture
 def folder(tmp_path):
     """A folder with a checkpoint and its config."""
-    cfg = c4_cfg()
+    cfg = c4_cfg(DATASETS__CLASS_NAMES=["dog", "horse"])
     KNCheckpointer(randomize(build_rcnn(cfg)), str(tmp_path)).save("trained")
     (tmp_path / "trained.yaml").write_text(cfg.dump())
     return tmp_path
@@ -43,6 +43,7 @@ def test_writes_both_files_and_says_how_to_use_them(folder):
     assert yaml.safe_load(config.read_text())["MODEL"]["WEIGHTS"] == str(weights)
     assert f"tools/train_net.py --eval-only --config-file {config}" in result.stdout
     assert f'cfg.merge_from_file("{config}")' in result.stdout
+    assert "predictor.metadata.thing_classes = ['dog', 'horse']" in result.stdout
 
 
 def test_says_what_is_wrong_in_a_sentence(folder):

@@ -1,0 +1,65 @@
+"""The folder that a run writes to: that it can be written to, and that no other run does."""
+
+import os
+import tempfile
+
+from ..errors import InputError
+
+__all__ = ["make_output_dir"]
+
+# Of the folders that this process has claimed: their descriptors hold the locks until it ends.
+_claimed = {}
+
+
+def make_output_dir(cfg, args):
+    """Creates OUTPUT_DIR, tries to write there, and keeps it from other runs.
+
+    Two runs in one folder would replace each other's checkpoints and mix their logs. The lock is on
+    the folder itself, and ends with this process, whatever ends that.
+
+    Args:
+        cfg (CfgNode): detectron2's config.
+        args (argparse.Namespace): of :func:`~.command_line.argument_parser`. The machines of one
+            run may share the folder: the first one claims it.
+
+    Raises:
+        InputError: it cannot be created or written to, or another run has it.
+    """
+    folder = cfg.OUTPUT_DIR
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"OUTPUT_DIR {folder} cannot be created ({error.strerror}): give a folder that can be "
+            "written to."
+        ) from error
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"some bytes")
+    except OSError as error:
+        raise InputError(
+            f"OUTPUT_DIR {folder} cannot be written to ({error.strerror}): give a folder that can, "
+            "on a disk with room."
+        ) from error
+    if args.machine_rank == 0 and os.name == "posix":  # elsewhere a folder cannot be opened
+        _claim(folder)
+
+
+def _claim(folder):
+    import fcntl
+
+    path = os.path.realpath(folder)
+    if path in _claimed:
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(
+            f"OUTPUT_DIR {folder} is in use by another run: wait for its end, or give another "
+            "OUTPUT_DIR."
+        ) from error
+    except OSError:
+        pass  # some network file systems have no locks for folders
+    _claimed[path] = descriptor
