@@ -1,9 +1,13 @@
-"""Datasets and loaders: importing this registers `shapes_train` and `shapes_val`."""
+"""Datasets and loaders.
+
+Importing this registers `shapes_train` and `shapes_val`, and has detectron2 read 16-bit images.
+"""
 
 from .coco_folder import register_coco_folder
 from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import CheckedMapper, first_sentence
 from .named_folders import register_named_folders
+from .pixels import as_eight_bits, scale_deep_images
 from .register import prepare_dataset, register_shapes, register_shapes_lazily
 from .requirements import check_requirements
 from .shapes import (
@@ -24,6 +28,7 @@ __all__ = [
     "ShapesSpec",
     "SingleShapesSpec",
     "TrainLoader",
+    "as_eight_bits",
     "build_test_loader",
     "build_train_loader",
     "check_dataset",
@@ -45,3 +50,4 @@ __all__ = [
 ]
 
 register_shapes_lazily()
+scale_deep_images()

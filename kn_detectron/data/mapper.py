@@ -1,8 +1,7 @@
 """A dataset mapper that names the image it cannot use."""
 
-from detectron2.data import detection_utils
-
 from ..errors import InputError
+from .image_files import fault_of_image
 
 __all__ = ["CheckedMapper", "first_sentence"]
 
@@ -44,29 +43,8 @@ class CheckedMapper:
 
     @staticmethod
     def _fault_of_image(dataset_dict):
-        name = dataset_dict["file_name"]
-        try:
-            image = detection_utils.read_image(name)
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
-            if isinstance(error, FileNotFoundError):
-                reason = "no such file"
-            else:
-                reason = f"{error}".replace("\n", " ") or type(error).__name__
-            return (
-                f"Image {name} of the dataset cannot be read ({reason}): expected an intact image "
-                "file, replace it or remove it from the annotations."
-            )
-        found = image.shape[1], image.shape[0]
-        expected = dataset_dict.get("width", found[0]), dataset_dict.get("height", found[1])
-        if found != expected:
-            return (
-                f"Image {name} of the dataset is {found[0]} x {found[1]} pixels, but its "
-                f"annotation says {expected[0]} x {expected[1]}: replace the image or correct the "
-                "annotation."
-            )
-        return None
+        size = dataset_dict.get("width"), dataset_dict.get("height")
+        return fault_of_image(dataset_dict["file_name"], None if None in size else size)
 
     def _fault_of_masks(self, dataset_dict):
         wants_polygons = (

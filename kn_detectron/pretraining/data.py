@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from ..data import TrainLoader
+from ..data import TrainLoader, as_eight_bits
 from ..errors import InputError
 from .config import micro_batch
 
@@ -98,7 +98,7 @@ class _ImageMapper:
         path = sample["file_name"]
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
+                image = as_eight_bits(file).convert("RGB")
         except MemoryError:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others

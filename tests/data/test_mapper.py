@@ -86,6 +86,18 @@ def test_image_of_another_size(cfg, record):
     assert "80 x 60 pixels, but its annotation says 81 x 60" in _sentence(mapper, dataset_dict)
 
 
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_image_that_its_exif_orientation_turns(cfg, record, orientation):
+    path, dataset_dict = record(".jpg")
+    image = Image.open(path)
+    exif = image.getexif()
+    exif[274] = orientation
+    image.save(path, exif=exif)
+    sentence = _sentence(CheckedMapper(DatasetMapper(cfg, is_train=False)), dataset_dict)
+    assert f"EXIF orientation {orientation} has it turned to 60 x 80" in sentence
+    assert "stored as 80 x 60" in sentence
+
+
 def test_masks_that_do_not_fit_the_format(cfg):
     cfg.INPUT.MASK_FORMAT = "polygon"
     mapper = CheckedMapper(DatasetMapper(cfg, is_train=True))

@@ -10,6 +10,7 @@ import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
+from PIL import Image
 
 from kn_detectron import InputError
 from kn_detectron.checkpoint import fold_weights
@@ -191,6 +192,15 @@ def test_evaluation_of_a_model_that_finds_nothing(command, plain, tmp_path):
     assert status == 0
     results = json.loads((tmp_path / "run/inference/results.json").read_text())
     assert results == {task: dict.fromkeys(_TWELVE, 0.0) for task in ("bbox", "segm")}
+
+
+def test_images_to_evaluate_on_are_opened_before_the_training(command, own_data, tmp_path):
+    path = sorted((own_data / "val").iterdir())[-1]
+    with Image.open(path) as image:
+        image.resize((image.width, image.height + 1)).save(path)
+    result = command("--dataset", own_data, "OUTPUT_DIR", tmp_path / "run")
+    _assert_one_sentence(result, f"Image {path} .* but its annotation says")
+    assert "GeneralizedRCNN" not in result[1]
 
 
 def test_evaluation_names_a_broken_image(command, plain, datasets, tmp_path):

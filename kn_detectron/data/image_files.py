@@ -1,0 +1,86 @@
+"""What is wrong with an image file, in one sentence."""
+
+import os
+
+from detectron2.data import detection_utils
+from detectron2.utils.file_io import PathManager
+from PIL import ExifTags, Image
+
+from ..errors import InputError
+from .pixels import check_mode
+
+__all__ = ["check_headers", "fault_of_image"]
+
+_ORIENTATION = ExifTags.Base.Orientation
+
+
+def check_headers(records, image_root):
+    """Opens images, without decoding them, and compares their sizes with the annotated ones.
+
+    Args:
+        records (Iterable[dict]): the images of an annotation file.
+        image_root (str): their folder.
+
+    Raises:
+        InputError: naming the first one that a run could not use.
+    """
+    for record in records:
+        path = os.path.join(image_root, record["file_name"])
+        fault = fault_of_image(path, (record["width"], record["height"]), decode=False)
+        if fault:
+            raise InputError(fault)
+
+
+def fault_of_image(path, annotated_size=None, decode=True):
+    """Tells why an image cannot be used.
+
+    Args:
+        path (str): of the file.
+        annotated_size (tuple[int, int] or None): width and height that it is to have, if any.
+        decode (bool): whether all of it is read, and not only where it begins.
+
+    Returns:
+        str or None: a sentence, or None for an image that can be used.
+    """
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            check_mode(image)
+            stored, orientation = image.size, _orientation_of(image)
+        if decode:
+            detection_utils.read_image(path, "RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
+        if isinstance(error, FileNotFoundError):
+            reason = "no such file"
+        else:
+            reason = f"{error}".replace("\n", " ") or type(error).__name__
+        return (
+            f"Image {path} of the dataset cannot be read ({reason}): expected an intact image "
+            "file, replace it or remove it from the annotations."
+        )
+    # detectron2 turns an image as its EXIF orientation says; from 5 on its sides change places.
+    seen = stored[::-1] if orientation >= 5 else stored
+    if annotated_size in (None, seen):
+        return None
+    wanted, there, turned = (f"{w} x {h}" for w, h in (annotated_size, stored, seen))
+    if wanted == there:
+        return (
+            f"Image {path} of the dataset is stored as {there} pixels, as its annotation says, but "
+            f"its EXIF orientation {orientation} has it turned to {turned}: remove that tag, or "
+            "annotate the turned image."
+        )
+    return (
+        f"Image {path} of the dataset is {turned} pixels, but its annotation says {wanted}: replace "
+        "the image or correct the annotation."
+    )
+
+
+def _orientation_of(image):
+    # Pillow would decode a whole PNG to look for a tag at its end.
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a damaged tag is none, for detectron2 as well
+        return 1

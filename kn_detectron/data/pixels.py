@@ -1,0 +1,67 @@
+"""Images of more than 8 bits, which Pillow's conversion to colours would turn white or black."""
+
+import functools
+
+import numpy as np
+from detectron2.data import detection_utils
+from PIL import Image
+
+__all__ = ["as_eight_bits", "check_mode", "scale_deep_images"]
+
+
+def as_eight_bits(image):
+    """Scales 16-bit greys to 8 bits, 65535 to 255; other images are returned as they are.
+
+    Pillow cuts values off at 255 when it converts them to RGB. Colours of 16 bits it scales by
+    itself when it opens them.
+
+    Args:
+        image (PIL.Image.Image): opened, in any mode.
+
+    Returns:
+        PIL.Image.Image
+
+    Raises:
+        ValueError: the pixels are 32-bit numbers, of which nobody knows what is white.
+    """
+    check_mode(image)
+    if not _is_16_bits(image):
+        return image
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def check_mode(image):
+    """Checks that an image can become one of 8 bits, without decoding it.
+
+    Args:
+        image (PIL.Image.Image): opened.
+
+    Raises:
+        ValueError: see :func:`as_eight_bits`.
+    """
+    if image.mode in ("I", "F") and not _is_16_bits(image):
+        kind = "whole" if image.mode == "I" else "floating point"
+        raise ValueError(
+            f"its pixels are {kind} numbers of 32 bits, whose white is unknown; convert them to 8 "
+            "or 16 bits"
+        )
+
+
+def _is_16_bits(image):
+    # Pillow before 11 opens greys of 16 bits in a PNG as numbers of 32 bits.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+
+
+def scale_deep_images():
+    """Has detectron2's ``read_image`` scale what it converts, wherever it is called from.
+
+    Without a format it returns pixels as they are stored, which may be labels: still so.
+    """
+    convert = detection_utils.convert_PIL_to_numpy
+
+    @functools.wraps(convert)
+    def scale_and_convert(image, format):
+        return convert(image if format is None else as_eight_bits(image), format)
+
+    detection_utils.convert_PIL_to_numpy = scale_and_convert

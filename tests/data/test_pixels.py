@@ -1,0 +1,88 @@
+"""Images of more than 8 bits per channel."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetMapper, detection_utils
+from PIL import Image
+
+from kn_detectron.data import CheckedMapper
+from kn_detectron.errors import InputError
+
+_GREY = np.random.default_rng(0).integers(0, 256, (48, 64), dtype=np.uint8)
+
+
+def _save(path, pixels):
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def _sixteen_bits(folder, kind):
+    deep = _GREY.astype(np.uint16) * 257
+    if kind != "big-endian.tiff":
+        return _save(folder / f"16.{kind}", deep)
+    path = folder / "16.tiff"  # Pillow reads such files but writes none
+    path.write_bytes(_big_endian_tiff(deep))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "big-endian.tiff"])
+@pytest.mark.parametrize("format", ["BGR", "RGB", "L"])
+def test_16_bits_are_scaled_to_8(tmp_path, kind, format):
+    expected = detection_utils.read_image(_save(tmp_path / "8.png", _GREY), format)
+    assert expected.std() > 50
+    found = detection_utils.read_image(_sixteen_bits(tmp_path, kind), format)
+    assert (found == expected).all()
+
+
+def _big_endian_tiff(pixels):
+    """An uncompressed TIFF with one strip, by hand."""
+    height, width = pixels.shape
+    entries = [
+        (256, 3, 1, width << 16),
+        (257, 3, 1, height << 16),
+        (258, 3, 1, 16 << 16),
+        (259, 3, 1, 1 << 16),
+        (262, 3, 1, 1 << 16),
+        (273, 4, 1, 8 + 2 + 12 * 8 + 4),
+        (278, 3, 1, height << 16),
+        (279, 4, 1, pixels.nbytes),
+    ]
+    words = b"".join(
+        tag.to_bytes(2, "big")
+        + kind.to_bytes(2, "big")
+        + count.to_bytes(4, "big")
+        + value.to_bytes(4, "big")
+        for tag, kind, count, value in entries
+    )
+    head = b"MM\0*" + (8).to_bytes(4, "big") + len(entries).to_bytes(2, "big")
+    return head + words + bytes(4) + pixels.astype(">u2").tobytes()
+
+
+def test_values_between_are_rounded(tmp_path):
+    values = np.arange(0, 65536, 13, dtype=np.uint16).reshape(1, -1)
+    found = detection_utils.read_image(_save(tmp_path / "a.png", values), "L")[..., 0]
+    assert (found == np.round(values / 257)).all()
+
+
+def test_without_a_format_nothing_is_scaled(tmp_path):
+    labels = np.arange(600, dtype=np.uint16).reshape(20, 30)
+    assert (detection_utils.read_image(_save(tmp_path / "a.png", labels)) == labels).all()
+
+
+@pytest.mark.parametrize("dtype, kind", [("f4", "floating point"), ("i4", "whole")])
+def test_32_bits_are_refused_by_name(cfg, tmp_path, dtype, kind):
+    path = _save(tmp_path / "deep.tiff", _GREY.astype(dtype))
+    mapper = CheckedMapper(DatasetMapper(cfg, is_train=True))
+    with pytest.raises(InputError, match=f"{path} .*{kind} numbers of 32 bits.* convert") as caught:
+        mapper(dict(file_name=path, width=64, height=48, image_id=1, annotations=[]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_gets_the_same_pixels(cfg, tmp_path):
+    mapper = CheckedMapper(DatasetMapper(cfg, is_train=False))
+    images = [
+        mapper(dict(file_name=_save(tmp_path / name, pixels), width=64, height=48))["image"]
+        for name, pixels in (("8.png", _GREY), ("16.png", _GREY.astype(np.uint16) * 257))
+    ]
+    assert torch.equal(*images)
