@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import io
+import logging
 import multiprocessing
 import os
 import re
@@ -80,6 +82,7 @@ def load_config(args):
     make_output_dir(cfg, args)
     # For what the checks have to say; the processes of the run go on with the same file.
     setup_logger(cfg.OUTPUT_DIR, args.machine_rank * args.num_gpus, name="kn_detectron")
+    _escape_what_the_locale_lacks()
     truths = check_datasets(cfg, keys)
     if args.dataset:
         _fit_to_folder(cfg, [truths[key][name] for key in keys for name in cfg.DATASETS[key]])
@@ -201,6 +204,7 @@ def set_up(cfg, args):
     use_checked_datasets(cfg)
     default_setup(cfg, args)
     logger = setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="kn_detectron")
+    _escape_what_the_locale_lacks()
     if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():
         logger.info("No GPU is found: the CPU is used, in full precision.")
 
@@ -208,6 +212,14 @@ def set_up(cfg, args):
 def _on_rank(main, cfg, args):
     with explained_full_disk(f"OUTPUT_DIR {cfg.OUTPUT_DIR}"):
         main(cfg, args)
+
+
+def _escape_what_the_locale_lacks():
+    """Has the logs escape characters that they cannot encode, as in names of categories."""
+    loggers = map(logging.getLogger, ("detectron2", "fvcore", "kn_detectron"))
+    for handler in (handler for logger in loggers for handler in logger.handlers):
+        if isinstance(getattr(handler, "stream", None), io.TextIOWrapper):
+            handler.stream.reconfigure(errors="backslashreplace")
 
 
 def launch_ranks(main, cfg, args):

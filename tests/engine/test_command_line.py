@@ -372,6 +372,31 @@ def test_annotations_are_mended_for_training_and_evaluation(command, own_data, t
     assert results == json.loads((run / "inference/results.json").read_text())
 
 
+def test_names_that_the_locale_cannot_write(own_data, datasets, tmp_path, monkeypatch):
+    """In a process of its own, for Python asks for the locale when it starts."""
+
+    def change(content):
+        content["categories"][0]["name"] = "Kr\u00e4henf\u00fc\u00dfe"
+
+    _change(own_data, change)
+    for path in (own_data / "annotations").iterdir():
+        path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False), "utf-8")
+    for key, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    config, run = tiny.write_config(tmp_path / "tiny.yaml"), tmp_path / "run"
+    flags = ["--config", config, "--dataset", own_data]
+    options = ["OUTPUT_DIR", run, "SOLVER.MAX_ITER", 1]
+    process = tiny.start_train_net(*flags, *options, datasets=datasets)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "Logging error" not in output and "Traceback" not in output
+    for log in (output, (run / "log.txt").read_text("ascii")):
+        assert r"Kr\xe4henf\xfc\xdfe" in log
+    results = json.loads((run / "inference/results.json").read_text())
+    assert "AP-Kr\u00e4henf\u00fc\u00dfe" in results["bbox"]
+
+
 @pytest.mark.parametrize("num_classes", ["4", "6"])
 @pytest.mark.parametrize("flags", [[], ["--eval-only"]])
 def test_number_of_classes_is_that_of_the_annotations(command, tmp_path, num_classes, flags):
