@@ -30,6 +30,12 @@ class FullCOCOEvaluator(COCOEvaluator):
     reports no detections as "not a number", where COCO's precision and recall are 0.
     """
 
+    def __init__(self, *args, **kwargs):
+        """See ``COCOEvaluator``."""
+        super().__init__(*args, **kwargs)
+        # pycocotools 2.0.9 and 2.0.10 fail without it, which is after the training.
+        self._coco_api.dataset.setdefault("info", {})
+
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         if iou_type not in ("bbox", "segm"):
             return super()._derive_coco_results(coco_eval, iou_type, class_names)

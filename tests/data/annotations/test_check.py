@@ -13,6 +13,7 @@ from pycocotools import mask as mask_util
 from kn_detectron.data import check_dataset
 from kn_detectron.data.annotations import Uses
 from kn_detectron.data.annotations.run_lengths import fault_of_run_lengths
+from kn_detectron.engine.evaluation import FullCOCOEvaluator
 from kn_detectron.errors import InputError
 
 from ..scoring import score_of_truth
@@ -427,6 +428,13 @@ def test_encodings(tiny, tmp_path, kn_log, encoding):
     check_dataset("tiny", tmp_path / "run")
     assert "its text is utf-" in kn_log.text
     assert score_of_truth("tiny") == pytest.approx((100, 100))
+
+
+def test_evaluation_needs_no_info(tiny):
+    """Some versions of pycocotools do, and this one may be another."""
+    assert "info" not in json.loads(tiny.json_file.read_text())
+    evaluator = FullCOCOEvaluator("tiny", ("bbox",), False, use_fast_impl=False)
+    assert evaluator._coco_api.dataset["info"] == {}
 
 
 def test_text_ids_of_images_stay_what_they_are(tiny, tmp_path, kn_log):
