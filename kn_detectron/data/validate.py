@@ -18,7 +18,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..checkpoint.files import atomic_write
+from ..checkpoint.files import atomic_write, explained_write_errors
 from ..errors import InputError
 from .annotations import Uses, check_annotations
 from .image_files import check_headers
@@ -92,10 +92,11 @@ def check_dataset(name, output_dir, uses=Uses(), open_images=False):
     mended = _path_of_mended(output_dir, name, json_file)
     if report.is_mended:
         _check_loader(name, report)
-        os.makedirs(os.path.dirname(mended), exist_ok=True)
-        with atomic_write(mended) as file:
-            # Without other characters than ASCII, whatever the locale of the reader is.
-            file.write(json.dumps(content).encode("ascii"))
+        with explained_write_errors(mended, "give an OUTPUT_DIR on a disk with room."):
+            os.makedirs(os.path.dirname(mended), exist_ok=True)
+            with atomic_write(mended) as file:
+                # Without other characters than ASCII, whatever the locale of the reader is.
+                file.write(json.dumps(content).encode("ascii"))
         _logger.warning("%s is left as it is: %s is used instead.", json_file, mended)
     elif os.path.exists(mended):
         os.unlink(mended)
@@ -117,18 +118,18 @@ def use_checked_datasets(cfg, keys=("TRAIN", "TEST")):
             _use(name, used, _stamp(json_file, uses_of(cfg)))
 
 
-def check_datasets_once(cfg):
+def check_datasets_once(cfg, keys=("TRAIN", "TEST")):
     """Checks what no process of the run has checked yet; to be called by all ranks.
 
     One rank of each machine does it. Names that are not registered are left to the loaders.
 
     Args:
-        cfg (CfgNode): detectron2's config.
+        cfg, keys: as for :func:`check_datasets`.
 
     Raises:
         InputError: a dataset cannot be used; on all ranks.
     """
-    names = [name for key in ("TRAIN", "TEST") for name in cfg.DATASETS[key]]
+    names = [name for key in keys for name in cfg.DATASETS[key]]
     if not all(name in DatasetCatalog.list() for name in names):
         return
     if all(comm.all_gather(all(_is_checked(name, uses_of(cfg)) for name in names))):
@@ -136,12 +137,12 @@ def check_datasets_once(cfg):
     fault = None
     if comm.all_gather(socket.gethostname()).index(socket.gethostname()) == comm.get_rank():
         try:
-            check_requirements(cfg, check_datasets(cfg))
+            check_requirements(cfg, check_datasets(cfg, keys))
         except InputError as error:
             fault = str(error)
     for fault in filter(None, comm.all_gather(fault)):
         raise InputError(fault)
-    use_checked_datasets(cfg)
+    use_checked_datasets(cfg, keys)
 
 
 def _check_name(name):

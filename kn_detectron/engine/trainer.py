@@ -288,9 +288,9 @@ class Trainer(DefaultTrainer):
             )
 
     @classmethod
-    def check_datasets(cls, cfg):
+    def check_datasets(cls, cfg, keys=("TRAIN", "TEST")):
         """Checks the datasets of the config, unless :func:`load_config` has done so."""
-        check_datasets_once(cfg)
+        check_datasets_once(cfg, keys)
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -317,6 +317,7 @@ class Trainer(DefaultTrainer):
         See ``DefaultTrainer.test`` for arguments and result.
         """
         check_test_augmentation(cfg)
+        cls.check_datasets(cfg, ("TEST",))
         try:
             results = super().test(cfg, model, evaluators)
             if cfg.TEST.AUG.ENABLED:

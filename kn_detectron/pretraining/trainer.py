@@ -60,7 +60,7 @@ class ClassificationTrainer(Trainer):
         return super().build_model(cfg)
 
     @classmethod
-    def check_datasets(cls, cfg):
+    def check_datasets(cls, cfg, keys=()):
         """There are none: the images come from the folder PRETRAINING.DATA."""
 
     @classmethod
