@@ -93,12 +93,17 @@ def _check_num_classes(cfg, truths):
     if node is None:
         return
     wanted = cfg.MODEL[node].NUM_CLASSES
-    for truth in _all(truths).values():
-        if len(truth.classes) != wanted:
+    known = _all(truths)
+    for name in (name for key in truths for name in cfg.DATASETS[key]):
+        if name in known:
+            subject, classes = known[name].json_file, known[name].classes
+        else:  # in another format: as it is registered, if it says so
+            subject, classes = f"dataset {name}", MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and len(classes) != wanted:
             raise InputError(
-                f"MODEL.{node}.NUM_CLASSES is {wanted}, but {truth.json_file} has "
-                f"{len(truth.classes)} categories: give MODEL.{node}.NUM_CLASSES "
-                f"{len(truth.classes)}, or annotations with {wanted} categories."
+                f"MODEL.{node}.NUM_CLASSES is {wanted}, but {subject} has {len(classes)} "
+                f"categories: give MODEL.{node}.NUM_CLASSES {len(classes)}, or annotations with "
+                f"{wanted} categories."
             )
 
 

@@ -100,6 +100,20 @@ def test_keypoints(kn_log):
         _check("MODEL.KEYPOINT_ON", True)
 
 
+def test_number_of_classes_of_a_dataset_in_another_format():
+    DatasetCatalog.register("needs_other", list)
+    try:
+        cfg = get_cfg()
+        cfg.DATASETS.TRAIN = ("needs_other",)
+        check_requirements(cfg, {"TRAIN": {}})  # it does not say which classes it has
+        MetadataCatalog.get("needs_other").thing_classes = ["a", "b", "c"]
+        with pytest.raises(InputError, match="is 80, but dataset needs_other has 3 categories"):
+            check_requirements(cfg, {"TRAIN": {}})
+    finally:
+        DatasetCatalog.pop("needs_other")
+        MetadataCatalog.pop("needs_other")
+
+
 def test_classes_of_another_registration():
     MetadataCatalog.get("needs_val").set(thing_classes=["a", "b"])
     with pytest.raises(InputError, match="the categories cat, dog, but .* with a, b"):

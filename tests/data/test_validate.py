@@ -117,6 +117,11 @@ def test_other_json(coco):
     assert "has an empty list images" in _refused()
 
 
+def test_json_that_is_nested_without_end(coco):
+    coco[0].write_text("[" * 200_000)
+    assert "nested too deeply" in _refused()
+
+
 def test_image_list_of_a_test_set_needs_no_annotations(coco):
     json_file = coco[0].with_name("image_info_tiny.json")
     json_file.write_text(coco[0].read_text())
@@ -141,6 +146,20 @@ def test_images_that_are_half_there(coco):
         (coco[1] / name).unlink()
     sentence = _refused()
     assert "lacks 2 of the 3 images" in sentence and "the first is 1.jpg" in sentence
+
+
+@pytest.mark.parametrize(
+    "file_name, advice",
+    [
+        ("a\\nothing.jpg", "write / for"),
+        ("images/0.jpg", "write file_name without the folder, 0.jpg"),
+        ("nothing.jpg", "copy the rest"),
+    ],
+)
+def test_why_an_image_is_not_found(coco, file_name, advice):
+    _change(coco[0], lambda content: content["images"][0].update(file_name=file_name))
+    sentence = _refused()
+    assert f"the first is {file_name}" in sentence and advice in sentence
 
 
 def test_images_in_subfolders(coco):
