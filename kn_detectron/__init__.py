@@ -1,12 +1,13 @@
 """Kalman Normalization for detectron2."""
 
-from .compat import prepare_detectron2
+from .compat import prepare_detectron2, without_notices
 
 # Before anything of detectron2 is imported, here or by a module of this package.
 prepare_detectron2()
 
 # Registers datasets, released weights, backbones and heads.
-from . import data, model_zoo, modeling  # noqa: E402
+with without_notices():
+    from . import data, model_zoo, modeling  # noqa: E402
 from .config import add_kn_config, check_config  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .layers import Belief, GroupKalmanNorm2d, KalmanNorm2d  # noqa: E402

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["prepare_detectron2"]
+__all__ = ["NOTICES", "prepare_detectron2", "without_notices"]
 
 # Names that NumPy 1.24 and Pillow 10 removed, what they stood for, and where detectron2 uses them:
 # in the same files in all its releases, 0.1 to 0.6. The others are not read at every import.
@@ -42,6 +42,15 @@ _PILLOW_ALIASES = {"LINEAR": ("BILINEAR", ("data/transforms/transform.py",))}
 # The layers that import the compiled extension, of which newer ones do without it by themselves.
 _COMPILED_LAYERS = tuple(
     f"layers/{name}.py" for name in ("deform_conv", "roi_align_rotated", "rotated_boxes")
+)
+
+# What torch says about code of detectron2 and fvcore, which nobody who uses kn_detectron can change:
+# how the warning begins, and the module that it names, as regular expressions.
+NOTICES = (
+    (r"`torch\.jit\.script` is ", r"torch\.jit\."),
+    (r"torch\.meshgrid", r"torch\.functional"),
+    (r"Creating a tensor from a list of numpy\.ndarrays", r"detectron2\.structures\.boxes"),
+    (r"The given NumPy array is not writable", r"detectron2\.data\.detection_utils"),
 )
 
 # torch forgets an operator together with the Library that defined it, so this one is kept.
@@ -80,12 +89,21 @@ def prepare_detectron2():
 
     # The importing modules keep their stand-ins. Nobody else is to find them: whoever asks
     # whether the real module is there (detectron2's own environment report does) gets the truth.
-    with _importable(stand_ins):
+    with _importable(stand_ins), without_notices():
         if "detectron2._C" in stand_ins:
             importlib.import_module("detectron2.layers")
             importlib.import_module("detectron2.evaluation")
         if "pkg_resources" in stand_ins:
             importlib.import_module("detectron2.model_zoo")
+
+
+@contextlib.contextmanager
+def without_notices():
+    """Keeps back :data:`NOTICES` within the context, and nothing else."""
+    with warnings.catch_warnings():
+        for message, module in NOTICES:
+            warnings.filterwarnings("ignore", message, module=module)
+        yield
 
 
 def _uses(root, files, pattern):

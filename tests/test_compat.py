@@ -320,6 +320,28 @@ def test_installed_detectron2_imports_before_and_after(tmp_path):
         check(code, path, tmp_path)
 
 
+def test_importing_says_nothing(tmp_path):
+    code = """
+        import sys, warnings
+        import kn_detectron
+        import kn_detectron.checkpoint, kn_detectron.engine.command_line, kn_detectron.pretraining
+        print("imported", file=sys.stderr)
+        notice = "`torch.jit.script` is deprecated", FutureWarning, "script.py", 1
+        warnings.warn_explicit(*notice, module="torch.jit._script")  # as for any other use of it
+    """
+    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (0, "")
+    imported, notice = result.stderr.splitlines()
+    assert imported == "imported" and "`torch.jit.script` is deprecated" in notice
+
+
 @pytest.fixture
 def dataset(tmp_path):
     """Two images; each has an object given as polygon, one as RLE, and a crowd region."""

@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..checkpoint.files import explained_full_disk
+from ..compat import without_notices
 from ..config import add_kn_config, check_config
 from ..data import (
     check_datasets,
@@ -297,7 +298,8 @@ def run(command):
         int: the exit status.
     """
     try:
-        command()
+        with without_notices():
+            command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,8 @@ from kn_detectron.layers import kalman_layers, set_gain_scale
 from ..models import build_backbone, build_rcnn, images, rcnn_cfg, resnet_cfg
 from .networks import scenes, trained_batch_norm
 
+pytestmark = pytest.mark.trains
+
 
 def calibrated(gain=0.1, **options):
     """The trained network with calibrated KN."""

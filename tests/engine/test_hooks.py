@@ -15,6 +15,8 @@ from kn_detectron.layers import Belief, kalman_layers, set_gain_scale
 from ..models import build_backbone, images, randomize, resnet_cfg
 from .loop import CHANNELS, Images, Loop
 
+pytestmark = pytest.mark.trains
+
 
 def _annealed(start, end, first=0, scale=1.0):
     """The gains of the steps of a run of 10 that is entered at `first`."""

@@ -2,13 +2,16 @@
 
 import copy
 import os
+import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.utils import comm
 from torch import nn
 
 from kn_detectron import InputError, KalmanNorm2d
@@ -18,12 +21,17 @@ from kn_detectron.engine import (
     StopOnSignal,
     Stopped,
     average_running_statistics,
+    command_line,
 )
 from kn_detectron.engine.trainer import _AgreedBatches
 
 from ..models import build_backbone, randomize, resnet_cfg
 from ..ranks import two_ranks
+from . import tiny
 from .loop import Loop
+
+pytestmark = pytest.mark.trains
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there the ranks need GPUs")
 
 
 def _on_rank(rank, folder):
@@ -127,3 +135,91 @@ def _fails_together(rank):
 def test_two_processes(tmp_path):
     mp.spawn(_on_rank, args=(str(tmp_path),), nprocs=2)
     assert (tmp_path / "passed0").exists() and (tmp_path / "passed1").exists()
+
+
+def _train(cfg, resume=False):
+    """The losses of this rank's run, and the results of its evaluation."""
+    trainer, losses = tiny.trainer(cfg, resume=resume)
+    results = trainer.train()
+    weights = [None, None]
+    dist.all_gather_object(weights, trainer.model.module.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    return losses.of, results
+
+
+def _resumes(rank, folder, datasets):
+    whole, resumed = Path(folder, "whole"), Path(folder, "resumed")
+    with two_ranks(rank, folder), tiny.shapes(datasets):
+        losses, results = _train(tiny.config(whole))
+        if rank == 0:
+            resumed.mkdir()
+            shutil.copy(whole / "model_0000002.pth", resumed)
+            (resumed / "last_checkpoint").write_text("model_0000002.pth")
+        dist.barrier()
+        resumed_losses, resumed_results = _train(tiny.config(resumed), resume=True)
+        assert resumed_losses == {step: losses[step] for step in (3, 4, 5)}
+        # The first rank evaluates and writes for both.
+        assert bool(losses[0]) == bool(results) == bool(resumed_results) == (rank == 0)
+        if rank == 0:
+            tiny.assert_same_state(resumed / "model_final.pth", whole / "model_final.pth")
+            one, other = (f / "inference" / "results.json" for f in (whole, resumed))
+            assert one.read_text() == other.read_text()
+
+
+def test_a_resumed_run_of_two_processes_is_bit_equal(datasets, tmp_path):
+    mp.spawn(_resumes, args=(str(tmp_path), datasets), nprocs=2)
+    assert tiny.read(tmp_path / "resumed" / "model_final.pth")["iteration"] == 5
+
+
+def _launch_on_cpu(main, num_gpus, num_machines, machine_rank, dist_url, args):
+    mp.spawn(_join, args=(main, *args), nprocs=num_gpus)
+
+
+def _join(rank, main, folder, args):
+    with two_ranks(rank, folder):
+        main(folder, args)
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """Calls a function in two processes as the commands do."""
+    if not hasattr(comm, "create_local_process_group"):
+        # An old detectron2 launches for GPUs only: what stands in for it has the same processes.
+        monkeypatch.setattr(comm, "create_local_process_group", None, raising=False)
+        monkeypatch.setattr(command_line, "launch", _launch_on_cpu)
+    args = SimpleNamespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
+    return lambda main: command_line.launch_ranks(main, str(tmp_path), args)
+
+
+def _write_rank(folder, args):
+    Path(folder, f"{comm.get_rank()} of {comm.get_world_size()}").touch()
+
+
+def _fail(folder, args):
+    if comm.get_rank() == 1:
+        raise InputError("The image is broken.")
+    dist.barrier()  # waits in vain
+
+
+def _stop(folder, args):
+    raise Stopped(128 + signal.SIGTERM)
+
+
+@on_cpu
+def test_launch_ranks_runs_all_of_them(launch, tmp_path):
+    launch(_write_rank)
+    assert {path.name for path in tmp_path.glob("* of *")} == {"0 of 2", "1 of 2"}
+
+
+@on_cpu
+def test_launch_ranks_gives_the_sentence_of_the_one_that_fails(launch):
+    with pytest.raises(InputError, match=r"^The image is broken\.$"):
+        launch(_fail)
+
+
+@on_cpu
+def test_launch_ranks_ends_as_the_stopped_ones_do(launch):
+    with pytest.raises(SystemExit) as stopped:
+        launch(_stop)
+    assert stopped.value.code == 128 + signal.SIGTERM

@@ -11,6 +11,8 @@ from kn_detectron import InputError
 
 from . import tiny
 
+pytestmark = pytest.mark.trains
+
 # An evaluation and PreciseBN in between must not leave a trace either.
 _BUSY = ("SEED", -1, "TEST.EVAL_PERIOD", 2)
 _BUSY += ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1)

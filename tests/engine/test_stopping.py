@@ -10,6 +10,8 @@ from kn_detectron.engine import StopOnSignal, Stopped
 from . import tiny
 from .loop import Loop
 
+pytestmark = pytest.mark.trains
+
 
 def _send(*signals, at):
     def in_step(iteration):

@@ -16,6 +16,8 @@ from kn_detectron.pretraining.norms import BatchRenorm2d
 from ..models import randomize, rcnn_cfg
 from .conftest import config
 
+pytestmark = pytest.mark.trains
+
 
 def _batch(count=8, size=64):
     return {

@@ -18,6 +18,8 @@ from ..engine.tiny import assert_same_state, read
 from ..models import resnet_cfg
 from .conftest import config
 
+pytestmark = pytest.mark.trains
+
 
 def _trainer(cfg, resume=False):
     seed_all_rng(cfg.SEED)  # as the command line does

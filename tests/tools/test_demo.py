@@ -3,9 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from kn_detectron.data import ShapesSpec, generate_shapes
+
+pytestmark = pytest.mark.trains
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ("predictions.png", "curves.png", "gains.png")
@@ -24,6 +27,7 @@ def test_demo_trains_evaluates_draws_and_does_nothing_twice(tmp_path):
     options = ("SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)", "DATALOADER.NUM_WORKERS", "0")
     first = run_demo(tmp_path, *options)
     assert first.returncode == 0, first.stderr
+    assert "Warning" not in first.stderr
     *_, last = first.stdout.strip().splitlines()
     assert last.startswith("box AP ") and ", mask AP " in last
     for name in PICTURES:

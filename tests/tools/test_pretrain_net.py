@@ -14,6 +14,8 @@ from kn_detectron.engine.command_line import run
 from ..engine.conftest import fresh_logs  # noqa: F401
 from ..pretraining.conftest import folder, write_images  # noqa: F401
 
+pytestmark = pytest.mark.trains
+
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain_net.py"
 
 DETECTOR = {

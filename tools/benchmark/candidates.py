@@ -72,7 +72,7 @@ def _autocast(group: Group, device: torch.device):
         device.type, dtype=getattr(torch, group.dtype) if half else None, enabled=half
     ):
         # Old versions of torch warn and go on in float32.
-        if half and device.type == "cpu" and not torch.is_autocast_cpu_enabled():
+        if half and device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             raise NotRun(f"autocast to {group.dtype} is not to be had on a CPU with this torch")
         yield
 
