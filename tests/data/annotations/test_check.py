@@ -422,6 +422,28 @@ def test_sound_annotations_are_used_as_they_are(tiny, tmp_path, kn_log):
     assert (truth.most_objects, truth.fullest_image) == (2, "1.png")
 
 
+def test_run_lengths_in_a_list_are_as_good_as_in_a_text(tiny, tmp_path, kn_log):
+    content = sound_content()
+    # Column by column: 20 columns and 6 pixels before the mask, 14 columns of 20 in it.
+    runs = [20 * HEIGHT + 6, *[20, HEIGHT - 20] * 13, 20, 6 * HEIGHT + 4]
+    content["annotations"][1]["segmentation"]["counts"] = runs
+    tiny.write(content)
+    truth = check_dataset("tiny", tmp_path / "run")
+    assert not kn_log.records and truth.has_encoded_masks
+    assert score_of_truth("tiny") == pytest.approx((100, 100))
+
+
+def test_a_loader_that_would_not_read_the_mended_file(tiny, tmp_path):
+    DatasetCatalog.pop("tiny")
+    DatasetCatalog.register("tiny", lambda: [])
+    check_dataset("tiny", tmp_path / "run")  # nothing is to be mended
+    content = sound_content()
+    of_object(0, iscrowd=...)(content)
+    tiny.write(content)
+    with pytest.raises(InputError, match="iscrowd is missing .* loaded by a function of its own"):
+        check_dataset("tiny", tmp_path / "run")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_encodings(tiny, tmp_path, kn_log, encoding):
     tiny.json_file.write_text(json.dumps(sound_content()), encoding=encoding)
