@@ -113,9 +113,13 @@ def _check_objects(cfg, truths):
     if train and len(train) == len(cfg.DATASETS.TRAIN):
         if not any(truth.num_objects for truth in train.values()):
             files = " and ".join(truth.json_file for truth in train.values())
+            # Objects whose segmentation is no region have been left out.
+            with_a_mask = (
+                ", and that has a mask, or MODEL.MASK_ON False" if cfg.MODEL.MASK_ON else ""
+            )
             raise InputError(
                 f"Annotation file {files} has no object to learn from: expected at least one that "
-                "is no crowd and whose bbox has an area within its image."
+                f"is no crowd and whose bbox has an area within its image{with_a_mask}."
             )
     for truth in truths.get("TEST", {}).values():
         if truth.has_annotations and not truth.num_objects:

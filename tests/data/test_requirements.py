@@ -63,7 +63,16 @@ def test_what_fits_passes(kn_log):
         (["MODEL.META_ARCHITECTURE", "RetinaNet"], {}, "RETINANET.NUM_CLASSES is 80, .* 2"),
         ([], {"val": _other(classes=("dog", "cat"))}, "number 1 is 'cat' in one and 'dog' in the"),
         ([], {"val": _other(classes=("cat",))}, "number 2 is 'dog' in one and nothing in the"),
-        ([], {"train": _other(num_objects=0)}, "other.json has no object to learn from"),
+        (
+            [],
+            {"train": _other(num_objects=0)},
+            "other.json has no object to learn from: .* or MODEL.MASK_ON False",
+        ),
+        (
+            ["MODEL.MASK_ON", False],
+            {"train": _other(num_objects=0)},
+            "other.json has no object to learn from: .* within its image.$",
+        ),
         (
             [],
             {"val": _other(num_without_mask=3, first_without_mask=8)},
