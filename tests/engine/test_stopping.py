@@ -26,12 +26,16 @@ def _handlers():
     return [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
 
 
+def _handling(signum, handler):
+    former = signal.signal(signum, handler)
+    yield
+    signal.signal(signum, former)
+
+
 @pytest.fixture
 def child_handler():
     """A handler like torch's, which reports that a loader process was killed."""
-    former = signal.signal(signal.SIGCHLD, lambda signum, frame: None)
-    yield
-    signal.signal(signal.SIGCHLD, former)
+    yield from _handling(signal.SIGCHLD, lambda signum, frame: None)
 
 
 def test_undisturbed_run_gives_the_signals_back():
@@ -44,9 +48,7 @@ def test_undisturbed_run_gives_the_signals_back():
 @pytest.fixture
 def hangups():
     """SIGHUP as in a terminal, whatever the tests run under."""
-    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, former)
+    yield from _handling(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_a_run_under_nohup_goes_on(tmp_path, hangups):
@@ -74,9 +76,7 @@ def test_signal_finishes_the_step_and_saves(tmp_path, signum, kn_log, child_hand
 @pytest.fixture
 def keyboard_interrupts():
     """SIGINT as in a terminal: a process that a shell starts in the background ignores it."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
+    yield from _handling(signal.SIGINT, signal.default_int_handler)
 
 
 def test_second_signal_stops_at_once(tmp_path, keyboard_interrupts):
