@@ -4,11 +4,12 @@ import onnxruntime
 import pytest
 import torch
 from detectron2.structures import Boxes
+from torch import nn
 from torch.export import Dim
 
 from kn_detectron.checkpoint import fold
 
-from ..models import images
+from ..models import build_backbone, images, randomize, resnet_cfg
 from .deployed import assert_same_detections, c4_cfg, detect, fpn_cfg, pictures, trained
 
 # Number, height and width of the images are left open. An FPN takes multiples of 32, to which
@@ -78,6 +79,44 @@ def test_torch_export_and_onnx_of_an_fpn(models, tmp_path):
             assert scale > 0
             of_onnx = torch.from_numpy(of_onnx)
             torch.testing.assert_close(of_onnx / scale, expected[level] / scale, rtol=0, atol=1e-4)
+
+
+class Features(nn.Module):
+    """A backbone without the beliefs that it hands on, as the README has it."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        features = self.backbone(x)
+        return {name: features[name] for name in self.backbone.output_shape()}
+
+
+@pytest.mark.parametrize(
+    "norm, options",
+    [
+        ("GKN", {}),
+        ("KN", dict(MODEL__KN__EVAL_STATISTICS="batch")),
+        ("KN", dict(MODEL__KN__EVAL_STATISTICS="batch", MODEL__KN__VARIANT="paper")),
+    ],
+)
+def test_statistics_of_the_images_are_exported_with_open_sizes(norm, options, tmp_path):
+    slim = dict(MODEL__RESNETS__DEPTH=18, MODEL__RESNETS__RES2_OUT_CHANNELS=64)
+    slim["MODEL__RESNETS__OUT_FEATURES"] = ["res3"]
+    model = Features(randomize(build_backbone(resnet_cfg(norm, **slim, **options)))).eval()
+    program, path = _exported(model), str(tmp_path / "backbone.onnx")
+    with torch.no_grad():
+        torch.onnx.export(program, (), path, input_names=["x"], output_names=["res3"])
+    exported = program.module()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for x in _batches():
+        with torch.no_grad():
+            expected, found = model(x)["res3"], exported(x)["res3"]
+        of_onnx = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        scale = expected.abs().max()
+        for feature in (found, of_onnx):
+            torch.testing.assert_close(feature / scale, expected / scale, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["c4", "fpn"])
