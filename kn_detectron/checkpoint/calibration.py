@@ -17,7 +17,6 @@ from torch import nn
 from ..errors import InputError
 from ..layers import Belief, ClosedFormTransition, KalmanNorm2d, kalman_layers
 from ..modeling import Feature, KNRes5ROIHeads, KNResNet
-from ..modeling.resnet import belief_keys
 
 __all__ = ["calibrate", "fit_process_noise", "is_exact"]
 
@@ -189,12 +188,12 @@ def _run_chains(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, KNResNet):
             weight = module.stem.conv1.weight
-            beliefs.update(module(weight.new_zeros(0, weight.shape[1], 64, 64)))
+            beliefs.update(module(weight.new_zeros(0, weight.shape[1], 64, 64)).beliefs)
     for module in model.modules():
         if isinstance(module, KNRes5ROIHeads):
-            mean, var = (beliefs[key] for key in belief_keys(module.in_features[0]))
-            regions = mean.new_zeros(0, mean.shape[1], 14, 14)
-            module.res5(Feature(regions, Belief(mean, var)))
+            belief = beliefs[module.in_features[0]]
+            regions = belief.mean.new_zeros(0, belief.mean.shape[1], 14, 14)
+            module.res5(Feature(regions, belief))
 
 
 def _fit(layer: KalmanNorm2d, prior: Belief) -> float:

@@ -20,12 +20,25 @@ frozen BatchNorm   its statistics are the posterior      ours
 """
 
 import math
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["Belief", "add", "conv2d", "max_pool2d", "normalized", "relu", "roi_align"]
+from .triton import fastest
+
+__all__ = [
+    "Belief",
+    "Convolve",
+    "Rectify",
+    "add",
+    "conv2d",
+    "max_pool2d",
+    "normalized",
+    "relu",
+    "roi_align",
+]
 
 
 class Belief(NamedTuple):
@@ -50,8 +63,8 @@ class Belief(NamedTuple):
 _TAIL = 28.0
 
 
-class _RectifiedMoments(torch.autograd.Function):
-    """Moments of max(x, 0) for x ~ N(mean, var).
+class Rectify:
+    """Moments of max(x, 0) for x ~ N(mean, var), of any shape.
 
     With s = sqrt(v), a = m/s, t = |a| and h = E[max(z - t, 0)] of a standard normal z::
 
@@ -67,32 +80,126 @@ class _RectifiedMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, mean: Tensor, var: Tensor):
-        tiny = torch.finfo(var.dtype).tiny
-        std = var.sqrt()
-        # With z = t / sqrt(2), of a standard normal: pdf(t) is exp(-z^2) / sqrt(2 pi), its tail
-        # P(> t) is exp(-z^2) erfcx(z) / 2, and h is pdf(t) - t tail. In this form they keep their
-        # relative accuracy however far out t is.
-        z = mean.abs().div_((std * math.sqrt(2.0)).clamp_min_(tiny)).clamp_max_(_TAIL)
+    def _parts(mean: Tensor, var: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """h, sqrt(2) z = t, pdf(t), and the tail P(> t).
+
+        With z = t / sqrt(2), of a standard normal: pdf(t) is exp(-z^2) / sqrt(2 pi), its tail
+        P(> t) is exp(-z^2) erfcx(z) / 2, and h is pdf(t) - t tail. In this form they keep their
+        relative accuracy however far out t is.
+        """
+        deviations = (var.sqrt() * math.sqrt(2.0)).clamp_min(torch.finfo(var.dtype).tiny)
+        z = (mean.abs() / deviations).clamp_max(_TAIL)
         bell, mills = torch.exp(-z * z), torch.special.erfcx(z)
-        h = (1.0 - math.sqrt(math.pi) * z * mills).clamp_min_(0.0) * bell
-        h = h.mul_(1.0 / math.sqrt(2.0 * math.pi))
-        tail = (bell * mills).mul_(0.5)
-        negative, rest = mean < 0, 1.0 - tail
-        cdf, cdf_of_minus = torch.where(negative, tail, rest), torch.where(negative, rest, tail)
-        out_mean = torch.addcmul(mean.clamp_min(0.0), std, h)
-        out_var = (cdf - h * torch.add(h, z, alpha=math.sqrt(2.0))).clamp_min_(0.0).mul_(var)
-        # At v = 0 there is no slope in v where m is not 0, and an infinite one, cut off, where it is.
-        slope = torch.where(var > tiny, bell.mul_(1.0 / math.sqrt(2.0 * math.pi)) / std, 0.0)
-        ctx.save_for_backward(cdf, cdf_of_minus, slope, out_mean)
-        return out_mean, out_var
+        pdf = bell * (1.0 / math.sqrt(2.0 * math.pi))
+        h = (1.0 - math.sqrt(math.pi) * z * mills).clamp_min(0.0) * pdf
+        return h, z * math.sqrt(2.0), pdf, 0.5 * bell * mills
 
     @staticmethod
-    def backward(ctx, grad_mean: Tensor, grad_var: Tensor):
-        cdf, cdf_of_minus, slope, out_mean = ctx.saved_tensors
-        d_mean = torch.addcmul(grad_mean * cdf, grad_var, out_mean * cdf_of_minus, value=2.0)
-        d_var = grad_var * torch.addcmul(cdf, out_mean, slope, value=-1.0)
-        return d_mean, d_var.add_(grad_mean * slope, alpha=0.5)
+    def forward(mean: Tensor, var: Tensor) -> Tuple[Tensor, Tensor]:
+        """The moments behind the ReLU."""
+        h, t, _, tail = Rectify._parts(mean, var)
+        cdf = torch.where(mean < 0, tail, 1.0 - tail)
+        out_mean = torch.addcmul(mean.clamp_min(0.0), var.sqrt(), h)
+        return out_mean, (cdf - h * (h + t)).clamp_min(0.0) * var
+
+    @staticmethod
+    def backward(
+        mean: Tensor, var: Tensor, d_out_mean: Tensor, d_out_var: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        """The gradients of :meth:`forward`."""
+        h, _, pdf, tail = Rectify._parts(mean, var)
+        negative, std = mean < 0, var.sqrt()
+        cdf, cdf_of_minus = (torch.where(at, tail, 1.0 - tail) for at in (negative, ~negative))
+        out_mean = torch.addcmul(mean.clamp_min(0.0), std, h)
+        # At v = 0 there is no slope in v where m is not 0, and an infinite one, cut off, where it is.
+        slope = torch.where(var > torch.finfo(var.dtype).tiny, pdf / std, 0.0)
+        d_mean = torch.addcmul(d_out_mean * cdf, d_out_var, out_mean * cdf_of_minus, value=2.0)
+        d_var = d_out_var * torch.addcmul(cdf, out_mean, slope, value=-1.0)
+        return d_mean, d_var.add_(d_out_mean * slope, alpha=0.5)
+
+
+class Convolve:
+    """Moments behind a filter W (C_out, C_in / groups, kH, kW): sums of W m and of W^2 v.
+
+    Beliefs have the shape (rows, C_in). The sum over taps and channels is the product of the filter
+    as a matrix with m repeated for each tap. So the filter is read as it is, and no sum over its
+    taps is made or kept. The derivatives are written out because autograd would keep W^2.
+    """
+
+    @staticmethod
+    def _columns(v: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """(rows, C_in) as the columns that the filters of each group are multiplied with."""
+        rows, taps = v.shape[0], weight.shape[2] * weight.shape[3]
+        v = v if taps == 1 else v.repeat_interleave(taps, 1)
+        return v.view(rows, groups, weight[0].numel()).permute(1, 2, 0)
+
+    @staticmethod
+    def _filters(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype).reshape(groups, weight.shape[0] // groups, weight[0].numel())
+
+    @staticmethod
+    def forward(
+        mean: Tensor, var: Tensor, weight: Tensor, groups: int = 1
+    ) -> Tuple[Tensor, Tensor]:
+        """The moments behind the convolution, shape (rows, C_out)."""
+        filters = Convolve._filters(weight, groups, mean.dtype)
+        out_mean = filters @ Convolve._columns(mean, weight, groups)
+        out_var = filters.square() @ Convolve._columns(var, weight, groups)
+        return tuple(v.flatten(0, 1).t() for v in (out_mean, out_var))
+
+    @staticmethod
+    def backward(
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor,
+        d_out_mean: Tensor,
+        d_out_var: Tensor,
+        groups: int = 1,
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """The gradients of :meth:`forward`: d_W = d_mean m^T + 2 W * (d_var v^T)."""
+        filters = Convolve._filters(weight, groups, mean.dtype)
+        d_mean, d_var = (
+            d.t().reshape(groups, weight.shape[0] // groups, mean.shape[0])
+            for d in (d_out_mean, d_out_var)
+        )
+        taps = weight.shape[2] * weight.shape[3]
+
+        def sum_over_taps(columns: Tensor) -> Tensor:
+            return columns.permute(2, 0, 1).reshape(*mean.shape, taps).sum(2)
+
+        of_mean = sum_over_taps(filters.mT @ d_mean)
+        of_var = sum_over_taps(filters.square().mT @ d_var)
+        of_weight = (d_var @ Convolve._columns(var, weight, groups).mT).mul_(filters)
+        of_weight.baddbmm_(d_mean, Convolve._columns(mean, weight, groups).mT, beta=2)
+        return of_mean, of_var, of_weight.view_as(weight).to(weight.dtype)
+
+
+class _Rectified(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mean, var):
+        ctx.save_for_backward(mean, var)
+        ctx.operation = fastest(Rectify, mean, var)
+        return ctx.operation.forward(mean, var)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *d_out):
+        return ctx.operation.backward(*ctx.saved_tensors, *d_out)
+
+
+class _Convolved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mean, var, weight, groups):
+        ctx.save_for_backward(mean, var, weight)
+        ctx.groups, ctx.operation = groups, fastest(Convolve, mean, var, weight, groups)
+        with torch.autocast(mean.device.type, enabled=False):  # it would round the products
+            return ctx.operation.forward(mean, var, weight, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *d_out):
+        with torch.autocast(d_out[0].device.type, enabled=False):
+            return *ctx.operation.backward(*ctx.saved_tensors, *d_out, ctx.groups), None
 
 
 def relu(belief: Belief) -> Belief:
@@ -108,17 +215,7 @@ def relu(belief: Belief) -> Belief:
     Returns:
         Belief: of the same shape.
     """
-    return Belief(*_RectifiedMoments.apply(belief.mean, belief.var))
-
-
-def _filter_product(x: Tensor, taps: Tensor, groups: int) -> Tensor:
-    """(N, C_in) times the per-channel filter sums (C_out, C_in / groups) -> (N, C_out)."""
-    if groups == 1:
-        return x @ taps.t()
-    c_out, c_in = taps.shape  # written out: an empty belief cannot infer a size
-    x = x.reshape(x.shape[0], groups, c_in, 1)
-    y = torch.matmul(taps.reshape(groups, c_out // groups, c_in), x)
-    return y.reshape(x.shape[0], c_out)
+    return Belief(*_Rectified.apply(*belief))
 
 
 def conv2d(
@@ -147,11 +244,7 @@ def conv2d(
             f"a belief about {belief.mean.shape[-1]} channels cannot cross a convolution of "
             f"{weight.shape[1] * groups} input channels"
         )
-    # The products are tiny and must not be rounded to half precision by autocast.
-    with torch.autocast(belief.mean.device.type, enabled=False):
-        weight = weight.to(belief.mean.dtype)
-        mean = _filter_product(belief.mean, weight.sum((2, 3)), groups)
-        var = _filter_product(belief.var, weight.square().sum((2, 3)), groups)
+    mean, var = _Convolved.apply(*belief, weight, groups)
     return Belief(mean if bias is None else mean + bias.to(mean.dtype), var)
 
 

@@ -6,18 +6,12 @@ from typing import Dict, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from . import fused
-from .belief import Belief, normalized
-from .functional import (
-    batch_norm,
-    filter_batch,
-    group_belief,
-    measure_groups,
-    normalize,
-    process,
-    statistics_dtype,
-)
-from .passes import Layout
+from .belief import Belief
+from .filter import Running, Spec, Vectors, filter_belief, group_belief, process
+from .normalize import filter_and_normalize
+from .passes import statistics_dtype
+from .sets import Sets
+from .triton import is_traced
 
 __all__ = [
     "EVAL_STATISTICS",
@@ -36,11 +30,19 @@ EVAL_STATISTICS = ("moving", "batch")
 # What a KN layer has in its state_dict beyond BatchNorm's or GroupNorm's.
 KN_STATE = ("gain_logit", "gain_scale", "mean_offset", "log_var_scale", "process_noise")
 
-# The released code drops a prior whose variance is this many times the measured one.
-_GATE_LIMIT = 100.0
-
 # softplus(-5) = 0.0067: R starts small beside the variance of 1 that normalised features have.
 _INITIAL_PROCESS_NOISE = -5.0
+
+
+class _OutsideAChain:
+    """The default of ``prior``: the layer is called as BatchNorm is, and returns what it does."""
+
+    def __repr__(self) -> str:
+        return "<outside a chain>"
+
+
+_OUTSIDE = _OutsideAChain()
+Prior = Union[Belief, None, _OutsideAChain]
 
 
 def _logit(gain: float) -> float:
@@ -64,6 +66,8 @@ class _KalmanFilter(nn.Module):
         variant: str,
         process_model: bool,
         prior_gradient: bool,
+        device,
+        dtype,
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant is one of {VARIANTS}, not {variant!r}")
@@ -75,26 +79,50 @@ class _KalmanFilter(nn.Module):
                 "pass learn_gain=False, or a gain strictly between 0 and 1"
             )
         self.variant = variant
-        self.is_head = gain is None
+        self.initial_gain = gain
         self.prior_gradient = prior_gradient
-        self._measures = gain != 0.0
+        self.has_process_model = process_model and gain is not None
         if self.is_head:  # a parameter that gets no gradient would break DDP
             return
-        like = self.weight if self.weight is not None else torch.empty(())
-        logit = like.new_tensor(_logit(gain))
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
         if learn_gain:
-            self.gain_logit = nn.Parameter(logit)
+            self.gain_logit = nn.Parameter(empty())
         else:
-            self.register_buffer("gain_logit", logit)
-        self.register_buffer("gain_scale", like.new_ones(()))
-        self.has_process_model = process_model
-        if not process_model:
+            self.register_buffer("gain_logit", empty())
+        self.register_buffer("gain_scale", empty())
+        if self.has_process_model and variant == "network":
+            self.mean_offset = nn.Parameter(empty(channels))
+            self.log_var_scale = nn.Parameter(empty(channels))
+        elif self.has_process_model:
+            self.process_noise = nn.Parameter(empty(channels))
+        self._reset_filter()
+
+    @torch.no_grad()
+    def _reset_filter(self) -> None:
+        if self.is_head:
             return
-        if variant == "network":
-            self.mean_offset = nn.Parameter(like.new_zeros(channels))
-            self.log_var_scale = nn.Parameter(like.new_zeros(channels))
-        else:
-            self.process_noise = nn.Parameter(like.new_full((channels,), _INITIAL_PROCESS_NOISE))
+        self.gain_logit.fill_(_logit(self.initial_gain))
+        self.gain_scale.fill_(1.0)
+        if self.has_process_model and self.variant == "network":
+            self.mean_offset.zero_()
+            self.log_var_scale.zero_()
+        elif self.has_process_model:
+            self.process_noise.fill_(_INITIAL_PROCESS_NOISE)
+        self._remember_that_it_measures(self.initial_gain > 0.0)
+
+    def reset_parameters(self) -> None:
+        """Makes the layer as it was when it was built: the norm, the gain and the process model."""
+        super().reset_parameters()
+        if hasattr(self, "initial_gain"):  # not yet while torch's constructor calls this
+            self._reset_filter()
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the layer is the head of a chain: without prior, gain and process model."""
+        return self.initial_gain is None
 
     @property
     def gain(self) -> Optional[Tensor]:
@@ -113,95 +141,106 @@ class _KalmanFilter(nn.Module):
         if not 0.0 <= scale <= 1.0:
             raise ValueError(f"the scale of a gain lies between 0 and 1, not {scale}")
         if not self.is_head:
+            measures = scale > 0.0 and (self._learns_gain or self.measures or self._logit_allows())
             self.gain_scale.fill_(scale)
-            self._find_out_whether_measuring()
+            self._remember_that_it_measures(measures)
 
-    def _find_out_whether_measuring(self) -> None:
-        # A Python bool, since forward must branch on it without waiting for a device.
-        if not self.is_head:
-            self._measures = bool(self.gain > 0)
+    # Whether the gain is 0 decides what forward does, and only the device knows the gain. So the
+    # answer is kept together with the tensors that it is about and their version counters, which
+    # tell whether anything wrote to them since. A learned gain is a sigmoid and never 0 by itself.
 
-    def _check_prior(self, prior: Optional[Belief]) -> None:
-        if self.is_head and prior is not None:
+    @property
+    def _learns_gain(self) -> bool:
+        return isinstance(self.gain_logit, nn.Parameter)
+
+    def _logit_allows(self) -> bool:
+        return bool(self.gain_logit > -math.inf)
+
+    def _gain_state(self):
+        deciding = [self.gain_scale] if self._learns_gain else [self.gain_scale, self.gain_logit]
+        return [(tensor, tensor._version) for tensor in deciding]
+
+    def _remember_that_it_measures(self, measures: bool) -> None:
+        self._measures, self._measures_as_of = measures, self._gain_state()
+
+    @property
+    def measures(self) -> bool:
+        """Whether the layer looks at its features: its gain is not 0, or it is a head.
+
+        Asks the device only if something other than :meth:`set_gain_scale` has written the gain.
+        """
+        if self.is_head:
+            return True
+        if is_traced(self.gain_scale):  # neither the value nor its version can be read
+            return self._measures
+        known = self._measures_as_of
+        now = self._gain_state()
+        if any(a is not b or old != new for (a, old), (b, new) in zip(known, now)):
+            self._remember_that_it_measures(bool(self.gain > 0))
+        return self._measures
+
+    def _check_prior(self, prior: Prior) -> None:
+        if self.is_head and isinstance(prior, Belief):
             raise ValueError(
                 f"{type(self).__name__}(gain=None) is the head of a chain and takes no prior"
             )
-        if not self.is_head and prior is None:
+        if not self.is_head and not isinstance(prior, Belief):
             raise ValueError(
                 f"{type(self).__name__} with a gain needs prior=: pass the belief predicted from "
                 "the layer below, or build the layer with gain=None as the head of a chain"
             )
 
-    def _cast(self, prior: Optional[Belief], dtype: torch.dtype) -> Optional[Belief]:
-        if prior is None:
-            return None
-        if not self.prior_gradient:
-            prior = prior.detach()
-        return Belief(prior.mean.to(dtype), prior.var.to(dtype))
+    def _check_channels(self, x: Tensor, channels: int) -> None:
+        if x.dim() != 4:
+            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+        if x.shape[1] != channels:
+            raise ValueError(f"expected {channels} channels (got an input of shape {tuple(x.shape)})")
 
-    def _model(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-        """The parameters of the process model, as :func:`~.functional.process` takes them."""
-        if self.is_head or not self.has_process_model:
+    def _process_model(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+        """The arguments of :func:`~.filter.process` behind the prior."""
+        if not self.has_process_model:
             return None, None, None
         if self.variant == "network":
             return self.mean_offset, self.log_var_scale, None
         return None, None, self.process_noise
 
-    def _filter_batch(
-        self, x: Tensor, prior: Optional[Belief], gain: Optional[Tensor], layout: Layout, model
-    ):
-        """:func:`~.functional.filter_batch` with what this layer is."""
-        released = self.variant == "paper" and prior is not None
-        return filter_batch(
-            x,
-            prior,
-            None if prior is None else gain.to(prior.mean.dtype),
-            self.weight,
-            self.bias,
-            self.eps,
-            layout=layout,
-            model=model,
-            mixture=released,
-            limit=_GATE_LIMIT if released else None,
-            measuring=self._measures,
-            passes_on_y=self.variant == "network" and self.affine,
-        )
+    def _prior_vectors(self, prior: Prior, dtype: torch.dtype) -> Vectors:
+        """The vectors of a layer that was given this prior."""
+        if not isinstance(prior, Belief):
+            return Vectors(weight=_cast(self.weight, dtype), bias=_cast(self.bias, dtype))
+        if not self.prior_gradient:
+            prior = prior.detach()
+        tensors = (*prior, self.gain_logit, self.gain_scale, *self._process_model())
+        return Vectors(*(_cast(t, dtype) for t in (*tensors, self.weight, self.bias)))
 
-    def _without_images(self, x: Tensor, prior: Belief) -> Tuple[Tensor, Belief]:
-        """What an empty batch becomes, connected to the gradient, and the posterior: the prior."""
-        if isinstance(getattr(self, "gain_logit", None), nn.Parameter):
-            # DDP takes a parameter without gradient for unused: give it its zero.
-            prior = prior._replace(mean=prior.mean + 0.0 * self.gain_logit)
-        return normalize(x, prior, self.weight, self.bias, self.eps), prior
-
-    def _belief_to_pass_on(self, posterior: Belief) -> Belief:
-        """The belief, given the posterior."""
-        if self.variant == "paper":
-            return posterior
-        if self.weight is None:
-            return Belief(torch.zeros_like(posterior.mean), torch.ones_like(posterior.var))
-        return normalized(self.weight, self.bias)
+    def _processed(self, prior: Belief, dtype: torch.dtype) -> Belief:
+        prior = Belief(*(_cast(t, dtype) for t in prior))
+        return process(prior, *(_cast(t, dtype) for t in self._process_model()))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        own = [name for name in KN_STATE if hasattr(self, name)]
+        own = [name for name in KN_STATE if getattr(self, name, None) is not None]
         if not any(prefix + name in state_dict for name in own):
             # A checkpoint of the norm that this one derives from: the filter keeps its values.
             state_dict.update({prefix + name: getattr(self, name).detach() for name in own})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._find_out_whether_measuring()
 
     def extra_repr(self) -> str:
         if self.is_head:
             return f"{super().extra_repr()}, head of a chain"
-        learned = "learned" if isinstance(self.gain_logit, nn.Parameter) else "fixed"
-        return f"{super().extra_repr()}, variant={self.variant}, gain={self.gain:.3g} ({learned})"
+        learned = "learned" if self._learns_gain else "fixed"
+        gain = self.initial_gain if self.gain_logit.is_meta else self.gain.item()
+        return f"{super().extra_repr()}, variant={self.variant}, gain={gain:.3g} ({learned})"
+
+
+def _cast(t: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+    return None if t is None else t.to(dtype)
 
 
 class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
     r"""Kalman Normalization of a batch of feature maps (Sec. 3.2, Eq. 7).
 
     BatchNorm measures a layer's mean and variance on the images at hand. This layer also takes a
-    *prior*: the belief predicted from the layer below. Both are blended by a gain q in (0, 1),
+    *prior*: the belief predicted from the layer below. It blends the two by a gain q in (0, 1),
 
     .. math::
 
@@ -228,7 +267,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
     It is a :class:`torch.nn.BatchNorm2d` in all other respects: ``momentum``, ``affine``,
     ``track_running_stats``, BatchNorm state dicts. It differs where BatchNorm would do harm: an
     empty batch changes no statistic, nor does one with non-finite values, and one value per channel
-    is enough where there is a prior.
+    is enough where there is a prior. Second derivatives through it raise an error.
 
     With :func:`set_norm_batch_size` it treats a batch as several micro-batches, as the released
     code does.
@@ -244,6 +283,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         prior_gradient: whether gradients flow through the prior to the layers below.
         eval_statistics: ``"moving"`` averages at inference (Option A of the paper) or those of the
             ``"batch"`` at hand, filtered as in training (Option B).
+        device, dtype: of the parameters, as in :class:`torch.nn.BatchNorm2d`.
 
     Shape:
         - x: (N, C, H, W), any floating dtype and memory format; y is like x.
@@ -265,6 +305,8 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         momentum: Optional[float] = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        device=None,
+        dtype=None,
         *,
         gain: Optional[float] = 0.1,
         learn_gain: bool = True,
@@ -273,7 +315,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         prior_gradient: bool = True,
         eval_statistics: str = "moving",
     ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if eval_statistics not in EVAL_STATISTICS:
             raise ValueError(
                 f"eval_statistics is one of {EVAL_STATISTICS}, not {eval_statistics!r}"
@@ -287,6 +329,8 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
             variant,
             process_model,
             prior_gradient,
+            device,
+            dtype,
         )
 
     @property
@@ -299,103 +343,79 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         return moving and not self.training
 
     def forward(
-        self, x: Tensor, prior: Optional[Belief] = None, return_belief: bool = False
-    ) -> Union[Tensor, Tuple[Tensor, Belief]]:
-        """Normalises x.
+        self, x: Tensor, prior: Prior = _OUTSIDE
+    ) -> Union[Tensor, Tuple[Tensor, Optional[Belief]]]:
+        """Normalises x: ``y = norm(x)`` outside a chain, ``y, belief = norm(x, prior=...)`` in one.
 
         Args:
             x: features, shape (N, C, H, W).
-            prior: the predicted belief about x, before this layer's process model. Not needed in
-                evaluation with moving statistics, where it is ignored.
-            return_belief: whether a layer without prior returns its belief too.
+            prior: the predicted belief about x, before this layer's process model. None for the
+                head of a chain, and in evaluation with moving statistics where no belief is kept.
 
         Returns:
-            y if there is neither a prior nor ``return_belief``, else y and the belief to pass on.
+            y, and in a chain the belief to pass on as well. It is None only in evaluation with
+            moving statistics and without a prior.
 
         Raises:
-            ValueError: if x is not 4-dimensional, a head is given a prior, any other layer is not
-                given the one it needs, a head is to measure one value per channel, or the batch
-                is not a multiple of ``norm_batch_size``.
+            ValueError: if x is not 4-dimensional or has other channels, a head is given a prior,
+                any other layer is not given the one it needs, a head is to measure one value per
+                channel, or the batch is not a multiple of ``norm_batch_size``.
         """
-        self._check_input_dim(x)
+        self._check_channels(x, self.num_features)
         if self._uses_moving_statistics():
-            y = batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-            if prior is None and not return_belief:
-                return y
-            return y, self._belief_to_pass_on(self._running_belief(x))
-        y, belief = self._filter(x, prior)
-        return (y, belief) if prior is not None or return_belief else y
+            y = nn.functional.batch_norm(
+                *(x, self.running_mean, self.running_var, self.weight, self.bias),
+                *(False, 0.0, self.eps),
+            )
+            belief = None
+            if isinstance(prior, Belief):
+                spec = self._spec(x, 1, measures=False)
+                belief = filter_belief(self._running_vectors(x), None, spec).belief
+        else:
+            y, belief = self._filter(x, prior)
+        return y if prior is _OUTSIDE else (y, belief)
 
-    def _running_belief(self, x: Tensor) -> Belief:
-        if self.track_running_stats:
-            return Belief(self.running_mean[None], self.running_var[None])
-        shape = (1, self.num_features)
+    def _running_vectors(self, x: Tensor) -> Vectors:
+        """Those of a layer that takes its moving statistics for the posterior."""
         dtype = statistics_dtype(x)
-        return Belief(x.new_zeros(shape, dtype=dtype), x.new_ones(shape, dtype=dtype))
+        if self.track_running_stats:
+            mean, var = self.running_mean[None].to(dtype), self.running_var[None].to(dtype)
+        else:
+            mean = x.new_zeros((1, self.num_features), dtype=dtype)
+            var = torch.ones_like(mean)
+        weight, bias = _cast(self.weight, dtype), _cast(self.bias, dtype)
+        return Vectors(mean, var, weight=weight, bias=bias)
 
-    def _filter(self, x: Tensor, prior: Optional[Belief]) -> Tuple[Tensor, Belief]:
+    def _spec(self, x: Tensor, rows: int, measures: bool) -> Spec:
+        sets = Sets(x.shape[0], self.num_features, rows, self.num_features)
+        return Spec(sets, self.eps, self.variant == "paper", measures)
+
+    def _filter(self, x: Tensor, prior: Prior) -> Tuple[Tensor, Belief]:
         self._check_prior(prior)
         rows = self._rows(x)
-        if prior is not None and prior.mean.shape[0] not in (1, rows):
+        in_chain = isinstance(prior, Belief)
+        if in_chain and prior.mean.shape[0] not in (1, rows):
             raise ValueError(
                 f"a prior of {prior.mean.shape[0]} rows does not fit {rows} micro-batch(es): a "
                 "prior has one row, or one for each micro-batch (see set_norm_batch_size)"
             )
-        count = x.numel() // (self.num_features * rows)
-        if count == 1 and self.is_head and self.training:
+        empty = x.numel() == 0
+        if empty and not in_chain:
+            spec = self._spec(x, 1, measures=False)
+            return filter_and_normalize(x, self._running_vectors(x), spec)
+        if self.is_head and self.training and x.numel() == self.num_features * rows:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.size()}"
             )
-        prior = self._cast(prior, statistics_dtype(x))
-        if count == 0:
-            prior = self._running_belief(x) if prior is None else process(prior, *self._model())
-            y, posterior = self._without_images(x, prior)
-            return y, self._belief_to_pass_on(posterior)
-        kernels = self._kernels(prior, rows)
-        if kernels is not None:
-            return self._filter_in_few_launches(x, prior, kernels)
-        if not self._measures:
-            rows = prior.mean.shape[0]
-        gain = self.gain
-        y, belief, posterior, measured_var = self._filter_batch(
-            x, prior, gain, Layout(rows, self.num_features), self._model()
-        )
-        if self.training and self.track_running_stats:
-            self._track(posterior, measured_var, gain, count)
-        if self.variant == "network" and not self.affine:
-            belief = self._belief_to_pass_on(posterior)
-        return y, belief
-
-    def _kernels(self, prior: Optional[Belief], rows: int):
-        """Triton's kernels if there are any that do what this layer does, else None."""
-        if prior is None or rows > 1 or not self.affine or prior.mean.shape[0] > 1:
-            return None
-        if self.num_features > fused.LARGEST_CHANNELS:
-            return None
-        running = (self.running_mean, self.running_var) if self.track_running_stats else ()
-        own = self.weight, self.bias, self.gain_logit, *self._model(), *running
-        return fused.kernels_for(*prior, *own)
-
-    def _filter_in_few_launches(self, x: Tensor, prior: Belief, kernels) -> Tuple[Tensor, Belief]:
-        offset, log_scale, noise = self._model()
+        measures = self.measures and not empty
+        vectors = self._prior_vectors(prior, statistics_dtype(x))
         running = None
-        if self.training and self.track_running_stats:
-            running = self.running_mean, self.running_var, self.num_batches_tracked
-        return fused.filter_batch(
-            x,
-            prior,
-            self.gain_logit,
-            self.gain_scale,
-            self.weight,
-            self.bias,
-            self.eps,
-            (offset, log_scale) if noise is None else (noise, None),
-            kernels,
-            network=self.variant == "network",
-            measuring=self._measures,
-            running=running,
-            momentum=self.momentum,
-        )
+        if self.training and self.track_running_stats and not empty:
+            statistics = self.running_mean, self.running_var, self.num_batches_tracked
+            running = Running(*statistics, self.momentum)
+        if not measures:
+            rows = prior.mean.shape[0]
+        return filter_and_normalize(x, vectors, self._spec(x, rows, measures), running)
 
     def _rows(self, x: Tensor) -> int:
         """The number of micro-batches in x."""
@@ -409,35 +429,6 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         return x.shape[0] // self.norm_batch_size
 
     @torch.no_grad()
-    def _track(
-        self,
-        posterior: Belief,
-        measured_var: Optional[Tensor],
-        gain: Optional[Tensor],
-        count: int,
-    ) -> None:
-        mean, var = posterior
-        if measured_var is not None:
-            excess = 1.0 / max(count - 1, 1)
-            if self.is_head:
-                var = torch.add(var, measured_var, alpha=excess)
-            else:
-                var = torch.addcmul(var, measured_var, gain, value=excess)
-        # Of micro-batches the average, to which averaging over as many GPUs would come.
-        mean, var = (v[0] if v.shape[0] == 1 else v.mean(0) for v in (mean, var))
-        # A batch with a NaN or an overflow would otherwise spoil inference for good.
-        finite = (mean + var).sum() * 0.0 == 0.0
-        self.num_batches_tracked.add_(finite)
-        if measured_var is None:
-            rate = 1.0  # nothing random to average out
-        elif self.momentum is None:
-            rate = 1.0 / self.num_batches_tracked.clamp_min(1).to(self.running_mean.dtype)
-        else:
-            rate = self.momentum
-        for running, new in ((self.running_mean, mean), (self.running_var, var)):
-            running.lerp_(torch.where(finite, new.to(running.dtype), running), rate)
-
-    @torch.no_grad()
     def innovation(self, x: Tensor, prior: Belief) -> Tuple[Tensor, Tensor]:
         """How far the measurement of x is from the prior (after the process model).
 
@@ -445,10 +436,8 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
             (measured mean - prior mean) / prior std, and log(measured var / prior var), both of
             shape (C,); averaged over micro-batches.
         """
-        prior = process(self._cast(prior, statistics_dtype(x)), *self._model())
-        measured = Layout(self._rows(x), self.num_features).moments(x)
-        mean, logvar = _innovation(prior, Belief(*measured))
-        return mean.mean(0), logvar.mean(0)
+        sets = self._spec(x, self._rows(x), measures=True).sets
+        return _innovation(self._processed(prior, statistics_dtype(x)), sets, x)
 
 
 class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
@@ -460,8 +449,13 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
     their variances plus the variance of their means. Like GroupNorm it has no moving statistics: it
     measures and filters in evaluation too, and so needs its prior there.
 
+    Behind group normalisation the channels keep means and variances of their own. With the prior
+    :math:`(m_c, v_c)` behind the process model and the group's posterior :math:`(\mu_g, \Sigma_g)`
+    the network variant passes on :math:`\beta + \gamma (m_c - \mu_g) / \sqrt{\Sigma_g + \epsilon}`
+    and :math:`\gamma^2 v_c / (\Sigma_g + \epsilon)`, for each image (ours).
+
     Args:
-        num_groups, num_channels, eps, affine: as in :class:`torch.nn.GroupNorm`.
+        num_groups, num_channels, eps, affine, device, dtype: as in :class:`torch.nn.GroupNorm`.
         gain, learn_gain, variant, process_model, prior_gradient: as in :class:`KalmanNorm2d`;
             ``gain=None`` is GroupNorm.
 
@@ -478,6 +472,8 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
         num_channels: int,
         eps: float = 1e-5,
         affine: bool = True,
+        device=None,
+        dtype=None,
         *,
         gain: Optional[float] = 0.1,
         learn_gain: bool = True,
@@ -485,7 +481,7 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
         process_model: bool = True,
         prior_gradient: bool = True,
     ):
-        super().__init__(num_groups, num_channels, eps, affine)
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self._init_filter(
             num_channels,
             gain,
@@ -493,51 +489,42 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
             variant,
             process_model,
             prior_gradient,
+            device,
+            dtype,
         )
 
     def forward(
-        self, x: Tensor, prior: Optional[Belief] = None, return_belief: bool = False
+        self, x: Tensor, prior: Prior = _OUTSIDE
     ) -> Union[Tensor, Tuple[Tensor, Belief]]:
-        """Normalises x; see :meth:`KalmanNorm2d.forward`."""
-        if x.dim() != 4:
-            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-        self._check_prior(prior)
-        passes_on = prior is not None or return_belief
-        prior = self._cast(prior, statistics_dtype(x))
-        if prior is not None:
-            prior = group_belief(process(prior, *self._model()), self.num_groups)
-        if x.numel() == 0:
-            if prior is None:  # any statistics will do
-                zeros = x.new_zeros(1, self.num_groups, dtype=statistics_dtype(x))
-                prior = Belief(zeros, zeros)
-            y, posterior = self._without_images(x, self._spread(prior))
-            belief = self._belief_to_pass_on(posterior)
-        else:
-            rows = x.shape[0] if self._measures else prior.mean.shape[0]
-            layout = Layout(rows, self.num_groups)
-            model = None, None, None  # the prior has been through it
-            y, belief, posterior, _ = self._filter_batch(x, prior, self.gain, layout, model)
-            if self.variant == "paper" or not self.affine:
-                belief = self._belief_to_pass_on(self._spread(posterior))
-        return (y, belief) if passes_on else y
+        """Normalises x: ``y = norm(x)`` outside a chain, ``y, belief = norm(x, prior=...)`` in one.
 
-    def _spread(self, belief: Belief) -> Belief:
-        """A belief about groups as one about their channels."""
-        per_group = self.num_channels // self.num_groups
-        return Belief(*(v.repeat_interleave(per_group, dim=1) for v in belief))
+        See :meth:`KalmanNorm2d.forward`.
+        """
+        self._check_channels(x, self.num_channels)
+        self._check_prior(prior)
+        vectors = self._prior_vectors(prior, statistics_dtype(x))
+        measures = self.measures and x.numel() > 0
+        if vectors.prior_mean is None and not measures:  # an empty batch: any statistics will do
+            zeros = x.new_zeros((1, self.num_channels), dtype=statistics_dtype(x))
+            vectors = vectors._replace(prior_mean=zeros, prior_var=torch.ones_like(zeros))
+        rows = x.shape[0] if measures else vectors.prior_mean.shape[0]
+        y, belief = filter_and_normalize(x, vectors, self._spec(x, rows, measures))
+        return y if prior is _OUTSIDE else (y, belief)
+
+    def _spec(self, x: Tensor, rows: int, measures: bool) -> Spec:
+        sets = Sets(x.shape[0], self.num_channels, rows, self.num_groups)
+        return Spec(sets, self.eps, self.variant == "paper", measures)
 
     @torch.no_grad()
     def innovation(self, x: Tensor, prior: Belief) -> Tuple[Tensor, Tensor]:
         """See :meth:`KalmanNorm2d.innovation`; averaged over images, shape (G,)."""
-        prior = process(self._cast(prior, statistics_dtype(x)), *self._model())
-        prior = group_belief(prior, self.num_groups)
-        mean, logvar = _innovation(prior, measure_groups(x, self.num_groups))
-        return mean.mean(0), logvar.mean(0)
+        prior = group_belief(self._processed(prior, statistics_dtype(x)), self.num_groups)
+        return _innovation(prior, self._spec(x, x.shape[0], measures=True).sets, x)
 
 
-def _innovation(prior: Belief, measured: Belief) -> Tuple[Tensor, Tensor]:
-    mean = (measured.mean - prior.mean) / prior.var.sqrt()
-    return mean, (measured.var / prior.var).log()
+def _innovation(prior: Belief, sets: Sets, x: Tensor) -> Tuple[Tensor, Tensor]:
+    mean, var = sets.moments(x)
+    return ((mean - prior.mean) / prior.var.sqrt()).mean(0), (var / prior.var).log().mean(0)
 
 
 def kalman_layers(module: nn.Module) -> Dict[str, Union[KalmanNorm2d, GroupKalmanNorm2d]]:

@@ -1,8 +1,8 @@
 """Transitions: what carries the belief about one layer's features to the next.
 
 A transition is a value without state: the blocks of a network share one. Between two normalised
-layers it is ``transition.conv(transition.relu(belief, x), conv)``; the intermediate result is kept
-apart because a block uses it more than once (its first convolution and its shortcut).
+layers it is ``transition.conv(transition.relu(belief, x), conv)``. What lies between the two calls is
+a *source*, from which several convolutions may be predicted: a belief, or a map sampled from one.
 """
 
 from typing import Union
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import belief as closed_form
-from . import fused
 from .belief import Belief
-from .prediction import predict
 
-__all__ = ["ClosedFormTransition", "MonteCarloTransition", "build_transition"]
+__all__ = ["ClosedFormTransition", "MonteCarloTransition", "Source", "build_transition"]
+
+Source = Union[Belief, Tensor]
 
 
 class ClosedFormTransition:
@@ -28,17 +28,11 @@ class ClosedFormTransition:
 
     def relu(self, belief: Belief, x: Tensor) -> Belief:
         """The belief behind the ReLU that made the features ``x``, ready for :meth:`conv`."""
-        kernels = fused.kernels_for(belief.mean, belief.var)
-        return fused.relu(belief, kernels) if kernels else closed_form.relu(belief)
+        return closed_form.relu(belief)
 
     def conv(self, source: Belief, conv: nn.Conv2d) -> Belief:
         """The prior behind a convolution, shape (rows, C_out)."""
-        kernels = None
-        if conv.bias is None and source.mean.shape == (1, conv.weight.shape[1]):
-            kernels = fused.kernels_for(source.mean, source.var, conv.weight)
-        if kernels:
-            return fused.predict(source, conv.weight, kernels)
-        return predict(source, conv.weight, conv.bias, conv.groups)
+        return closed_form.conv2d(source, conv.weight, conv.bias, conv.groups)
 
     def moments(self, source: Belief) -> Belief:
         """The belief about what :meth:`start` or :meth:`relu` returned."""
@@ -87,8 +81,10 @@ class MonteCarloTransition:
             )
         return self.moments(y)
 
-    def moments(self, source: Tensor) -> Belief:
-        """Mean and biased variance per row and channel."""
+    def moments(self, source: Source) -> Belief:
+        """Mean and biased variance per row and channel of a sampled map; of a belief, itself."""
+        if isinstance(source, Belief):
+            return source
         var, mean = torch.var_mean(source, dim=(2, 3), unbiased=False)
         return Belief(mean, var)
 

@@ -1,8 +1,7 @@
 """Backbones and heads for detectron2."""
 
+from .chain import ChainConfig, ChainConv2d, Feature, Features
 from .resnet import (
-    ChainConfig,
-    Feature,
     KNBasicBlock,
     KNBasicStem,
     KNBottleneckBlock,
@@ -14,7 +13,9 @@ from .roi_heads import KNRes5ROIHeads
 
 __all__ = [
     "ChainConfig",
+    "ChainConv2d",
     "Feature",
+    "Features",
     "KNBasicBlock",
     "KNBasicStem",
     "KNBottleneckBlock",

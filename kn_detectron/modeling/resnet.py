@@ -1,34 +1,36 @@
 """ResNets whose features travel together with the belief about them.
 
-The networks are detectron2's own, parameter by parameter and key by key; only KN's parameters are
-added. In training, stem, blocks and stages take and return ``(feature, belief)``, where the belief
-is about the feature *in front of* the ReLU that ends the block: what comes next rectifies it. In
-evaluation with moving statistics no belief is needed, and the features travel alone through
-detectron2's own forward functions.
+The networks are detectron2's own, parameter by parameter and key by key. Only KN's parameters are
+added.
 """
 
-from dataclasses import dataclass
-from typing import Dict, NamedTuple, Tuple, Union
+import functools
+from typing import Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import check_config
 from ..errors import InputError
-from ..layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
-from ..layers.belief import add, max_pool2d, normalized
-from ..layers.transition import Transition
+from ..layers import Belief
+from ..layers.belief import max_pool2d
+from .chain import (
+    ChainConfig,
+    ChainConv2d,
+    Feature,
+    Features,
+    build_norm,
+    rectified,
+    residual_sum,
+)
 
 __all__ = [
-    "ChainConfig",
-    "Feature",
     "KNBasicBlock",
     "KNBasicStem",
     "KNBottleneckBlock",
@@ -37,129 +39,6 @@ __all__ = [
     "build_kn_resnet_fpn_backbone",
     "make_kn_stage",
 ]
-
-
-class Feature(NamedTuple):
-    """A feature map and the belief about it, in front of its last ReLU.
-
-    Attributes:
-        value: shape (N, C, H, W), rectified.
-        belief: shape (1, C) or (N, C), not rectified.
-    """
-
-    value: Tensor
-    belief: Belief
-
-
-@dataclass(frozen=True)
-class ChainConfig:
-    """What all layers of a chain have in common.
-
-    Attributes:
-        norm: "KN" or "GKN".
-        variant, gain, learn_gain, process_model, prior_gradient, eval_statistics: see
-            :class:`~kn_detectron.layers.KalmanNorm2d`.
-        num_groups: groups of GKN.
-        transition: how beliefs go from layer to layer.
-    """
-
-    norm: str = "KN"
-    variant: str = "network"
-    gain: float = 0.1
-    learn_gain: bool = True
-    process_model: bool = True
-    prior_gradient: bool = True
-    eval_statistics: str = "moving"
-    num_groups: int = 32
-    transition: Transition = build_transition("closed_form")
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> "ChainConfig":
-        """Reads MODEL.RESNETS.NORM and MODEL.KN.
-
-        Raises:
-            InputError: if a value of MODEL.KN is unknown or out of range, or the norm is neither.
-        """
-        check_config(cfg)
-        kn = cfg.MODEL.KN
-        if cfg.MODEL.RESNETS.NORM not in ("KN", "GKN"):
-            raise InputError(
-                f"MODEL.RESNETS.NORM is {cfg.MODEL.RESNETS.NORM!r}, but the KN backbones and heads "
-                'build "KN" and "GKN" only: set one of them, or use detectron2\'s '
-                "build_resnet_backbone and Res5ROIHeads"
-            )
-        return cls(
-            norm=cfg.MODEL.RESNETS.NORM,
-            variant=kn.VARIANT,
-            gain=float(kn.GAIN),
-            learn_gain=kn.LEARN_GAIN,
-            process_model=kn.PROCESS_MODEL,
-            prior_gradient=kn.PRIOR_GRADIENT,
-            eval_statistics=kn.EVAL_STATISTICS,
-            num_groups=kn.NUM_GROUPS,
-            transition=build_transition(kn.PREDICTION, kn.MONTE_CARLO_SIZE),
-        )
-
-    @property
-    def predicts_in_evaluation(self) -> bool:
-        """Whether the layers need priors in evaluation too."""
-        return self.norm == "GKN" or self.eval_statistics == "batch"
-
-    def build_norm(self, channels: int, head: bool = False) -> nn.Module:
-        """A KN or GKN layer; ``head`` makes it one without prior."""
-        options = dict(
-            gain=None if head else self.gain,
-            learn_gain=self.learn_gain,
-            variant=self.variant,
-            process_model=self.process_model,
-            prior_gradient=self.prior_gradient,
-        )
-        if self.norm == "KN":
-            return KalmanNorm2d(channels, eval_statistics=self.eval_statistics, **options)
-        if channels % self.num_groups:
-            raise InputError(
-                f"MODEL.KN.NUM_GROUPS is {self.num_groups}, which does not divide a layer of "
-                f"{channels} channels: set a divisor of all the widths of the network"
-            )
-        return GroupKalmanNorm2d(self.num_groups, channels, **options)
-
-    def frozen_belief(self, norm: FrozenBatchNorm2d) -> Belief:
-        """The belief behind a frozen BatchNorm: its running statistics are the posterior."""
-        if self.variant == "network":
-            return normalized(norm.weight, norm.bias)
-        return Belief(norm.running_mean[None], norm.running_var[None])
-
-    def apply(self, conv: Conv2d, x: Tensor, source) -> Tuple[Tensor, Belief]:
-        """A convolution and its norm, on a feature and on the belief about it.
-
-        Args:
-            conv: detectron2's Conv2d, with a norm and no activation.
-            x: its input.
-            source: the belief about ``x``, from ``transition.start`` or ``transition.relu``.
-
-        Returns:
-            The normalised feature and the belief to pass on.
-
-        Raises:
-            TypeError: if something put a norm there that takes no prior.
-        """
-        norm = conv.norm
-        if isinstance(norm, FrozenBatchNorm2d):
-            return conv(x), self.frozen_belief(norm)
-        if not isinstance(norm, (KalmanNorm2d, GroupKalmanNorm2d)):
-            raise TypeError(
-                f"a {type(norm).__name__} stands in a chain of Kalman Normalization, where only "
-                "KN, GKN and FrozenBatchNorm2d layers can: nn.SyncBatchNorm.convert_sync_batchnorm "
-                "must not be applied to a KN model (its priors are the same on every GPU anyway)"
-            )
-        x = F.conv2d(
-            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
-        )
-        prior = self.transition.conv(source, conv) if norm.needs_prior else None
-        return norm(x, prior=prior, return_belief=True)
-
-
-BlockInput = Union[Tensor, Feature]
 
 
 class KNBasicStem(BasicStem):
@@ -171,43 +50,42 @@ class KNBasicStem(BasicStem):
 
     def __init__(self, in_channels: int, out_channels: int, chain: ChainConfig):
         head = chain.variant == "paper"
-        super().__init__(in_channels, out_channels, norm=lambda c: chain.build_norm(c, head))
+        super().__init__(in_channels, out_channels, norm=lambda c: build_norm(chain, c, head))
         self.chain = chain
+        self.conv1 = ChainConv2d.from_conv(self.conv1, chain)
 
-    def forward(self, x: BlockInput) -> BlockInput:
+    def forward(self, x: Union[Tensor, Feature]) -> Union[Tensor, Feature]:
         """The image with the belief about it, or the image alone."""
         if isinstance(x, Tensor):
-            return super().forward(x)
-        x, belief = x
-        x, belief = self.chain.apply(self.conv1, x, self.chain.transition.start(belief, x))
-        x = F.max_pool2d(F.relu_(x), kernel_size=3, stride=2, padding=1)
-        return Feature(x, max_pool2d(belief))
+            return self(Feature(x)).value
+        value, belief = rectified(self.conv1(x), self.chain.transition)
+        value = F.max_pool2d(value, kernel_size=3, stride=2, padding=1)
+        return Feature(value, None if belief is None else max_pool2d(belief))
 
 
 class _KNBlock(CNNBlockBase):
-    """The forward function of residual blocks with beliefs, on top of a detectron2 block."""
+    """Makes a residual block of detectron2 one of a chain."""
 
     chain: ChainConfig
     branch: Tuple[str, ...]  # names of the convolutions of the residual branch
 
-    def forward(self, x: BlockInput) -> BlockInput:
+    def _link(self, chain: ChainConfig) -> None:
+        self.chain = chain
+        for name in (*self.branch, "shortcut"):
+            conv = getattr(self, name)
+            if conv is not None:
+                setattr(self, name, ChainConv2d.from_conv(conv, chain))
+
+    def forward(self, x: Union[Tensor, Feature]) -> Union[Tensor, Feature]:
         """A feature with the belief about it, or a feature alone."""
         if isinstance(x, Tensor):
-            return super().forward(x)
+            return self(Feature(x)).value
         transition = self.chain.transition
-        x, belief = x
-        source = transition.relu(belief, x)
-        if self.shortcut is not None:
-            shortcut, shortcut_belief = self.chain.apply(self.shortcut, x, source)
-        else:
-            shortcut, shortcut_belief = x, transition.moments(source)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
         for name in self.branch[:-1]:
-            x, belief = self.chain.apply(getattr(self, name), x, source)
-            x = F.relu_(x)
-            source = transition.relu(belief, x)
-        x, belief = self.chain.apply(getattr(self, self.branch[-1]), x, source)
-        x += shortcut
-        return Feature(F.relu_(x), add(belief, shortcut_belief))
+            x = rectified(getattr(self, name)(x), transition)
+        x = getattr(self, self.branch[-1])(x)
+        return rectified(residual_sum(x, shortcut, transition), transition)
 
 
 class KNBasicBlock(_KNBlock, BasicBlock):
@@ -216,8 +94,9 @@ class KNBasicBlock(_KNBlock, BasicBlock):
     branch = ("conv1", "conv2")
 
     def __init__(self, in_channels: int, out_channels: int, *, chain: ChainConfig, **kwargs):
-        BasicBlock.__init__(self, in_channels, out_channels, norm=chain.build_norm, **kwargs)
-        self.chain = chain
+        norm = functools.partial(build_norm, chain)
+        BasicBlock.__init__(self, in_channels, out_channels, norm=norm, **kwargs)
+        self._link(chain)
 
 
 class KNBottleneckBlock(_KNBlock, BottleneckBlock):
@@ -226,13 +105,9 @@ class KNBottleneckBlock(_KNBlock, BottleneckBlock):
     branch = ("conv1", "conv2", "conv3")
 
     def __init__(self, in_channels: int, out_channels: int, *, chain: ChainConfig, **kwargs):
-        BottleneckBlock.__init__(self, in_channels, out_channels, norm=chain.build_norm, **kwargs)
-        self.chain = chain
-
-
-def belief_keys(name: str) -> Tuple[str, str]:
-    """The keys under which the belief about feature ``name`` stands beside it in a feature dict."""
-    return f"{name}.belief_mean", f"{name}.belief_var"
+        norm = functools.partial(build_norm, chain)
+        BottleneckBlock.__init__(self, in_channels, out_channels, norm=norm, **kwargs)
+        self._link(chain)
 
 
 class KNResNet(ResNet):
@@ -252,28 +127,29 @@ class KNResNet(ResNet):
         # Part of the config, not of the weights: out of the checkpoint.
         self.register_buffer("image_var", image_var.float(), persistent=False)
 
-    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+    def forward(self, x: Tensor) -> Features:
         """
         Args:
             x: images, normalised, shape (N, C, H, W).
 
         Returns:
-            dict: the output features by name, as detectron2's ResNet returns them. Where beliefs
-            are computed, also those about the outputs of stem and stages, in front of their last
-            ReLU, shape (1, C) or (N, C), under the names of :func:`belief_keys`.
+            Features: the output features by name, as detectron2's ResNet returns them. Where
+            beliefs are kept, its ``beliefs`` are those about the outputs of stem and stages, shape
+            (1, C) or (N, C).
         """
-        if not (self.training or self.chain.predicts_in_evaluation):
-            return super().forward(x)
-        image_var = self.image_var[None]
-        outputs = {}
-        x = Feature(x, Belief(torch.zeros_like(image_var), image_var))
+        transition, belief = self.chain.transition, None
+        if self.training or self.chain.predicts_in_evaluation:
+            image_var = self.image_var[None]
+            belief = transition.start(Belief(torch.zeros_like(image_var), image_var), x)
+        outputs, feature = Features(), Feature(x, belief)
         for name in ("stem", *self.stage_names):
-            x = getattr(self, name)(x)
+            feature = getattr(self, name)(feature)
             if name in self._out_features:
-                outputs[name] = x.value
-                outputs.update(zip(belief_keys(name), x.belief))
-        if self.num_classes is not None:
-            outputs["linear"] = self.linear(torch.flatten(self.avgpool(x.value), 1))
+                outputs[name] = feature.value
+                if feature.belief is not None:
+                    outputs.beliefs[name] = transition.moments(feature.belief)
+        if self.num_classes is not None and "linear" in self._out_features:
+            outputs["linear"] = self.linear(torch.flatten(self.avgpool(feature.value), 1))
         return outputs
 
 

@@ -9,9 +9,9 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..layers import Belief
 from ..layers.belief import roi_align
-from .resnet import ChainConfig, Feature, belief_keys, make_kn_stage
+from .chain import ChainConfig, Feature
+from .resnet import make_kn_stage
 
 __all__ = ["KNRes5ROIHeads"]
 
@@ -21,7 +21,7 @@ class KNRes5ROIHeads(Res5ROIHeads):
     """detectron2's ``Res5ROIHeads`` with Kalman Normalization in res5.
 
     The prior of res5 starts from the belief about the backbone's output, which
-    :class:`~kn_detectron.modeling.KNResNet` puts beside it; RoIAlign leaves a belief as it is.
+    :class:`~kn_detectron.modeling.KNResNet` hands on; RoIAlign leaves a belief as it is.
     """
 
     @classmethod
@@ -41,27 +41,24 @@ class KNRes5ROIHeads(Res5ROIHeads):
 
     def _shared_roi_transform(self, features: List, boxes: List[Boxes]) -> Tensor:
         # What is in the list is what _with_beliefs put into the dict.
-        values = [f.value if isinstance(f, Feature) else f for f in features]
-        x = self.pooler(values, boxes)
-        if not isinstance(features[0], Feature):
-            return self.res5(x)
-        belief = roi_align(features[0].belief, [len(b) for b in boxes])
+        x = self.pooler([feature.value for feature in features], boxes)
+        belief = features[0].belief
+        if belief is not None:
+            belief = roi_align(belief, [len(b) for b in boxes])
+            belief = self.res5[0].chain.transition.start(belief, x)
         return self.res5(Feature(x, belief)).value
 
-    def _with_beliefs(self, features: Dict[str, Tensor]) -> Dict:
-        """The features that the heads use, each paired with its belief if it has one."""
-        paired = {}
-        for name in self.in_features:
-            mean, var = belief_keys(name)
-            paired[name] = features[name]
-            if mean in features:
-                paired[name] = Feature(features[name], Belief(features[mean], features[var]))
-        return paired
+    def _with_beliefs(self, features: Dict[str, Tensor]) -> Dict[str, Feature]:
+        """The features that the heads use, with their beliefs."""
+        if isinstance(features[self.in_features[0]], Feature):  # forward calls the other entrance
+            return features
+        beliefs = getattr(features, "beliefs", {})
+        return {name: Feature(features[name], beliefs.get(name)) for name in self.in_features}
 
     def forward(self, images, features: Dict[str, Tensor], proposals, targets=None):
-        """See detectron2's ``ROIHeads.forward``; ``features`` may hold beliefs."""
+        """See detectron2's ``ROIHeads.forward``; ``features`` may have beliefs."""
         return super().forward(images, self._with_beliefs(features), proposals, targets)
 
     def forward_with_given_boxes(self, features: Dict[str, Tensor], instances):
-        """See detectron2's ``Res5ROIHeads``; ``features`` may hold beliefs."""
+        """See detectron2's ``Res5ROIHeads``; ``features`` may have beliefs."""
         return super().forward_with_given_boxes(self._with_beliefs(features), instances)

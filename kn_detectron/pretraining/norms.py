@@ -9,7 +9,7 @@ from detectron2.layers import CNNBlockBase, Conv2d
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..layers.functional import fold_groups, measure, unfold_groups
+from ..layers.sets import Sets
 
 __all__ = ["BatchRenorm2d", "apply_weight_norm", "replace_batch_norms"]
 
@@ -53,17 +53,18 @@ class BatchRenorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         groups = x.shape[0] // (self.norm_batch_size or x.shape[0])
-        x = fold_groups(x, groups)
         scale, shift = self.weight.expand(groups, -1), self.bias.expand(groups, -1)
         if self.track_running_stats:
             r, d = self._correct_and_track(x, groups)
             scale, shift = scale * r, shift + scale * d
-        y = F.batch_norm(x, None, None, scale.flatten(), shift.flatten(), True, 0.0, self.eps)
-        return unfold_groups(y, groups)
+        # The groups lie side by side as channels, which batch_norm treats apart.
+        y = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+        y = F.batch_norm(y, None, None, scale.flatten(), shift.flatten(), True, 0.0, self.eps)
+        return y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
 
     @torch.no_grad()
     def _correct_and_track(self, x, groups):
-        mean, var = (v.view(groups, -1) for v in measure(x))
+        mean, var = Sets(x.shape[0], self.num_features, groups, self.num_features).moments(x)
         std, moving_std = ((v + self.eps).sqrt() for v in (var, self.running_var))
         done = self.num_batches_tracked / self.steps
         r_max = 1 + 2 * ((done - 0.05) / 0.35).clamp(0, 1)

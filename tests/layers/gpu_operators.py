@@ -22,6 +22,12 @@ def on_gpu(x: torch.Tensor) -> torch.Tensor:
     return x.cuda() if torch.cuda.is_available() else x.as_subclass(OnGPU)
 
 
+def _dense(*features):
+    """Asserts what the operators take for granted: dense features, all of one memory format."""
+    formats = [torch.contiguous_format, torch.channels_last]
+    assert any(all(x.is_contiguous(memory_format=f) for x in features) for f in formats)
+
+
 def _vector(v):
     return v.double().view(1, -1, 1, 1) if v is not None else 1.0
 
@@ -29,6 +35,7 @@ def _vector(v):
 def _update_stats(x, running_mean, running_var, momentum):
     """torch has this one on a CPU too, but there it returns half precision for half precision."""
     assert running_mean is None and running_var is None
+    _dense(x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), unbiased=False)
     return mean, var
@@ -41,6 +48,7 @@ def _elemt(x, weight, bias, mean, invstd, eps):
 
 def _reduce(dy, x, mean, invstd, weight, input_g, weight_g, bias_g):
     assert (input_g, weight_g, bias_g) == (True, False, False)
+    _dense(dy, x)
     dy_sum = dy.double().sum((0, 2, 3))
     dy_x = (dy.double() * (x.double() - _vector(mean))).sum((0, 2, 3))
     nothing = mean.new_empty(0)
@@ -49,6 +57,7 @@ def _reduce(dy, x, mean, invstd, weight, input_g, weight_g, bias_g):
 
 def _backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
     assert count.dtype == torch.int32
+    _dense(dy, x)
     n, invstd = count.sum(), _vector(invstd)
     centred = x.double() - _vector(mean)
     dx = dy.double() - _vector(sum_dy) / n - centred * invstd.square() * _vector(sum_dy_xmu) / n

@@ -39,7 +39,7 @@ def run(layer, x, prior, belief_counts=True):
     else:
         prior = Belief(*(v.clone().requires_grad_() for v in prior))
         inputs.update(prior_mean=prior.mean, prior_var=prior.var)
-    y, belief = layer(inputs["x"], prior=prior, return_belief=True)
+    y, belief = layer(inputs["x"], prior=prior)
     loss = y.sigmoid().sum()
     if belief_counts:
         loss = loss + belief.mean.square().sum() + belief.var.sqrt().sum()
@@ -117,7 +117,7 @@ def test_a_backbone_equals_a_loop_over_groups(variant):
     set_norm_batch_size(backbone, 2)
     outputs = backbone(x)
     torch.testing.assert_close(outputs["res4"], want)
-    assert outputs["res4.belief_mean"].shape[0] == (2 if variant == "paper" else 1)
+    assert outputs.beliefs["res4"].mean.shape[0] == (2 if variant == "paper" else 1)
 
 
 def test_it_is_no_part_of_the_state_and_moving_statistics_know_nothing_of_it():

@@ -1,11 +1,7 @@
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from kn_detectron.layers import Belief, GroupKalmanNorm2d, KalmanNorm2d
-from kn_detectron.layers import functional as KF
-from kn_detectron.layers import passes
-from kn_detectron.layers.passes import Layout
+from kn_detectron.layers import GroupKalmanNorm2d, passes
 
 from .gpu_operators import gpu_operators, on_gpu
 from .test_kalman_norm import prior_of, randomize
@@ -36,36 +32,36 @@ DTYPES = pytest.mark.parametrize(
 @DTYPES
 def test_each_pass_against_its_formula(memory_format, dtype, place=lambda v: v):
     x, dy = (place(features(dtype, memory_format, seed)) for seed in (0, 1))
-    center, scale, shift, slope = (place(v.to(passes.statistics_dtype(x))) for v in vectors(4))
+    mean, scale, bias, d_var = (place(v.to(passes.statistics_dtype(x))) for v in vectors(4))
     exact_x, exact_dy = x.double(), dy.double()
-    c, s, b, k = (v.double().view(-1, 1, 1) for v in (center, scale, shift, slope))
+    c, s, b, k = (v.double().view(-1, 1, 1) for v in (mean, scale, bias, d_var))
     half = dtype in (torch.bfloat16, torch.float16)
     close = dict(rtol=2e-2, atol=5e-2) if half else dict(rtol=1e-4, atol=1e-5)
 
     def check(got, want, **tolerance):
         torch.testing.assert_close(got.double(), want, **tolerance)
 
-    mean, var = passes.moments(x)
-    assert mean.dtype == var.dtype == passes.statistics_dtype(x)
-    check(mean, exact_x.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    measured, var = passes.moments(x)
+    assert measured.dtype == var.dtype == passes.statistics_dtype(x)
+    check(measured, exact_x.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     check(var, exact_x.var((0, 2, 3), unbiased=False), rtol=1e-4, atol=1e-5)
-    y = passes.transform(x, center, scale, shift)
+    y = passes.transform(x, mean, scale, bias)
     check(y, s * (exact_x - c) + b, **close)
-    for wanted in (True, False):
-        scaled, dy_x, dy_sum = passes.gradient_sums(dy, x, center, scale, wanted)
-        check(dy_x, (exact_dy * (exact_x - c)).sum((0, 2, 3)), rtol=1e-3, atol=1e-2)
-        check(dy_sum, exact_dy.sum((0, 2, 3)), rtol=1e-3, atol=1e-2)
-        assert (scaled is not None) == wanted
-        if wanted:
-            check(scaled, s * exact_dy, **close)
-    dx = passes.input_gradient(dy, x, scale, center, slope, shift)
-    check(dx, s * exact_dy + k * (exact_x - c) + b, **close)
-    inv_std, a, one = scale.abs(), shift, place(torch.ones(1, dtype=torch.int32))
-    vectors_of_network = inv_std * slope, center, slope, inv_std, scale, a, one
-    through_network = passes.network_gradient(dy, x, *vectors_of_network)
-    inside = exact_dy - b - s * s.square() * (exact_x - c)
-    check(through_network, k * s.abs() * inside, **close)
-    for result in (y, dx, through_network):
+    frozen_dx, *frozen_sums = passes.frozen_gradient(dy, x, mean, scale)
+    check(frozen_dx, s * exact_dy, **close)
+    for sum_dy, sum_dy_xmu in (frozen_sums, passes.gradient_sums(dy, x, mean)):
+        check(sum_dy, exact_dy.sum((0, 2, 3)), rtol=1e-3, atol=1e-2)
+        check(sum_dy_xmu, (exact_dy * (exact_x - c)).sum((0, 2, 3)), rtol=1e-3, atol=1e-2)
+    count = 4
+    dx = passes.input_gradient(dy, x, scale, mean, bias, d_var, count)
+    check(dx, s * exact_dy + b / count + 2 * k * (exact_x - c) / count, **close)
+    invstd, n = scale.abs(), place(torch.tensor([count], dtype=torch.int32))
+    by_batch_norm = passes.batch_norm_gradient(
+        *(dy, x, mean, invstd, d_var, bias, d_var * scale, n)
+    )
+    inside = exact_dy - b / count - s.square() * (exact_x - c) * (k * s) / count
+    check(by_batch_norm, k * s.abs() * inside, **close)
+    for result in (y, frozen_dx, dx, by_batch_norm):
         assert result.dtype == dtype and result.is_contiguous(memory_format=memory_format)
 
 
@@ -92,21 +88,44 @@ def test_input_gradient_of_tensors_of_different_formats(small_plane, monkeypatch
     monkeypatch.setattr(passes, "_SMALL_PLANE", small_plane)
     vectors_of_half = [v.float() for v in vectors(4)]
     x, dy = (features(torch.bfloat16, seed=seed) for seed in (0, 1))
-    want = passes.input_gradient(dy, x, *vectors_of_half)
+    want = passes.input_gradient(dy, x, *vectors_of_half, 8)
     for other in (dy.to(memory_format=torch.channels_last), dy.transpose(2, 3).contiguous().mT):
-        assert torch.equal(passes.input_gradient(other, x, *vectors_of_half), want)
+        assert torch.equal(passes.input_gradient(other, x, *vectors_of_half, 8), want)
 
 
 @pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 8), (torch.float16, 11)])
 def test_input_gradient_in_half_precision_is_off_by_rounding_only(dtype, bits):
     x, dy = (features(dtype, seed=seed) for seed in (0, 1))
-    scale, center, slope, offset = (v.float() for v in vectors(4))
-    dx = passes.input_gradient(dy, x, scale, center, slope, offset)
-    s, c, k, b = (v.double().view(-1, 1, 1) for v in (scale, center, slope, offset))
-    large, small = s * dy.double(), k * (x.double() - c) + b
+    scale, mean, d_mean, d_var = (v.float() for v in vectors(4))
+    dx = passes.input_gradient(dy, x, scale, mean, d_mean, d_var, 2)
+    s, c, b, k = (v.double().view(-1, 1, 1) for v in (scale, mean, d_mean, d_var))
+    large, small = s * dy.double(), k * (x.double() - c) + b / 2
     # Once the scale, once the small term, once the sum, each by half a unit in the last place.
     bound = 2.0**-bits * (large.abs() + small.abs() + (large + small).abs())
     assert ((dx.double() - large - small).abs() <= 1.01 * bound).all()
+
+
+@pytest.mark.parametrize("name", ["moments", "gradient_sums", "batch_norm_gradient"])
+def test_a_gpus_operators_get_dense_features_of_one_format(name):
+    """Slices of a larger map and gradients of another format, which the operators read wrongly."""
+    x = features(torch.float32).repeat(1, 1, 2, 2)[..., ::2, 1:6]
+    dy = features(torch.float32, torch.channels_last, seed=1)
+    assert not x.is_contiguous() and x.shape == dy.shape
+    mean, scale, weight, sum_dy, sum_dy_xmu = (v.float() for v in vectors(5))
+    rest = {
+        "moments": (),
+        "gradient_sums": (mean,),
+        "batch_norm_gradient": (
+            *(mean, scale.abs(), weight, sum_dy, sum_dy_xmu),
+            torch.tensor([60], dtype=torch.int32),
+        ),
+    }[name]
+    given = (x,) if name == "moments" else (dy, x)
+    function = getattr(passes, name)
+    want = function(*given, *rest)
+    with gpu_operators():
+        got = function(*(on_gpu(v) for v in given), *(on_gpu(v) for v in rest))
+    torch.testing.assert_close(got, want, check_device=False, rtol=1e-4, atol=1e-4)
 
 
 def test_moments_of_large_features():
@@ -118,42 +137,6 @@ def test_moments_of_large_features():
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)
     want = exact.var((0, 2, 3), unbiased=False)
     torch.testing.assert_close(var.double(), want, rtol=1e-4, atol=0)
-
-
-@FORMATS
-@pytest.mark.parametrize("rows, groups", [(1, 6), (2, 6), (4, 6), (4, 2), (4, 3), (1, 2), (2, 1)])
-@pytest.mark.parametrize("measuring", [True, False])
-def test_filter_batch_of_any_layout_is_its_parts(memory_format, rows, groups, measuring):
-    """Against autograd through the plain functions, on one tensor for each set of pixels."""
-    x = features(memory_format=memory_format).requires_grad_()
-    prior = [v.requires_grad_() for v in prior_of(groups, rows, dtype=torch.float64)]
-    gain = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    weight, bias = (v.clone().requires_grad_() for v in vectors(2))
-    leaves = [x, *prior, weight, bias] + [gain] * measuring
-    layout = Layout(rows, groups)
-
-    y, belief, _, measured_var = KF.filter_batch(
-        *(x, Belief(*prior), gain, weight, bias, 1e-5), layout=layout, measuring=measuring
-    )
-    sets = x.reshape(rows, 4 // rows, groups, 6 // groups, 3, 5)
-    mean, var = sets.mean((1, 3, 4, 5)), sets.var((1, 3, 4, 5), unbiased=False)
-    posterior = Belief(*prior)
-    if measuring:
-        posterior = KF.update(posterior, Belief(mean, var), gain)
-        torch.testing.assert_close(measured_var, var)
-    per_channel = [
-        v.repeat_interleave(4 // rows, 0).repeat_interleave(6 // groups, 1) for v in posterior
-    ]
-    want = KF.normalize(x, Belief(*per_channel), weight, bias, 1e-5)
-    torch.testing.assert_close(y, want)
-    torch.testing.assert_close(belief, posterior)
-    assert y.is_contiguous(memory_format=memory_format)
-    got, want = (
-        torch.autograd.grad(out.sigmoid().sum() + b.mean.sin().sum() + b.var.log().sum(), leaves)
-        for out, b in ((y, belief), (want, posterior))
-    )
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b)
 
 
 @FORMATS
@@ -170,71 +153,3 @@ def test_an_image_alone_is_that_image_of_a_batch(memory_format):
     for together, alone in zip(*results):
         torch.testing.assert_close(alone, together)
         assert alone.is_contiguous(memory_format=memory_format)
-
-
-@pytest.mark.parametrize("released", [False, True])
-@pytest.mark.parametrize("rows", [1, 2])
-def test_gradcheck_with_the_process_model(released, rows):
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 2, 2, generator=g)
-    mean, var = torch.randn(1, 3, generator=g), torch.rand(1, 3, generator=g) + 0.5
-    first, second, weight, bias = torch.randn(4, 3, generator=g) * 0.5
-    leaves = [x, mean, var, first, second, torch.tensor(0.3), weight, bias]
-
-    def f(x, mean, var, first, second, gain, weight, bias):
-        y, belief, _, _ = KF.filter_batch(
-            *(x, Belief(mean, var), gain, weight, bias, 1e-5),
-            layout=Layout(rows, 3),
-            model=(None, None, first) if released else (first, second, None),
-            mixture=released,
-            passes_on_y=not released,
-        )
-        return (y, *belief)
-
-    leaves = [leaf.double().requires_grad_() for leaf in leaves]
-    if released:
-        leaves[4] = leaves[4].detach()
-    assert torch.autograd.gradcheck(f, leaves)
-
-
-@pytest.mark.parametrize("gain", [0.1, 0.0])
-@pytest.mark.parametrize("kind", ["KN", "GKN"])
-def test_layers_save_x_and_vectors_only(kind, gain):
-    saved = []
-    options = dict(gain=gain, learn_gain=False)
-    layer = KalmanNorm2d(8, **options) if kind == "KN" else GroupKalmanNorm2d(2, 8, **options)
-    x = torch.randn(2, 8, 16, 16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        layer(x, prior=prior_of(8))
-    large = [t for t in saved if t.numel() > 64]
-    assert len(large) == 1 and large[0].data_ptr() == x.data_ptr()
-
-
-class Passes(TorchDispatchMode):
-    """Counts the operations that read or write something of the size of the features."""
-
-    def __init__(self, numel):
-        super().__init__()
-        self.numel, self.names = numel, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        every = [*args, *(out if isinstance(out, tuple) else [out])]
-        large = any(isinstance(t, torch.Tensor) and t.numel() >= self.numel for t in every)
-        if large and func.overloadpacket.__name__ != "detach":
-            self.names.append(func.overloadpacket.__name__)
-        return out
-
-
-@pytest.mark.parametrize("gain, backward", [(0.1, 3), (0.0, 1)])
-def test_number_of_passes_over_the_features(gain, backward):
-    layer = randomize(KalmanNorm2d(8, gain=gain, learn_gain=False))
-    x = torch.randn(2, 8, 16, 16, requires_grad=True)
-    with Passes(x.numel()) as forward:
-        y, _ = layer(x, prior=prior_of(8))
-    dy = torch.randn_like(y)
-    with Passes(x.numel()) as back:
-        y.backward(dy)
-    measuring = ["batch_norm_update_stats"] if gain else []
-    assert forward.names == [*measuring, "native_batch_norm"]
-    assert back.names[0] == "native_batch_norm_backward" and len(back.names) == backward

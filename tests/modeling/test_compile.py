@@ -3,21 +3,66 @@ import copy
 import pytest
 import torch
 
-from ..models import build_backbone, images, randomize, resnet_cfg
+from ..models import build_backbone, randomize, resnet_cfg
+
+# Two batch sizes, and heights and widths that are no multiples of each other.
+SIZES = [(2, 32, 48), (1, 64, 40), (2, 56, 72), (1, 48, 32)]
 
 
-@pytest.mark.parametrize("norm", ["KN", "GKN"])
-def test_the_backbone_compiles_as_one_graph(norm):
-    overrides = dict(MODEL__RESNETS__DEPTH=18, MODEL__RESNETS__RES2_OUT_CHANNELS=64)
-    overrides.update(MODEL__RESNETS__OUT_FEATURES=["res2"], MODEL__RESNETS__STEM_OUT_CHANNELS=64)
-    backbone = randomize(build_backbone(resnet_cfg(norm, **overrides)))
+@pytest.mark.parametrize("norm, variant", [("KN", "network"), ("KN", "paper"), ("GKN", "network")])
+def test_one_compiled_backbone_trains_at_all_sizes(norm, variant):
+    """detectron2 trains at another size in every step. Gradients are those of eager mode.
+
+    No graph break (``fullgraph``), and no size gets a graph of its own once sizes vary.
+    """
+    backbone = build_backbone(resnet_cfg(norm, MODEL__KN__VARIANT=variant, **RESNET_18))
+    backbone = randomize(backbone).double()  # so that rounding has no part in it
     other = copy.deepcopy(backbone)
     torch._dynamo.reset()
-    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
-    results = []
-    for model, own in ((backbone, backbone), (compiled, other)):
-        out = model(images(2, 32))["res2"]
-        out.square().mean().backward()
-        results.append([out, *(p.grad for p in own.parameters()), *own.buffers()])
-    for got, want in zip(*results):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    compiled = torch.compile(other, backend=counting_backend(graphs := []), fullgraph=True)
+    for size in SIZES:
+        x = torch.randn(size[0], 3, *size[1:], generator=torch.Generator().manual_seed(1)).double()
+        results = []
+        for model, own in ((backbone, backbone), (compiled, other)):
+            out = model(x)
+            weight = torch.linspace(-1, 1, out["res2"].shape[1]).double()[:, None, None]
+            (out["res2"].sigmoid() * weight).sum().backward()
+            results.append([out["res2"], *out.beliefs["res2"], *(p.grad for p in own.parameters())])
+            results[-1] += [b for b in own.buffers() if b.is_floating_point()]
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+    # One for the first size, one for any size, and at most one for each number of images.
+    assert len(graphs) <= 4
+
+
+RESNET_18 = dict(
+    MODEL__RESNETS__DEPTH=18,
+    MODEL__RESNETS__RES2_OUT_CHANNELS=64,
+    MODEL__RESNETS__STEM_OUT_CHANNELS=64,
+    MODEL__RESNETS__OUT_FEATURES=["res2"],
+)
+
+
+def counting_backend(graphs):
+    """AOT autograd without a compiler behind it, which notes each graph that it is given."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def backend(graph, example_inputs, **kwargs):
+        graphs.append(graph)
+        return aot_eager(graph, example_inputs, **kwargs)
+
+    return backend
+
+
+def test_annealing_to_gain_0_compiles_once_more():
+    from kn_detectron.layers import set_gain_scale
+
+    backbone = build_backbone(resnet_cfg("KN", **RESNET_18))
+    torch._dynamo.reset()
+    compiled = torch.compile(backbone, backend=counting_backend(graphs := []), fullgraph=True)
+    x = torch.randn(1, 3, 32, 32)
+    for scale in (1.0, 0.8, 0.4, 0.0, 0.0):
+        set_gain_scale(backbone, scale)
+        y = compiled(x)["res2"]
+    assert len(graphs) == 2
+    assert torch.equal(backbone(x)["res2"], y) or torch.allclose(backbone(x)["res2"], y, atol=1e-5)

@@ -95,7 +95,7 @@ def test_7_mixed_precision_training_step(norm, variant):
         features = model.backbone(images())
         loss = features["res4"].float().square().mean()
     assert features["res4"].dtype == torch.bfloat16
-    assert features["res4.belief_mean"].dtype == torch.float32
+    assert features.beliefs["res4"].mean.dtype == torch.float32
     loss.backward()
     for name, p in model.backbone.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name

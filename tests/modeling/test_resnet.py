@@ -10,7 +10,6 @@ from kn_detectron import GroupKalmanNorm2d, InputError, KalmanNorm2d
 from kn_detectron.layers import KN_STATE, kalman_layers, set_gain_scale
 from kn_detectron.layers import belief as B
 from kn_detectron.modeling import KNResNet
-from kn_detectron.modeling.resnet import belief_keys
 
 from ..models import build_backbone, images, randomize, resnet_cfg
 
@@ -59,7 +58,7 @@ def test_every_parameter_gets_a_gradient(norm, variant, prediction):
         resnet_cfg(norm, MODEL__KN__VARIANT=variant, MODEL__KN__PREDICTION=prediction, **ALL_STAGES)
     )
     out = backbone(images())
-    assert belief_keys("res5")[0] in out
+    assert "res5" in out.beliefs
     sum(out[name].square().mean() for name in backbone.output_shape()).backward()
     # The last norm of a network hands its belief to nobody, but its scale and shift are used.
     for name, p in backbone.named_parameters():
@@ -143,15 +142,13 @@ def test_the_chain_goes_through_frozen_stages():
     )
     backbone = randomize(build_backbone(cfg))
     norm = backbone.stem.conv1.norm
-    mean, var = (backbone(images())[k] for k in belief_keys("stem"))
-    torch.testing.assert_close(mean, norm.bias[None])
-    torch.testing.assert_close(var, norm.weight.square()[None])
+    want = B.relu(B.Belief(norm.bias[None], norm.weight.square()[None]))
+    torch.testing.assert_close(backbone(images()).beliefs["stem"], want)
     cfg.MODEL.KN.VARIANT = "paper"
     backbone = randomize(build_backbone(cfg))
     norm = backbone.stem.conv1.norm
-    mean, var = (backbone(images())[k] for k in belief_keys("stem"))
-    torch.testing.assert_close(mean, norm.running_mean[None])
-    torch.testing.assert_close(var, norm.running_var[None])
+    want = B.relu(B.Belief(norm.running_mean[None], norm.running_var[None]))
+    torch.testing.assert_close(backbone(images()).beliefs["stem"], want)
 
 
 def priors_of(backbone, x):
@@ -273,7 +270,7 @@ def test_option_b_predicts_in_evaluation(statistics):
     backbone = build_backbone(cfg)
     trained = backbone(images())["res4"]
     out = backbone.eval()(images())
-    assert (belief_keys("res4")[0] in out) == (statistics == "batch")
+    assert ("res4" in out.beliefs) == (statistics == "batch")
     assert torch.allclose(out["res4"], trained, atol=1e-4) == (statistics == "batch")
 
 

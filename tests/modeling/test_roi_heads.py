@@ -7,7 +7,6 @@ from detectron2.utils.events import EventStorage
 from kn_detectron import InputError
 from kn_detectron.layers import KN_STATE, kalman_layers
 from kn_detectron.layers import belief as B
-from kn_detectron.modeling.resnet import belief_keys
 
 from ..models import build_rcnn, images, randomize, rcnn_cfg, rcnn_inputs
 
@@ -85,8 +84,8 @@ def test_res5_starts_from_the_belief_about_res4():
     train_step(model, rcnn_inputs())
     # network variant: whatever the images, so that the backbone can be run once more
     out = model.backbone(images())
-    res4 = B.Belief(*(out[k] for k in belief_keys("res4")))
-    want = B.conv2d(B.relu(res4), heads.res5[0].conv1.weight)
+    res4 = out.beliefs["res4"]
+    want = B.conv2d(res4, heads.res5[0].conv1.weight)
     torch.testing.assert_close(given[0], want)
 
 
@@ -119,7 +118,7 @@ def test_given_boxes_with_and_without_beliefs(norm, statistics):
         for out in found:
             out.remove("pred_masks")
         again = model.inference(inputs, found, do_postprocess=False)
-    assert belief_keys("res4")[0] in features
+    assert "res4" in features.beliefs
     for out, want in zip(again, masks):
         assert len(want) > 0
         torch.testing.assert_close(out.pred_masks, want)

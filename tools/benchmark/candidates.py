@@ -20,7 +20,6 @@ from kn_detectron.engine.command_line import read_config
 from kn_detectron.layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
 from kn_detectron.model_zoo import get_config
 from kn_detectron.modeling import Feature
-from kn_detectron.modeling.resnet import belief_keys
 
 from .presets import Group
 
@@ -305,7 +304,7 @@ def _predict(group: Group, norm: str, device: torch.device) -> Candidate:
     if norm not in ("KN", "KN-paper", "KN-paper-MC", "GKN"):
         raise NotRun("it predicts nothing")
     _, model = _detector(group, norm, device)
-    images = _images(group, device)
+    images, transition = _images(group, device), model.backbone.chain.transition
     parameters = [
         *(p for p in model.backbone.parameters() if p.requires_grad),
         *model.roi_heads.res5.parameters(),
@@ -314,10 +313,10 @@ def _predict(group: Group, norm: str, device: torch.device) -> Candidate:
     def forward():
         features = model.backbone(images)
         (name,) = model.roi_heads.in_features
-        belief = Belief(*(features[key] for key in belief_keys(name)))
+        belief = features.beliefs[name]
         regions = features[name].new_zeros(0, belief.mean.shape[1], 14, 14)
-        result = model.roi_heads.res5(Feature(regions, belief))
-        return [features[name], result.value, *result.belief]
+        result = model.roi_heads.res5(Feature(regions, transition.start(belief, regions)))
+        return [features[name], result.value, *transition.moments(result.belief)]
 
     def backward(results):
         ones = [torch.ones_like(v) for v in results]

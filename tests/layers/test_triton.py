@@ -16,7 +16,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmark.measure import is_free
-from kn_detectron.layers import Belief, ClosedFormTransition, KalmanNorm2d, fused
+from kn_detectron.layers import Belief, ClosedFormTransition, KalmanNorm2d, passes
+from kn_detectron.layers import triton as choice
+from kn_detectron.layers.belief import Convolve, Rectify
+from kn_detectron.layers.filter import Running, Spec, Vectors
+from kn_detectron.layers.normalize import Filter
+from kn_detectron.layers.sets import Sets
 
 from .gpu_operators import gpu_operators, on_gpu
 from .test_kalman_norm import prior_of, randomize
@@ -47,10 +52,21 @@ def doubled(tensors):
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
+def chosen(dtype=torch.float32):
+    """What runs for the moments behind a ReLU."""
+    return choice.fastest(Rectify, *torch.ones(2, 1, 3, device=DEVICE, dtype=dtype))
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Nothing has been checked yet."""
+    monkeypatch.setattr(choice, "_verdicts", {})
+
+
 @kernels
 def test_they_are_used_here():
-    assert fused.kernels_for(torch.ones(1, device=DEVICE)) is not None
-    assert fused.kernels_for(torch.ones(1, device=DEVICE, dtype=torch.float64)) is None
+    assert chosen().__module__ == "kn_detectron.layers.triton.kernels"
+    assert chosen(torch.float64) is Rectify
 
 
 @kernels
@@ -141,7 +157,7 @@ def test_layer(variant, case):
                 features = place(features)
             y, belief = own(features, prior=Belief(*leaves[1:]))
         assert y.is_contiguous(memory_format=memory_format or torch.contiguous_format)
-        assert ("fused" in type(y.grad_fn)._forward_cls.__module__) == (not exact)
+        assert (y.grad_fn.filter is Filter) == exact
         y.relu_()  # blocks work in place
         loss = y.double().square().sum()
         if not y_only:
@@ -195,7 +211,10 @@ class Launches(TorchDispatchMode):
 
     def counts_as(self, launches, module, *names):
         for name in names:
-            self.patch.setattr(module, name, self._counted(getattr(module, name), launches))
+            counted = self._counted(getattr(module, name), launches)
+            # A static method stays one.
+            is_class = isinstance(module, type)
+            self.patch.setattr(module, name, staticmethod(counted) if is_class else counted)
 
     def _counted(self, function, launches):
         def counted(*args, **kwargs):
@@ -218,7 +237,7 @@ def test_launches_per_layer(variant, monkeypatch):
     that they call on a GPU, one kernel each, save that a reduction in channels_last clears a counter
     first, and a sum of two terms takes two.
     """
-    from kn_detectron.layers import passes, triton_kernels
+    from kn_detectron.layers.triton import kernels as twins
 
     layers = 4
     torch.manual_seed(0)
@@ -239,11 +258,10 @@ def test_launches_per_layer(variant, monkeypatch):
 
     network(True).backward()  # the kernels are checked at first use
     launches = Launches(monkeypatch)
-    launches.counts_as(1, triton_kernels, "relu_forward", "relu_backward")
-    launches.counts_as(1, triton_kernels, "predict_forward", "predict_backward")
-    launches.counts_as(1, triton_kernels, "filter_forward", "filter_backward")
+    for twin in (twins.Rectify, twins.Convolve, twins.Filter):
+        launches.counts_as(1, twin, "forward", "backward")
     launches.counts_as(2, passes, "moments", "gradient_sums", "input_gradient")
-    launches.counts_as(1, passes, "transform", "network_gradient")
+    launches.counts_as(1, passes, "transform", "batch_norm_gradient")
     counts = []
     for normalised in (True, False):
         with launches:
@@ -288,7 +306,7 @@ def test_they_compile_for_a_gpu_without_spilling(variant, capability, monkeypatc
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
-    from kn_detectron.layers import triton_kernels
+    from kn_detectron.layers.triton import kernels as twins
 
     launched = []
 
@@ -297,25 +315,26 @@ def test_they_compile_for_a_gpu_without_spilling(variant, capability, monkeypatc
 
     monkeypatch.setattr(JITFunction, "run", launch)
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "cache"))
-    network = variant == "network"
-    for channels in (2048, fused.LARGEST_CHANNELS):
+    paper = variant == "paper"
+    for channels in (2048, twins.LARGEST_CHANNELS):
         row = torch.ones(1, channels)
-        vector, number, tracked = row[0], torch.ones(()), torch.zeros((), dtype=torch.long)
-        triton_kernels.relu_forward(row, row)
-        triton_kernels.relu_backward(row, row, row, row)
+        vector, number, batches = row[0], torch.ones(()), torch.zeros((), dtype=torch.long)
+        twins.Rectify.forward(row, row)
+        twins.Rectify.backward(row, row, row, row)
         for taps in (1, 3):
             some = torch.ones(1, 64)
             filters = torch.ones(channels, 64, taps, taps)
-            triton_kernels.predict_forward(some, some, filters)
-            triton_kernels.predict_backward(some, some, filters, row, row)
-        for measured in (vector, None):
-            inputs = triton_kernels.Inputs(
-                *(measured, measured, row, row, vector, vector if network else None),
-                *(number, number, network),
-            )
-            running = vector, vector, tracked
-            triton_kernels.filter_forward(inputs, vector, vector, 1e-5, running, 0.1, 49)
-            triton_kernels.filter_backward(inputs, *[vector] * 4, row, row, 49)
+            twins.Convolve.forward(some, some, filters)
+            twins.Convolve.backward(some, some, filters, row, row)
+        model = dict(process_noise=vector)
+        if not paper:
+            model = dict(mean_offset=vector, log_var_scale=vector)
+        v = Vectors(row, row, number, number, weight=vector, bias=vector, **model)
+        running = Running(vector, vector, batches, 0.1)
+        for measured in (Belief(row, row), None):
+            spec = Spec(Sets(1, channels, 1, channels), 1e-5, paper, measured is not None)
+            twins.Filter.forward(v, measured, spec, running, 49)
+            twins.Filter.backward(v, measured, spec, (vector, vector), (row, row), 49)
     assert len(launched) == 2 * (2 + 4 + 4)
     for kernel, given in launched:
         constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
@@ -350,25 +369,62 @@ def test_non_finite_batch_changes_no_statistic(bad):
 
 
 @kernels
-def test_disagreement_turns_them_off(monkeypatch):
-    from kn_detectron.layers import triton_kernels
+def test_a_variant_that_disagrees_is_not_used_and_others_are(monkeypatch, unchecked, caplog):
+    from kn_detectron.layers.triton import kernels as twins
 
-    right = triton_kernels.predict_forward
-    monkeypatch.setattr(
-        triton_kernels, "predict_forward", lambda *a: tuple(1.01 * v for v in right(*a))
-    )
-    fused._usable_kernels.cache_clear()
-    try:
-        assert fused.kernels_for(torch.ones(1, device=DEVICE)) is None
-    finally:
-        fused._usable_kernels.cache_clear()
+    right = twins.Filter.forward
+
+    def wrong_when_tracking(v, measured, spec, running, count):
+        found = right(v, measured, spec, running, count)
+        if running is not None:
+            running.var.mul_(1.01)
+        return found
+
+    monkeypatch.setattr(twins.Filter, "forward", staticmethod(wrong_when_tracking))
+    norm, x = KalmanNorm2d(5, eval_statistics="batch").to(DEVICE), torch.randn(2, 5, 3, 3)
+    prior = Belief(*(v.to(DEVICE) for v in prior_of(5)))
+    for training in (True, True, False):
+        y, _ = norm.train(training)(x.to(DEVICE), prior=prior)
+        assert (y.grad_fn.filter is Filter) == training
+    (warning,) = [r for r in caplog.records if "is not used" in r.message]  # once
+    assert "Filter (False, True, True, 'yes', 8)" in warning.message
+    assert "Tensor-likes are not close" in warning.message
+
+
+@kernels
+def test_one_that_does_not_compile_is_no_exception_in_a_training(monkeypatch, unchecked, caplog):
+    from kn_detectron.layers.triton import kernels as twins
+
+    def fail(*args):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(twins.Convolve, "backward", staticmethod(fail))
+    belief, weight = prior_of(3), torch.ones(2, 3, 1, 1)
+    for _ in range(2):
+        ready = [v.to(DEVICE) for v in (*belief, weight)]
+        assert choice.fastest(Convolve, *ready, 1) is Convolve
+    assert [r for r in caplog.records if "no C compiler" in r.message] == caplog.records[-1:]
+
+
+@kernels
+def test_a_first_call_in_inference_mode_postpones_the_check(unchecked):
+    with torch.inference_mode():
+        assert chosen() is Rectify
+    assert chosen() is not Rectify
+    with torch.inference_mode():  # by now it is known
+        assert chosen() is not Rectify
+
+
+@kernels
+def test_fake_tensors_have_no_kernels(unchecked):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        assert chosen() is Rectify
+    assert chosen() is not Rectify
 
 
 @kernels
 def test_an_environment_variable_turns_them_off(monkeypatch):
     monkeypatch.setenv("KN_DETECTRON_TRITON", "0")
-    fused._usable_kernels.cache_clear()
-    try:
-        assert fused.kernels_for(torch.ones(1, device=DEVICE)) is None
-    finally:
-        fused._usable_kernels.cache_clear()
+    assert chosen() is Rectify

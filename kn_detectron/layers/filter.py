@@ -1,0 +1,300 @@
+"""The Kalman filter of a layer: process model, gate, update (Eq. 7), and the belief behind it.
+
+Plain differentiable torch on small tensors, and the only copy of this arithmetic. It never sees
+features. Beliefs have a row per set of images (:class:`~kn_detectron.layers.sets.Sets`): one row for
+a batch, one per image for GroupNorm's statistics.
+"""
+
+from typing import Callable, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .belief import Belief, normalized
+from .passes import pooled_moments
+from .sets import Sets
+
+__all__ = [
+    "GATE_LIMIT",
+    "Gradients",
+    "Running",
+    "Spec",
+    "Statistics",
+    "Vectors",
+    "filter_belief",
+    "gate",
+    "group_belief",
+    "process",
+    "track",
+    "update",
+]
+
+# The released code drops a prior whose variance is this many times the measured one.
+GATE_LIMIT = 100.0
+
+
+class Vectors(NamedTuple):
+    """The small tensors of a layer, all in the dtype of the statistics.
+
+    Attributes:
+        prior_mean, prior_var: the prediction, shape (1, C) or (rows, C); None for the head of a
+            chain, which has none of the next five either.
+        gain_logit, gain_scale: the gain is ``gain_scale * sigmoid(gain_logit)``; no dimensions.
+        mean_offset, log_var_scale: the network variant's process model, shape (C,), or None.
+        process_noise: the paper variant's, shape (C,), or None.
+        weight, bias: scale and shift, shape (C,), or None for 1 and 0.
+    """
+
+    prior_mean: Optional[Tensor] = None
+    prior_var: Optional[Tensor] = None
+    gain_logit: Optional[Tensor] = None
+    gain_scale: Optional[Tensor] = None
+    mean_offset: Optional[Tensor] = None
+    log_var_scale: Optional[Tensor] = None
+    process_noise: Optional[Tensor] = None
+    weight: Optional[Tensor] = None
+    bias: Optional[Tensor] = None
+
+
+class Spec(NamedTuple):
+    """What kind of filter a layer is.
+
+    Attributes:
+        sets: which pixels share statistics.
+        eps: added to the variance.
+        paper: whether it is the paper variant, with gate and mixture term as released.
+        measures: False takes the prior for the posterior, whatever the features are.
+    """
+
+    sets: Sets
+    eps: float
+    paper: bool
+    measures: bool
+
+
+class Running(NamedTuple):
+    """The moving statistics of a layer, changed in place by :func:`track`.
+
+    Attributes:
+        mean, var: shape (C,).
+        batches: the number of batches that were averaged, an integer tensor.
+        momentum: the weight of a new batch; None for the average over all batches.
+    """
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+    momentum: Optional[float]
+
+
+class Statistics(NamedTuple):
+    """What features are normalised with, y = scale (x - mean) + bias, and the belief to pass on.
+
+    Attributes:
+        mean, scale: one number for each channel of the unfolded features.
+        belief: shape (1, C) or (rows, C).
+    """
+
+    mean: Tensor
+    scale: Tensor
+    belief: Belief
+
+
+class Gradients(NamedTuple):
+    """The derivative of a filter.
+
+    Attributes:
+        vectors: the gradients of the vectors, None where there is none.
+        input_pass: the pass that makes dx of dy and x, a function of
+            :mod:`~kn_detectron.layers.passes`; None if nothing was measured.
+        input_vectors: what this function takes behind dy and x.
+    """
+
+    vectors: Vectors
+    input_pass: Optional[Callable] = None
+    input_vectors: Tuple = ()
+
+
+def process(
+    prior: Belief,
+    mean_offset: Optional[Tensor] = None,
+    log_var_scale: Optional[Tensor] = None,
+    process_noise: Optional[Tensor] = None,
+) -> Belief:
+    """The process model: the learned correction of a prior.
+
+    ::
+
+        mean + mean_offset sqrt(var)        var exp(log_var_scale) + softplus(process_noise)
+
+    Args:
+        prior: shape (1, C) or (N, C).
+        mean_offset, log_var_scale: of the network variant (ours), shape (C,), or None for 0.
+        process_noise: R of the paper (Eq. 7) before the softplus, shape (C,), or None for nothing.
+    """
+    mean, var = prior
+    if process_noise is not None:
+        var = var + F.softplus(process_noise)
+    if mean_offset is not None:
+        std = var.clamp_min(torch.finfo(var.dtype).tiny).sqrt()
+        mean = torch.addcmul(mean, mean_offset, std)
+        var = var * log_var_scale.exp()
+    return Belief(mean, var)
+
+
+def group_belief(belief: Belief, groups: int) -> Belief:
+    """The belief about a pixel of a group whose channels are believed to be ``belief`` (ours).
+
+    By the law of total variance the group's variance is the mean of its channels' variances plus
+    the variance of their means.
+
+    Args:
+        belief: shape (N, C) or (1, C).
+        groups: G, a divisor of C.
+
+    Returns:
+        Belief: of shape (N, G) or (1, G).
+    """
+    rows, channels = belief.mean.shape  # written out: an empty belief cannot infer a size
+    if groups == channels:
+        return belief
+    mean, var = (v.reshape(rows, groups, channels // groups) for v in belief)
+    return Belief(*pooled_moments(mean, var, 2))
+
+
+def gate(prior: Belief, measured: Belief) -> Belief:
+    """Drops a prior that is far too wide (released code): returns the measurement in its place.
+
+    A row's prior is dropped if the mean over its channels of var_prior / var_measured reaches
+    :data:`GATE_LIMIT`. The posterior of a dropped prior is the measurement, whatever the gain.
+    """
+    ratio = (prior.var / measured.var).detach().mean(1, keepdim=True)
+    fits = ~(ratio >= GATE_LIMIT)
+    return Belief(*(torch.where(fits, p, m) for p, m in zip(prior, measured)))
+
+
+def update(prior: Belief, measured: Belief, gain: Tensor, mixture: bool = False) -> Belief:
+    """Blends prior and measurement (Eq. 7): the posterior.
+
+    With p = 1 - q::
+
+        mean = p mean_prior + q mean_measured
+        var  = p var_prior  + q var_measured  [+ p q (mean_measured - mean_prior)^2]
+
+    The term in brackets makes ``var`` the variance of the mixture of the two. The paper does not
+    have it, the released code does.
+
+    Args:
+        prior: shape (1, G) or (N, G).
+        measured: the same shape, or one that broadcasts with it.
+        gain: q in [0, 1], a tensor of one element.
+        mixture: whether to add the mixture term.
+    """
+    mean = torch.lerp(prior.mean, measured.mean, gain)
+    var = torch.lerp(prior.var, measured.var, gain)
+    if mixture:
+        var = var + (1 - gain) * gain * (measured.mean - prior.mean).square()
+    return Belief(mean, var)
+
+
+class Filtered(NamedTuple):
+    """What the filter of a layer finds.
+
+    Attributes:
+        posterior: the statistics to normalise with, shape (rows, groups), or (1, groups) if they
+            are the prior's.
+        belief: what to pass on, shape (1, C) or (rows, C).
+    """
+
+    posterior: Belief
+    belief: Belief
+
+
+def filter_belief(v: Vectors, measured: Optional[Belief], spec: Spec) -> Filtered:
+    """Eq. 7 of a layer, from the prior and the measurement to the belief that is passed on.
+
+    Args:
+        v: the layer's vectors.
+        measured: the measured mean and biased variance of each set, shape (rows, groups), or None
+            if nothing is measured. Then there must be a prior.
+        spec: what kind of filter it is.
+    """
+    channel_prior = None
+    posterior = measured
+    if v.prior_mean is not None:
+        prior = Belief(v.prior_mean, v.prior_var)
+        channel_prior = process(prior, v.mean_offset, v.log_var_scale, v.process_noise)
+        posterior = group_belief(channel_prior, spec.sets.groups)
+        if measured is not None:
+            prior = gate(posterior, measured) if spec.paper else posterior
+            gain = v.gain_scale * v.gain_logit.sigmoid()
+            posterior = update(prior, measured, gain, mixture=spec.paper)
+        elif v.gain_logit is not None and v.gain_logit.requires_grad:
+            # Its gradient is 0, and not missing: DDP takes that for an unused parameter.
+            posterior = posterior._replace(mean=posterior.mean + 0.0 * v.gain_logit)
+    return Filtered(posterior, _belief_behind(posterior, channel_prior, v, spec))
+
+
+def _belief_behind(
+    posterior: Belief, channel_prior: Optional[Belief], v: Vectors, spec: Spec
+) -> Belief:
+    """The belief to pass on.
+
+    The paper variant passes on the posterior (Eq. 7). The network variant (ours) carries it through
+    the normalisation itself. Normalised per channel, a feature has mean ``bias`` and variance
+    ``weight``^2. Normalised by groups, channel c of group g keeps a mean and a variance of its own::
+
+        bias_c + weight_c (m_c - mean_g) / sqrt(var_g + eps)      weight_c^2 v_c / (var_g + eps)
+
+    with the prior (m_c, v_c) behind the process model. The head of a chain has no prior; its
+    channels are taken to be alike.
+    """
+    channels = spec.sets.channels
+    per_group = channels // spec.sets.groups
+
+    def per_channel(values: Tensor) -> Tensor:
+        return values if per_group == 1 else values.repeat_interleave(per_group, 1)
+
+    if spec.paper:
+        return Belief(*(per_channel(values) for values in posterior))
+    if channel_prior is None or per_group == 1:
+        if v.weight is None:
+            mean = posterior.mean.new_zeros(1, channels)
+            return Belief(mean, torch.ones_like(mean))
+        return normalized(v.weight, v.bias)
+    invstd = per_channel((posterior.var + spec.eps).rsqrt())
+    mean = (channel_prior.mean - per_channel(posterior.mean)) * invstd
+    var = channel_prior.var * invstd.square()
+    if v.weight is None:
+        return Belief(mean, var)
+    return Belief(v.bias + v.weight * mean, v.weight.square() * var)
+
+
+@torch.no_grad()
+def track(
+    running: Running, posterior: Belief, measured: Optional[Belief], v: Vectors, count: int
+) -> None:
+    """Updates the moving statistics with a posterior, as BatchNorm does with its measurement.
+
+    ``running.var`` takes the measured part of the variance unbiased, n / (n - 1) with n =
+    ``count``, and the predicted part as it is. Of micro-batches it takes the average. Where nothing
+    was measured there is nothing random to average out: the statistics become the posterior. A
+    posterior that is not finite changes nothing, or one bad batch would spoil inference for good.
+    """
+    mean, var = posterior
+    rate = running.momentum
+    if measured is None:
+        rate = 1.0
+    else:
+        unbiased = measured.var * (1.0 / max(count - 1, 1))
+        if v.gain_logit is not None:
+            unbiased = unbiased * (v.gain_scale * v.gain_logit.sigmoid())
+        var = var + unbiased
+    mean, var = (t[0] if t.shape[0] == 1 else t.mean(0) for t in (mean, var))
+    finite = (mean + var).sum() * 0.0 == 0.0
+    running.batches.add_(finite)
+    if rate is None:
+        rate = 1.0 / running.batches.clamp_min(1).to(running.mean.dtype)
+    for average, new in ((running.mean, mean), (running.var, var)):
+        average.lerp_(torch.where(finite, new.to(average.dtype), average), rate)

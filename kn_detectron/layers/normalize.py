@@ -1,0 +1,194 @@
+"""Features through the filter of a layer: measured, filtered and normalised in one node of the graph.
+
+Composed of torch's own nodes the same computation keeps several tensors of the size of the features,
+and passes over them three times more in the backward.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import passes
+from .belief import Belief
+from .filter import (
+    Gradients,
+    Running,
+    Spec,
+    Statistics,
+    Vectors,
+    filter_belief,
+    track,
+)
+from .triton import fastest, is_traced
+
+__all__ = ["Filter", "filter_and_normalize"]
+
+
+class Filter:
+    """The filter of a layer by torch's operators, and its derivative by autograd."""
+
+    @staticmethod
+    def forward(
+        v: Vectors, measured: Optional[Belief], spec: Spec, running: Optional[Running], count: int
+    ) -> Statistics:
+        """Filters what was measured, and updates the moving statistics.
+
+        Args:
+            v: the layer's vectors.
+            measured: mean and biased variance of each set, or None.
+            spec: what kind of filter the layer is.
+            running: the moving statistics, or None if there are none to be updated.
+            count: the number of values in each set.
+        """
+        posterior, belief = filter_belief(v, measured, spec)
+        if running is not None:
+            track(running, posterior, measured, v, count)
+        mean = spec.sets.spread(posterior.mean)
+        # Cloned: it may be one of the tensors that came in.
+        return Statistics(mean, _scale(posterior, v, spec), Belief(*(b.clone() for b in belief)))
+
+    @staticmethod
+    def backward(
+        v: Vectors,
+        measured: Optional[Belief],
+        spec: Spec,
+        sums: Tuple[Tensor, Tensor],
+        d_belief: Tuple[Optional[Tensor], Optional[Tensor]],
+        count: int,
+    ) -> Gradients:
+        """The gradients of the vectors, and through the measurement that of the features.
+
+        The layer is y = scale (x - c) + shift with shift = bias - scale (mean - c). At the constant
+        c = mean, ``sum_dy_xmu`` is the gradient of the scale and ``sum_dy`` that of the shift. From
+        there autograd goes on to whatever scale, shift and belief are made of.
+
+        Args:
+            v, measured, spec, count: as in :meth:`forward`.
+            sums: ``sum_dy`` and ``sum_dy_xmu`` of each unfolded channel.
+            d_belief: the gradients of the belief's mean and variance, or None.
+        """
+
+        vectors = Vectors(
+            *(None if t is None else t.detach().requires_grad_(t.requires_grad) for t in v)
+        )
+        moments = None
+        if measured is not None:
+            moments = Belief(*(t.detach().requires_grad_() for t in measured))
+        with torch.enable_grad():
+            posterior, belief = filter_belief(vectors, moments, spec)
+            mean, scale = spec.sets.spread(posterior.mean), _scale(posterior, vectors, spec)
+            shift = scale * (mean.detach() - mean)
+            if vectors.bias is not None:
+                shift = shift + spec.sets.repeat(vectors.bias)
+        pairs = [(shift, sums[0]), (scale, sums[1]), *zip(belief, d_belief)]
+        pairs = [(out, d) for out, d in pairs if d is not None and out.requires_grad]
+        outputs, d_outputs = zip(*pairs)
+        wanted = [t for t in (*vectors, *(moments or ())) if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, d_outputs, allow_unused=True))
+        d_vectors = Vectors(
+            *(next(found) if t is not None and t.requires_grad else None for t in vectors)
+        )
+        if moments is None:
+            return Gradients(d_vectors)
+        d_mean, d_var = (spec.sets.spread(d) for d in found)
+        center = spec.sets.spread(measured.mean)
+        return Gradients(
+            d_vectors, passes.input_gradient, (scale.detach(), center, d_mean, d_var, count)
+        )
+
+
+def _scale(posterior: Belief, v: Vectors, spec: Spec) -> Tensor:
+    """weight / sqrt(var + eps) for each unfolded channel."""
+    invstd = spec.sets.spread((posterior.var + spec.eps).rsqrt())
+    return invstd if v.weight is None else invstd * spec.sets.repeat(v.weight)
+
+
+class _Normalized(torch.autograd.Function):
+    """Saves x and vectors. The forward reads x twice and writes y once. The backward reads x and dy
+    twice, and writes dx once or twice (see :mod:`~kn_detectron.layers.passes`)."""
+
+    @staticmethod
+    def forward(ctx, x, spec, running, *vectors):
+        v, sets = Vectors(*vectors), spec.sets
+        ctx.spec, ctx.count = spec, x.numel() // (sets.rows * sets.groups)
+        measured = Belief(*sets.moments(x)) if spec.measures else None
+        arguments = v, measured, spec, running, ctx.count
+        ctx.filter = fastest(Filter, *arguments)
+        found = ctx.filter.forward(*arguments)
+        bias = None if v.bias is None else sets.repeat(v.bias)
+        y = sets.run(passes.transform, [x], [found.mean, found.scale, bias])
+        ctx.save_for_backward(x, found.mean, found.scale, *(measured or (None, None)), *vectors)
+        ctx.set_materialize_grads(False)
+        return y, *found.belief
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *d_belief):
+        x, mean, scale, *small = ctx.saved_tensors
+        spec, sets = ctx.spec, ctx.spec.sets
+        measured = Belief(*small[:2]) if spec.measures else None
+        v = Vectors(*small[2:])
+        dx = None
+        if dy is None:
+            dy = torch.zeros_like(x)
+        if spec.measures:
+            sums = sets.run(passes.gradient_sums, [dy, x], [mean])
+        else:
+            dx, *sums = sets.run(passes.frozen_gradient, [dy, x], [mean, scale])
+        if not spec.measures and not any(ctx.needs_input_grad[3:]):
+            return dx, None, None, *[None] * len(v)
+        d_vectors, input_pass, input_vectors = ctx.filter.backward(
+            v, measured, spec, sums, d_belief, ctx.count
+        )
+        if input_pass is not None and ctx.needs_input_grad[0]:
+            dx = sets.run(input_pass, [dy, x], input_vectors)
+        return dx, None, None, *d_vectors
+
+
+def filter_and_normalize(
+    x: Tensor, v: Vectors, spec: Spec, running: Optional[Running] = None
+) -> Tuple[Tensor, Belief]:
+    """Measures features, filters them (Eq. 7), and normalises them with the posterior.
+
+    While the computation is traced, and for an empty batch, it is composed of torch's own nodes.
+
+    Args:
+        x: features of shape (N, C, H, W), in any floating dtype.
+        v: the layer's vectors, in the dtype of the statistics.
+        spec: what kind of filter the layer is.
+        running: the moving statistics to be updated, or None.
+
+    Returns:
+        y, like x, and the belief to pass on.
+    """
+    if x.numel() == 0 or is_traced(x):
+        return _composed(x, v, spec, running)
+    y, mean, var = _Normalized.apply(x, spec, running, *v)
+    return y, Belief(mean, var)
+
+
+def _composed(
+    x: Tensor, v: Vectors, spec: Spec, running: Optional[Running]
+) -> Tuple[Tensor, Belief]:
+    """:func:`filter_and_normalize` for a tracer, which sees what is computed and fuses it."""
+    sets = spec.sets
+    values, measured = x.to(passes.statistics_dtype(x)), None
+    if spec.measures:
+        per_row, per_group = sets.images // sets.rows, sets.channels // sets.groups
+        by_set = values.reshape(sets.rows, per_row, sets.groups, per_group, -1)
+        var, mean = torch.var_mean(by_set, (1, 3, 4), unbiased=False)
+        measured = Belief(mean, var)
+    posterior, belief = filter_belief(v, measured, spec)
+    if running is not None:
+        track(running, posterior, measured, v, values.numel() // (sets.rows * sets.groups))
+
+    def per_channel(numbers: Tensor) -> Tensor:
+        return numbers.view(1 if sets.is_batch else sets.images, sets.channels, 1, 1)
+
+    mean, scale = sets.spread(posterior.mean), _scale(posterior, v, spec)
+    y = (values - per_channel(mean)) * per_channel(scale)
+    if v.bias is not None:
+        y = y + v.bias.view(-1, 1, 1)
+    return y.to(x.dtype), belief

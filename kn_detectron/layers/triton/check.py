@@ -1,0 +1,110 @@
+"""The comparison of a kernel with torch's operators before its first use on a device."""
+
+import math
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..belief import Belief
+from ..filter import Running, Spec, Vectors
+from ..sets import Sets
+
+__all__ = ["disagreement"]
+
+
+def disagreement(operation, twin, variant: Tuple, device: torch.device) -> Optional[str]:
+    """What is wrong with a variant of a kernel, or None if it agrees with torch's operators.
+
+    Both work on the same numbers, forward and backward, torch's operators in double precision (so
+    that TF32 has no part in it).
+
+    Args:
+        operation: by torch's operators.
+        twin: by Triton.
+        variant: what ``twin.variant`` said.
+        device: where.
+    """
+    run = {"Rectify": _rectify, "Convolve": _convolve, "Filter": _filter}[operation.__name__]
+    try:
+        with torch.autocast(device.type, enabled=False):
+            got = run(twin, variant, _Numbers(device, torch.float32))
+            want = run(operation, variant, _Numbers(device, torch.float64))
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a.double(), b.double(), rtol=1e-3, atol=1e-4)
+    except Exception as error:  # a compiler that is missing, a GPU that Triton does not know, ...
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None
+
+
+class _Numbers:
+    """Makes tensors of evenly spaced numbers, which are the same on any device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.options = dict(device=device, dtype=dtype)
+
+    def __call__(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
+        count = math.prod(shape)
+        # In an order in which neighbours differ.
+        steps = torch.arange(count, device=self.options["device"]) * 7919 % max(count, 1)
+        return (low + (high - low) * steps.to(self.options["dtype"]) / max(count - 1, 1)).view(shape)
+
+    def belief(self, channels: int) -> Belief:
+        return Belief(self(1, channels), self(1, channels, low=0.5, high=2.0))
+
+
+def _rectify(operation, variant, numbers: _Numbers) -> List[Tensor]:
+    mean, var = numbers(1, 500, low=-8.0, high=8.0), numbers(1, 500, low=0.5, high=2.0)
+    d_out = numbers(1, 500), numbers(1, 500, low=0.0)
+    return [*operation.forward(mean, var), *operation.backward(mean, var, *d_out)]
+
+
+def _convolve(operation, variant, numbers: _Numbers) -> List[Tensor]:
+    (taps,) = variant
+    belief, weight = numbers.belief(19), numbers(37, 19, taps, 1)
+    d_out = numbers(1, 37), numbers(1, 37, low=0.0)
+    return [*operation.forward(*belief, weight), *operation.backward(*belief, weight, *d_out)]
+
+
+def _filter(operation, variant, numbers: _Numbers) -> List[Tensor]:
+    paper, has_process_model, measures, tracks, block = variant
+    channels, images, pixels = max(block - block // 4, 1), 2, (2, 3)
+    count = images * math.prod(pixels)
+    spec = Spec(Sets(images, channels, 1, channels), 1e-5, paper, measures)
+    offset, log_scale = numbers(channels), numbers(channels, high=0.5)
+    vectors = Vectors(
+        *numbers.belief(channels),
+        gain_logit=numbers(1)[0],
+        gain_scale=numbers(1, low=0.7)[0],
+        mean_offset=offset if has_process_model and not paper else None,
+        log_var_scale=log_scale if has_process_model and not paper else None,
+        process_noise=offset if has_process_model and paper else None,
+        weight=numbers(channels, low=0.5),
+        bias=numbers(channels, high=0.5),
+    )
+    # Torch's operators differentiate what requires a gradient.
+    vectors = Vectors(*(t if t is None else t.requires_grad_() for t in vectors))
+    measured = None
+    if measures:
+        measured = Belief(numbers(1, channels, high=2.0), numbers(1, channels, low=0.4, high=3.0))
+    running = None
+    if tracks != "no":
+        batches = torch.ones((), dtype=torch.long, device=vectors.weight.device)
+        statistics = numbers(channels), numbers(channels, low=0.5)
+        running = Running(*statistics, batches, None if tracks == "cumulative" else 0.1)
+    sums, d_belief = (numbers(channels), numbers(channels, low=0.0)), numbers.belief(channels)
+    with torch.no_grad():
+        found = operation.forward(vectors, measured, spec, running, count)
+    gradients = operation.backward(vectors, measured, spec, sums, d_belief, count)
+    results = [found.mean, found.scale, *found.belief]
+    results += [
+        d
+        for name, d in zip(Vectors._fields, gradients.vectors)
+        if d is not None and name != "gain_scale"
+    ]
+    if running is not None:
+        results += running[:3]
+    if measures:
+        x, dy = numbers(images, channels, *pixels), numbers(images, channels, *pixels, low=0.0)
+        results.append(gradients.input_pass(dy, x, *gradients.input_vectors))
+    return [t.detach() for t in results]

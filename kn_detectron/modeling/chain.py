@@ -1,0 +1,222 @@
+"""What a chain is made of in detectron2's networks: features with beliefs, and convolutions.
+
+Stem, blocks and stages take and return a :class:`Feature`: the feature map together with the belief
+about it. Where no belief is kept, in evaluation with moving statistics, the belief is None, and the
+same modules do the rest.
+"""
+
+from dataclasses import dataclass
+from typing import Dict, NamedTuple, Optional, Union
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
+
+from ..config import check_config
+from ..errors import InputError
+from ..layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
+from ..layers.belief import add, normalized
+from ..layers.transition import Source, Transition
+
+__all__ = [
+    "ChainConfig",
+    "ChainConv2d",
+    "Feature",
+    "Features",
+    "build_norm",
+    "rectified",
+    "residual_sum",
+]
+
+
+class Feature(NamedTuple):
+    """A feature map and the belief about it.
+
+    Attributes:
+        value: shape (N, C, H, W).
+        belief: about ``value`` as it is, as a :class:`~kn_detectron.layers.ClosedFormTransition` or
+            a :class:`~kn_detectron.layers.MonteCarloTransition` has it; None where none is kept.
+    """
+
+    value: Tensor
+    belief: Optional[Source] = None
+
+
+class Features(Dict[str, Tensor]):
+    """The features of a backbone by name, as detectron2 has them.
+
+    Attributes:
+        beliefs (Dict[str, Belief]): the beliefs about those features of which there is one.
+    """
+
+    def __init__(
+        self,
+        features: Optional[Dict[str, Tensor]] = None,
+        beliefs: Optional[Dict[str, Belief]] = None,
+    ):
+        super().__init__(features or {})
+        self.beliefs: Dict[str, Belief] = dict(beliefs or {})
+
+
+# For torch.export, to which an output of an unknown type is an error.
+register_pytree_node(
+    Features,
+    lambda features: ([dict(features), features.beliefs], None),
+    lambda parts, _: Features(*parts),
+    serialized_type_name="kn_detectron.modeling.Features",
+    to_dumpable_context=lambda context: "",
+    from_dumpable_context=lambda text: None,
+)
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """What all layers of a chain have in common.
+
+    Attributes:
+        norm: "KN" or "GKN".
+        variant, gain, learn_gain, process_model, prior_gradient, eval_statistics: see
+            :class:`~kn_detectron.layers.KalmanNorm2d`.
+        num_groups: groups of GKN.
+        transition: how beliefs go from layer to layer.
+    """
+
+    norm: str = "KN"
+    variant: str = "network"
+    gain: float = 0.1
+    learn_gain: bool = True
+    process_model: bool = True
+    prior_gradient: bool = True
+    eval_statistics: str = "moving"
+    num_groups: int = 32
+    transition: Transition = build_transition("closed_form")
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "ChainConfig":
+        """Reads MODEL.RESNETS.NORM and MODEL.KN.
+
+        Raises:
+            InputError: if a value of MODEL.KN is unknown or out of range, or the norm is neither.
+        """
+        check_config(cfg)
+        kn = cfg.MODEL.KN
+        if cfg.MODEL.RESNETS.NORM not in ("KN", "GKN"):
+            raise InputError(
+                f"MODEL.RESNETS.NORM is {cfg.MODEL.RESNETS.NORM!r}, but the KN backbones and heads "
+                'build "KN" and "GKN" only: set one of them, or use detectron2\'s '
+                "build_resnet_backbone and Res5ROIHeads"
+            )
+        return cls(
+            norm=cfg.MODEL.RESNETS.NORM,
+            variant=kn.VARIANT,
+            gain=float(kn.GAIN),
+            learn_gain=kn.LEARN_GAIN,
+            process_model=kn.PROCESS_MODEL,
+            prior_gradient=kn.PRIOR_GRADIENT,
+            eval_statistics=kn.EVAL_STATISTICS,
+            num_groups=kn.NUM_GROUPS,
+            transition=build_transition(kn.PREDICTION, kn.MONTE_CARLO_SIZE),
+        )
+
+    @property
+    def predicts_in_evaluation(self) -> bool:
+        """Whether the layers need priors in evaluation too."""
+        return self.norm == "GKN" or self.eval_statistics == "batch"
+
+
+def build_norm(chain: ChainConfig, channels: int, head: bool = False) -> nn.Module:
+    """A KN or GKN layer of a chain; ``head`` makes it one without prior.
+
+    Raises:
+        InputError: if the groups of GKN do not divide the channels.
+    """
+    options = dict(
+        gain=None if head else chain.gain,
+        learn_gain=chain.learn_gain,
+        variant=chain.variant,
+        process_model=chain.process_model,
+        prior_gradient=chain.prior_gradient,
+    )
+    if chain.norm == "KN":
+        return KalmanNorm2d(channels, eval_statistics=chain.eval_statistics, **options)
+    if channels % chain.num_groups:
+        raise InputError(
+            f"MODEL.KN.NUM_GROUPS is {chain.num_groups}, which does not divide a layer of "
+            f"{channels} channels: set a divisor of all the widths of the network"
+        )
+    return GroupKalmanNorm2d(chain.num_groups, channels, **options)
+
+
+class ChainConv2d(Conv2d):
+    """detectron2's Conv2d, with its norm, as a link of a chain.
+
+    A tensor goes through it as through any Conv2d. With a :class:`Feature` the belief goes along:
+    the norm gets the prior that is predicted from it, and the belief about the norm's output is
+    handed on. A FrozenBatchNorm2d needs no prior, since its running statistics are the posterior.
+    """
+
+    chain: ChainConfig
+
+    @classmethod
+    def from_conv(cls, conv: Conv2d, chain: ChainConfig) -> "ChainConv2d":
+        """Makes a link of a convolution. It takes over the parameters and the norm."""
+        link = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+            norm=conv.norm,
+            activation=conv.activation,
+        )
+        link.weight, link.bias, link.chain = conv.weight, conv.bias, chain
+        return link
+
+    def forward(self, x: Union[Tensor, Feature]) -> Union[Tensor, Feature]:
+        """Convolves and normalises a feature map, with the belief about it or alone.
+
+        Raises:
+            TypeError: if something put a norm there that takes no prior.
+        """
+        if isinstance(x, Tensor):
+            return super().forward(x)
+        value, source = x
+        if source is None:
+            return Feature(super().forward(value))
+        if isinstance(self.norm, FrozenBatchNorm2d):
+            return Feature(super().forward(value), self._frozen_belief())
+        if not isinstance(self.norm, (KalmanNorm2d, GroupKalmanNorm2d)):
+            raise TypeError(
+                f"a {type(self.norm).__name__} stands in a chain of Kalman Normalization, where "
+                "only KN, GKN and FrozenBatchNorm2d layers can: "
+                "nn.SyncBatchNorm.convert_sync_batchnorm must not be applied to a KN model (its "
+                "priors are the same on every GPU anyway)"
+            )
+        prior = self.chain.transition.conv(source, self) if self.norm.needs_prior else None
+        return Feature(*self.norm(nn.Conv2d.forward(self, value), prior=prior))
+
+    def _frozen_belief(self) -> Belief:
+        if self.chain.variant == "network":
+            return normalized(self.norm.weight, self.norm.bias)
+        return Belief(self.norm.running_mean[None], self.norm.running_var[None])
+
+
+def rectified(x: Feature, transition: Transition) -> Feature:
+    """A feature behind a ReLU, which works in place."""
+    value = F.relu_(x.value)
+    return Feature(value, None if x.belief is None else transition.relu(x.belief, value))
+
+
+def residual_sum(x: Feature, shortcut: Feature, transition: Transition) -> Feature:
+    """The sum of a residual branch, which is changed in place, and its shortcut."""
+    value = x.value
+    value += shortcut.value
+    if x.belief is None:
+        return Feature(value)
+    return Feature(value, add(x.belief, transition.moments(shortcut.belief)))
