@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 from kn_detectron.layers import (
     Belief,
@@ -417,33 +418,59 @@ def test_channels_last(kind, x):
     torch.testing.assert_close(y, want)
 
 
+class Block(nn.Module):
+    """A convolution and a norm of a chain."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), make(kind, **options)
+
+    def forward(self, x, belief):
+        prior = B.conv2d(B.relu(belief), self.conv.weight, self.conv.bias)
+        return self.norm(self.conv(x.relu()), prior=prior)
+
+
+@pytest.fixture
+def graphs():
+    """The graphs that ``compiled`` was given since the test began."""
+    torch._dynamo.reset()
+    return []
+
+
+def compiled(block, graphs):
+    def backend(graph, example_inputs, **kwargs):
+        graphs.append(graph)
+        return aot_eager(graph, example_inputs, **kwargs)
+
+    return torch.compile(copy.deepcopy(block), backend=backend, fullgraph=True)
+
+
 @BOTH
 @VARIANTS
-def test_compiles_without_graph_breaks(kind, variant, x):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(4, 4, 3), make(kind, variant=variant)
+def test_one_compiled_layer_trains_at_all_sizes(kind, variant, graphs):
+    block = Block(kind, variant=variant).double()
+    other = compiled(block, graphs)
+    for size in ((3, 7, 9), (1, 12, 6), (3, 9, 14), (1, 8, 8)):
+        x = torch.randn(size[0], 4, *size[1:], dtype=torch.float64)
+        outputs = [model(x, prior_of(dtype=torch.float64)) for model in (other, block)]
+        for y, belief in outputs:
+            (y.sigmoid() * y.detach().cos()).sum().backward()
+        torch.testing.assert_close(*outputs)
+        for (name, p), q in zip(block.named_parameters(), other.parameters()):
+            torch.testing.assert_close(q.grad, p.grad, msg=name)
+        for b, c in zip(block.buffers(), other.buffers()):
+            torch.testing.assert_close(b, c)
+    assert len(graphs) <= 4  # not one for each size
 
-        def forward(self, x, belief):
-            prior = B.conv2d(B.relu(belief), self.conv.weight, self.conv.bias)
-            return self.norm(self.conv(x.relu()), prior=prior)
 
-    torch._dynamo.reset()
-    block = Block()
-    compiled = torch.compile(copy.deepcopy(block), backend="aot_eager", fullgraph=True)
-    for scale in (1.0, 2.0):
-        (y, belief), (want, want_belief) = compiled(scale * x, prior_of()), block(
-            scale * x, prior_of()
-        )
-        torch.testing.assert_close(y, want)
-        torch.testing.assert_close(belief, want_belief)
-    for out in (y, want):  # a sum of squares would be constant but for the prior
-        (out.sigmoid() * x[..., 1:-1, 1:-1]).sum().backward()
-    for (name, p), q in zip(block.named_parameters(), compiled.parameters()):
-        torch.testing.assert_close(q.grad, p.grad, msg=name)
-    for b, c in zip(block.buffers(), compiled.buffers()):
-        torch.testing.assert_close(b, c)
+def test_annealing_to_gain_0_compiles_once_more(graphs):
+    block, x = Block("KN"), torch.randn(2, 4, 9, 9)
+    other = compiled(block, graphs)
+    for scale in (1.0, 0.8, 0.4, 0.0, 0.0):
+        set_gain_scale(other, scale)
+        set_gain_scale(block, scale)
+        torch.testing.assert_close(other(x, prior_of())[0], block(x, prior_of())[0])
+    assert len(graphs) == 2
 
 
 @BOTH

@@ -1,6 +1,5 @@
 import copy
 
-import pytest
 import torch
 
 from ..models import build_backbone, randomize, resnet_cfg
@@ -9,13 +8,12 @@ from ..models import build_backbone, randomize, resnet_cfg
 SIZES = [(2, 32, 48), (1, 64, 40), (2, 56, 72), (1, 48, 32)]
 
 
-@pytest.mark.parametrize("norm, variant", [("KN", "network"), ("KN", "paper"), ("GKN", "network")])
-def test_one_compiled_backbone_trains_at_all_sizes(norm, variant):
+def test_one_compiled_backbone_trains_at_all_sizes():
     """detectron2 trains at another size in every step. Gradients are those of eager mode.
 
     No graph break (``fullgraph``), and no size gets a graph of its own once sizes vary.
     """
-    backbone = build_backbone(resnet_cfg(norm, MODEL__KN__VARIANT=variant, **RESNET_18))
+    backbone = build_backbone(resnet_cfg("KN", **RESNET_18))
     backbone = randomize(backbone).double()  # so that rounding has no part in it
     other = copy.deepcopy(backbone)
     torch._dynamo.reset()
@@ -52,17 +50,3 @@ def counting_backend(graphs):
         return aot_eager(graph, example_inputs, **kwargs)
 
     return backend
-
-
-def test_annealing_to_gain_0_compiles_once_more():
-    from kn_detectron.layers import set_gain_scale
-
-    backbone = build_backbone(resnet_cfg("KN", **RESNET_18))
-    torch._dynamo.reset()
-    compiled = torch.compile(backbone, backend=counting_backend(graphs := []), fullgraph=True)
-    x = torch.randn(1, 3, 32, 32)
-    for scale in (1.0, 0.8, 0.4, 0.0, 0.0):
-        set_gain_scale(backbone, scale)
-        y = compiled(x)["res2"]
-    assert len(graphs) == 2
-    assert torch.equal(backbone(x)["res2"], y) or torch.allclose(backbone(x)["res2"], y, atol=1e-5)
