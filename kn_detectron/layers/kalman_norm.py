@@ -194,7 +194,9 @@ class _KalmanFilter(nn.Module):
         if x.dim() != 4:
             raise ValueError(f"expected 4D input (got {x.dim()}D input)")
         if x.shape[1] != channels:
-            raise ValueError(f"expected {channels} channels (got an input of shape {tuple(x.shape)})")
+            raise ValueError(
+                f"expected {channels} channels (got an input of shape {tuple(x.shape)})"
+            )
 
     def _process_model(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """The arguments of :func:`~.filter.process` behind the prior."""
@@ -493,9 +495,7 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
             dtype,
         )
 
-    def forward(
-        self, x: Tensor, prior: Prior = _OUTSIDE
-    ) -> Union[Tensor, Tuple[Tensor, Belief]]:
+    def forward(self, x: Tensor, prior: Prior = _OUTSIDE) -> Union[Tensor, Tuple[Tensor, Belief]]:
         """Normalises x: ``y = norm(x)`` outside a chain, ``y, belief = norm(x, prior=...)`` in one.
 
         See :meth:`KalmanNorm2d.forward`.

@@ -77,14 +77,12 @@ def pooled_moments(
     mean: Tensor, var: Tensor, dim: Union[int, Tuple[int, ...]]
 ) -> Tuple[Tensor, Tensor]:
     """Mean and variance of equally large parts together, by the law of total variance."""
-    return mean.mean(dim), var.mean(dim) + mean.var(dim, unbiased=False)
+    together = mean.mean(dim, keepdim=True)
+    return together.squeeze(dim), (var + (mean - together).square()).mean(dim)
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance per channel of x (N, C, H, W), of shape (C,)."""
-    if is_compiling():  # the operators below have no rule for sizes that are left open
-        var, mean = torch.var_mean(x.to(statistics_dtype(x)), (0, 2, 3), unbiased=False)
-        return mean, var
     if x.is_cuda:
         return torch.batch_norm_update_stats(_like(x, x), None, None, 0.0)
     if x.dtype != statistics_dtype(x):  # they come in the dtype of the running statistics

@@ -47,7 +47,9 @@ class _Numbers:
         count = math.prod(shape)
         # In an order in which neighbours differ.
         steps = torch.arange(count, device=self.options["device"]) * 7919 % max(count, 1)
-        return (low + (high - low) * steps.to(self.options["dtype"]) / max(count - 1, 1)).view(shape)
+        return (low + (high - low) * steps.to(self.options["dtype"]) / max(count - 1, 1)).view(
+            shape
+        )
 
     def belief(self, channels: int) -> Belief:
         return Belief(self(1, channels), self(1, channels, low=0.5, high=2.0))

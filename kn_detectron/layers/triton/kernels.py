@@ -575,7 +575,9 @@ class Filter:
             return Gradients(d_vectors)
         mean = measured.mean[0]
         if spec.paper:
-            return Gradients(d_vectors, passes.input_gradient, (factor, mean, of_mean, of_var, count))
+            return Gradients(
+                d_vectors, passes.input_gradient, (factor, mean, of_mean, of_var, count)
+            )
         # Nothing but y depends on the posterior: dx is BatchNorm's, with its sums times the gain.
         vectors = mean, factor, v.weight, of_mean, of_var, count_of_pass
         return Gradients(d_vectors, passes.batch_norm_gradient, vectors)
