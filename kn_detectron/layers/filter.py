@@ -5,7 +5,7 @@ features. Beliefs have a row per set of images (:class:`~kn_detectron.layers.set
 a batch, one per image for GroupNorm's statistics.
 """
 
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -163,15 +163,18 @@ def group_belief(belief: Belief, groups: int) -> Belief:
     return Belief(*pooled_moments(mean, var, 2))
 
 
-def gate(prior: Belief, measured: Belief) -> Belief:
+def gate(prior: Belief, measured: Belief) -> Tuple[Belief, Tensor]:
     """Drops a prior that is far too wide (released code): returns the measurement in its place.
 
     A row's prior is dropped if the mean over its channels of var_prior / var_measured reaches
     :data:`GATE_LIMIT`. The posterior of a dropped prior is the measurement, whatever the gain.
+
+    Returns:
+        The prior to go on with, and whether it is the given one, of shape (rows, 1).
     """
     ratio = (prior.var / measured.var).detach().mean(1, keepdim=True)
     fits = ~(ratio >= GATE_LIMIT)
-    return Belief(*(torch.where(fits, p, m) for p, m in zip(prior, measured)))
+    return Belief(*(torch.where(fits, p, m) for p, m in zip(prior, measured))), fits
 
 
 def update(prior: Belief, measured: Belief, gain: Tensor, mixture: bool = False) -> Belief:
@@ -205,10 +208,13 @@ class Filtered(NamedTuple):
         posterior: the statistics to normalise with, shape (rows, groups), or (1, groups) if they
             are the prior's.
         belief: what to pass on, shape (1, C) or (rows, C).
+        share: how much of the posterior was measured, a number or of shape (rows, 1): the gain, or
+            1 where there is no prior or it was dropped. Without a measurement it means nothing.
     """
 
     posterior: Belief
     belief: Belief
+    share: Union[float, Tensor] = 1.0
 
 
 def filter_belief(v: Vectors, measured: Optional[Belief], spec: Spec) -> Filtered:
@@ -220,20 +226,23 @@ def filter_belief(v: Vectors, measured: Optional[Belief], spec: Spec) -> Filtere
             if nothing is measured. Then there must be a prior.
         spec: what kind of filter it is.
     """
-    channel_prior = None
+    channel_prior, share = None, 1.0
     posterior = measured
     if v.prior_mean is not None:
         prior = Belief(v.prior_mean, v.prior_var)
         channel_prior = process(prior, v.mean_offset, v.log_var_scale, v.process_noise)
         posterior = group_belief(channel_prior, spec.sets.groups)
         if measured is not None:
-            prior = gate(posterior, measured) if spec.paper else posterior
-            gain = v.gain_scale * v.gain_logit.sigmoid()
+            prior = posterior
+            gain = share = v.gain_scale * v.gain_logit.sigmoid()
+            if spec.paper:
+                prior, fits = gate(prior, measured)
+                share = torch.where(fits, gain, 1.0)
             posterior = update(prior, measured, gain, mixture=spec.paper)
         elif v.gain_logit is not None and v.gain_logit.requires_grad:
             # Its gradient is 0, and not missing: DDP takes that for an unused parameter.
             posterior = posterior._replace(mean=posterior.mean + 0.0 * v.gain_logit)
-    return Filtered(posterior, _belief_behind(posterior, channel_prior, v, spec))
+    return Filtered(posterior, _belief_behind(posterior, channel_prior, v, spec), share)
 
 
 def _belief_behind(
@@ -272,9 +281,7 @@ def _belief_behind(
 
 
 @torch.no_grad()
-def track(
-    running: Running, posterior: Belief, measured: Optional[Belief], v: Vectors, count: int
-) -> None:
+def track(running: Running, filtered: Filtered, measured: Optional[Belief], count: int) -> None:
     """Updates the moving statistics with a posterior, as BatchNorm does with its measurement.
 
     ``running.var`` takes the measured part of the variance unbiased, n / (n - 1) with n =
@@ -282,15 +289,12 @@ def track(
     was measured there is nothing random to average out: the statistics become the posterior. A
     posterior that is not finite changes nothing, or one bad batch would spoil inference for good.
     """
-    mean, var = posterior
+    mean, var = filtered.posterior
     rate = running.momentum
     if measured is None:
         rate = 1.0
     else:
-        unbiased = measured.var * (1.0 / max(count - 1, 1))
-        if v.gain_logit is not None:
-            unbiased = unbiased * (v.gain_scale * v.gain_logit.sigmoid())
-        var = var + unbiased
+        var = var + measured.var * (filtered.share / max(count - 1, 1))
     mean, var = (t[0] if t.shape[0] == 1 else t.mean(0) for t in (mean, var))
     finite = (mean + var).sum() * 0.0 == 0.0
     running.batches.add_(finite)

@@ -42,9 +42,10 @@ class Filter:
             running: the moving statistics, or None if there are none to be updated.
             count: the number of values in each set.
         """
-        posterior, belief = filter_belief(v, measured, spec)
+        filtered = filter_belief(v, measured, spec)
         if running is not None:
-            track(running, posterior, measured, v, count)
+            track(running, filtered, measured, count)
+        posterior, belief, _ = filtered
         mean = spec.sets.spread(posterior.mean)
         # Cloned: it may be one of the tensors that came in.
         return Statistics(mean, _scale(posterior, v, spec), Belief(*(b.clone() for b in belief)))
@@ -77,7 +78,7 @@ class Filter:
         if measured is not None:
             moments = Belief(*(t.detach().requires_grad_() for t in measured))
         with torch.enable_grad():
-            posterior, belief = filter_belief(vectors, moments, spec)
+            posterior, belief, _ = filter_belief(vectors, moments, spec)
             mean, scale = spec.sets.spread(posterior.mean), _scale(posterior, vectors, spec)
             shift = scale * (mean.detach() - mean)
             if vectors.bias is not None:
@@ -180,9 +181,10 @@ def _composed(
         by_set = values.reshape(sets.rows, per_row, sets.groups, per_group, -1)
         var, mean = torch.var_mean(by_set, (1, 3, 4), unbiased=False)
         measured = Belief(mean, var)
-    posterior, belief = filter_belief(v, measured, spec)
+    filtered = filter_belief(v, measured, spec)
     if running is not None:
-        track(running, posterior, measured, v, values.numel() // (sets.rows * sets.groups))
+        track(running, filtered, measured, values.numel() // (sets.rows * sets.groups))
+    posterior, belief, _ = filtered
 
     def per_channel(numbers: Tensor) -> Tensor:
         return numbers.view(1 if sets.is_batch else sets.images, sets.channels, 1, 1)

@@ -49,7 +49,8 @@ def test_update_with_mixture_is_the_variance_of_the_mixture():
 def test_gate_looks_at_each_row():
     prior = Belief(torch.ones(2, 2), torch.tensor([[100.0, 102.0], [100.0, 99.0]]))
     measured = Belief(torch.zeros(2, 2), torch.ones(2, 2))
-    got = KF.gate(prior, measured)
+    got, fits = KF.gate(prior, measured)
+    assert fits.tolist() == [[False], [True]]
     assert torch.equal(got.mean, torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
     assert torch.equal(got.var, torch.tensor([[1.0, 1.0], [100.0, 99.0]]))
 
@@ -58,7 +59,7 @@ def test_gate_keeps_an_infinite_prior_out_of_the_gradients():
     prior = Belief(torch.tensor([[float("inf")]]), torch.tensor([[float("inf")]]))
     mean = torch.zeros(1, 1, requires_grad=True)
     measured = Belief(mean, torch.ones(1, 1))
-    got = KF.update(KF.gate(prior, measured), measured, torch.tensor(0.1), mixture=True)
+    got = KF.update(KF.gate(prior, measured)[0], measured, torch.tensor(0.1), mixture=True)
     (got.mean + got.var).sum().backward()
     assert got.mean.item() == 0 and got.var.item() == 1 and mean.grad.item() == 1
 

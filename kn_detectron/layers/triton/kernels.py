@@ -327,7 +327,7 @@ def _filter_forward(
 ):
     i = tl.arange(0, BLOCK)
     inside = i < channels
-    _, q, _, _, _, x_v, m, v, invstd, _, _, _ = _filtered(
+    _, q, _, _, _, x_v, m, v, invstd, _, _, fits = _filtered(
         i,
         inside,
         prior_mean,
@@ -357,7 +357,7 @@ def _filter_forward(
         tl.store(belief_var + i, w * w, mask=inside)
     if TRACKS:
         if MEASURES:
-            v = v + q * x_v * bessel
+            v = v + tl.where(fits, q, 1.0) * x_v * bessel
         # Finite, all of them: a NaN or an infinity is one in the sum too.
         total = tl.sum(tl.where(inside, m + v, 0.0), 0)
         finite = tl.abs(total) < float("inf")
