@@ -7,8 +7,8 @@ import torch
 
 from kn_detectron.layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, set_norm_batch_size
 
-from ..models import build_backbone, images, resnet_cfg
-from .test_kalman_norm import prior_of, randomize
+from ..models import build_backbone, images, randomize, resnet_cfg
+from .inputs import features, prior_of
 
 KINDS = {
     "head": dict(gain=None),
@@ -19,12 +19,8 @@ KINDS = {
 }
 
 
-def features(batch=6):
-    # Every image has its own mean and scale, so that statistics depend on who is in the group.
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(batch, 4, 3, 5, generator=g, dtype=torch.float64)
-    mean, scale = torch.randn(2, batch, 4, 1, 1, generator=g, dtype=torch.float64)
-    return x * scale.exp() + mean
+def batch(images=6):
+    return features(shape=(images, 4, 3, 5))
 
 
 def layer_of(kind):
@@ -55,7 +51,7 @@ def run(layer, x, prior, belief_counts=True):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_equals_a_loop_over_groups(kind, rows, training, memory_format):
     layer = layer_of(kind).train(training)
-    x = features().contiguous(memory_format=memory_format)
+    x = batch().contiguous(memory_format=memory_format)
     prior = prior_of(rows=rows, dtype=torch.float64)
     # The network variant's belief is not about the images: all groups pass on the same one.
     passes_on_rows = layer.variant == "paper" and (kind != "gain 0" or rows == 3)
@@ -86,7 +82,7 @@ def test_equals_a_loop_over_groups(kind, rows, training, memory_format):
 
 def test_a_prior_is_dropped_group_by_group():
     layer = layer_of("paper")
-    x = features(2)
+    x = batch(2)
     x[0] *= 0.01  # beside these the prior is far too wide
     want = torch.cat([copy.deepcopy(layer)(image[None], prior=prior_of())[0] for image in x])
     set_norm_batch_size(layer, 1)
@@ -100,13 +96,13 @@ def test_the_whole_batch_as_one_group_is_the_default(kind):
     layer, prior = layer_of(kind), prior_of(dtype=torch.float64)
     other = copy.deepcopy(layer)
     set_norm_batch_size(other, 6)
-    (y, *_), (want, *_) = run(other, features(), prior), run(layer, features(), prior)
+    (y, *_), (want, *_) = run(other, batch(), prior), run(layer, batch(), prior)
     assert torch.equal(y, want)
     set_norm_batch_size(other, 3)
-    assert not torch.equal(run(other, features(), prior)[0], want)
+    assert not torch.equal(run(other, batch(), prior)[0], want)
     set_norm_batch_size(other, None)
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(run(other, features(), prior)[0], want)
+    assert torch.equal(run(other, batch(), prior)[0], want)
 
 
 @pytest.mark.parametrize("variant", ["network", "paper"])
@@ -123,21 +119,21 @@ def test_a_backbone_equals_a_loop_over_groups(variant):
 def test_it_is_no_part_of_the_state_and_moving_statistics_know_nothing_of_it():
     layer = KalmanNorm2d(4)
     before = set(layer.state_dict())
-    want = layer.eval()(features(3).float())
+    want = layer.eval()(batch(3).float())
     set_norm_batch_size(layer, 2)
     assert set(layer.state_dict()) == before
-    assert torch.equal(layer(features(3).float()), want)
+    assert torch.equal(layer(batch(3).float()), want)
 
 
 def test_group_kalman_normalization_has_none_of_it():
     layer = GroupKalmanNorm2d(2, 4)
-    want, _ = layer(features(3).float(), prior=prior_of())
+    want, _ = layer(batch(3).float(), prior=prior_of())
     set_norm_batch_size(layer, 2)
-    assert torch.equal(layer(features(3).float(), prior=prior_of())[0], want)
+    assert torch.equal(layer(batch(3).float(), prior=prior_of())[0], want)
 
 
 def test_innovation_is_the_average_over_groups():
-    layer, prior, x = layer_of("network"), prior_of(dtype=torch.float64), features()
+    layer, prior, x = layer_of("network"), prior_of(dtype=torch.float64), batch()
     parts = [layer.innovation(group, prior) for group in x.split(2)]
     set_norm_batch_size(layer, 2)
     for got, *want in zip(layer.innovation(x, prior), *parts):
@@ -149,9 +145,9 @@ def test_bad_batches_and_sizes():
     with pytest.raises(ValueError, match="1 image or more, or is None, not 0"):
         set_norm_batch_size(layer, 0)
     with pytest.raises(ValueError, match=r"prior of 3 rows does not fit 1 micro-batch"):
-        layer(features(), prior=prior_of(rows=3))
+        layer(batch(), prior=prior_of(rows=3))
     set_norm_batch_size(layer, 4)
     with pytest.raises(ValueError, match="batch of 6 images cannot .* micro-batches of 4"):
-        layer(features(), prior=prior)
-    y, _ = layer(features()[:0], prior=prior)  # as many micro-batches as images: none
+        layer(batch(), prior=prior)
+    y, _ = layer(batch()[:0], prior=prior)  # as many micro-batches as images: none
     assert y.shape == (0, 4, 3, 5)

@@ -3,20 +3,13 @@ import torch
 
 from kn_detectron.layers import GroupKalmanNorm2d, passes
 
+from ..models import randomize
 from .gpu_operators import gpu_operators, on_gpu
-from .test_kalman_norm import prior_of, randomize
+from .inputs import features, prior_of
 
 FORMATS = pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"]
 )
-
-
-def features(dtype=torch.float64, memory_format=torch.contiguous_format, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(4, 6, 3, 5, generator=g, dtype=torch.float64)
-    # Every image and every channel has its own mean and scale.
-    a, b = torch.randn(2, 4, 6, 1, 1, generator=g, dtype=torch.float64)
-    return (x * a.exp() + b).to(dtype, memory_format=memory_format)
 
 
 def vectors(n, dtype=torch.float64):

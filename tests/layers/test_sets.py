@@ -7,7 +7,8 @@ import torch
 from kn_detectron.layers import passes
 from kn_detectron.layers.sets import Sets
 
-from .test_passes import DTYPES, FORMATS, features
+from .inputs import features
+from .test_passes import DTYPES, FORMATS
 
 LAYOUTS = pytest.mark.parametrize(
     "rows, groups", [(1, 6), (2, 6), (4, 6), (4, 2), (4, 3), (1, 2), (2, 1)]
