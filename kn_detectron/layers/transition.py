@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import belief as closed_form
+from .activations import ACTIVATIONS
 from .belief import Belief
 
 __all__ = ["ClosedFormTransition", "MonteCarloTransition", "Source", "build_transition"]
@@ -29,6 +30,10 @@ class ClosedFormTransition:
     def relu(self, belief: Belief, x: Tensor) -> Belief:
         """The belief behind the ReLU that made the features ``x``, ready for :meth:`conv`."""
         return closed_form.relu(belief)
+
+    def activation(self, belief: Belief, x: Tensor, name: str, *parameters) -> Belief:
+        """:meth:`relu` for any activation in :data:`~kn_detectron.layers.activations.ACTIVATIONS`."""
+        return ACTIVATIONS[name].moments(belief, *parameters)
 
     def conv(self, source: Belief, conv: nn.Conv2d) -> Belief:
         """The prior behind a convolution, shape (rows, C_out)."""
@@ -66,6 +71,10 @@ class MonteCarloTransition:
     def relu(self, belief: Belief, x: Tensor) -> Tensor:
         """Samples a feature map from the belief and rectifies it."""
         return self.start(belief, x).relu()
+
+    def activation(self, belief: Belief, x: Tensor, name: str, *parameters) -> Tensor:
+        """Samples a feature map from the belief and applies an activation."""
+        return ACTIVATIONS[name].function(self.start(belief, x), *parameters)
 
     def conv(self, source: Tensor, conv: nn.Conv2d) -> Belief:
         """Convolves the sampled map as the network does, and measures it."""
