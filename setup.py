@@ -33,5 +33,8 @@ setup(
         "safetensors>=0.4",
         "tensorboard>=2.10",
     ],
-    extras_require={"dev": ["black", "mpmath", "onnx", "onnxruntime", "onnxscript", "pytest"]},
+    extras_require={
+        "dev": ["black", "mpmath", "onnx", "onnxruntime", "onnxscript", "pytest", "timm"],
+        "timm": ["timm>=1.0"],
+    },
 )

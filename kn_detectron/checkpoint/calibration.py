@@ -9,35 +9,21 @@ does it, without data. The paper's process model, which only widens a prior, can
 import contextlib
 import dataclasses
 import math
-from typing import Callable, Dict, Iterable, List, Optional
+from typing import Dict, Iterable, Optional
 
 import torch
 from torch import nn
 
 from ..errors import InputError
-from ..layers import Belief, ClosedFormTransition, KalmanNorm2d, kalman_layers
+from ..layers import Belief, ClosedFormTransition, KalmanNetwork, KalmanNorm2d, kalman_layers
+from ..layers.calibration import fit_prior, is_exact, on_priors, removing
 from ..modeling import Feature, KNRes5ROIHeads, KNResNet
 
 __all__ = ["calibrate", "fit_process_noise", "is_exact"]
 
-# Where nothing varies, in the prediction or in the checkpoint, the exact corrections are infinite.
-_LARGEST_OFFSET = 1e6
-_LARGEST_LOG_SCALE = 50.0
-
 # Of the paper variant: the smallest R, at which layers start anyway, and a gain near BatchNorm.
 _LEAST_NOISE = math.log1p(math.exp(-5.0))
 _SAFE_GAIN = 0.9
-
-
-def is_exact(layer: nn.Module) -> bool:
-    """Whether the process model of a layer can make its prior equal to its running statistics."""
-    return (
-        isinstance(layer, KalmanNorm2d)
-        and not layer.is_head
-        and layer.variant == "network"
-        and layer.has_process_model
-        and layer.track_running_stats
-    )
 
 
 @torch.no_grad()
@@ -75,9 +61,9 @@ def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[s
     changes = {}
 
     def fit(name, layer, prior):
-        changes[name] = _fit(layer, prior)
+        changes[name] = fit_prior(layer, prior)
 
-    with _on_priors(layers, fit):
+    with on_priors(layers, fit):
         _pass_beliefs(model)
     return changes
 
@@ -114,7 +100,7 @@ def fit_process_noise(model: nn.Module, names: Optional[Iterable[str]] = None) -
                 f"{name} is not a layer of the paper variant with moving statistics, whose process "
                 'noise could be set: set MODEL.RESNETS.NORM "KN" and MODEL.KN.VARIANT "paper"'
             )
-    with _on_priors(layers, _fit_noise), _passing_on_running_statistics(model):
+    with on_priors(layers, _fit_noise), _passing_on_running_statistics(model):
         _pass_beliefs(model)
     return sum(_raise_gain(layer) for layer in layers.values())
 
@@ -131,40 +117,17 @@ def _chosen(model: nn.Module, names: Optional[Iterable[str]]) -> Dict[str, nn.Mo
 
 
 @contextlib.contextmanager
-def _on_priors(layers: Dict[str, nn.Module], action: Callable):
-    """Calls ``action(name, layer, prior)`` whenever one of the layers is given its prior."""
-
-    def hook_of(name):
-        return lambda layer, args, kwargs: action(name, layer, kwargs["prior"])
-
-    with _removing() as handles:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True))
-        yield
-
-
-@contextlib.contextmanager
 def _passing_on_running_statistics(model: nn.Module):
     """Has the layers of the paper variant pass on their running statistics as their belief."""
 
     def replace(layer, args, output):
         return output[0], Belief(layer.running_mean[None], layer.running_var[None])
 
-    with _removing() as handles:
+    with removing() as handles:
         for layer in model.modules():
             if _is_paper(layer):
                 handles.append(layer.register_forward_hook(replace))
         yield
-
-
-@contextlib.contextmanager
-def _removing():
-    handles: List = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _pass_beliefs(model: nn.Module) -> None:
@@ -186,6 +149,8 @@ def _pass_beliefs(model: nn.Module) -> None:
 def _run_chains(model: nn.Module) -> None:
     beliefs = {}
     for module in model.modules():
+        if isinstance(module, KalmanNetwork):
+            module.pass_beliefs()
         if isinstance(module, KNResNet):
             weight = module.stem.conv1.weight
             beliefs.update(module(weight.new_zeros(0, weight.shape[1], 64, 64)).beliefs)
@@ -194,16 +159,6 @@ def _run_chains(model: nn.Module) -> None:
             belief = beliefs[module.in_features[0]]
             regions = belief.mean.new_zeros(0, belief.mean.shape[1], 14, 14)
             module.res5(Feature(regions, belief))
-
-
-def _fit(layer: KalmanNorm2d, prior: Belief) -> float:
-    mean, var = (v[0].to(layer.running_var.dtype) for v in prior)
-    tiny = torch.finfo(var.dtype).tiny
-    offset = (layer.running_mean - mean) / var.clamp_min(tiny).sqrt()
-    log_scale = layer.running_var.clamp_min(tiny).log() - var.clamp_min(tiny).log()
-    layer.mean_offset.copy_(offset.clamp(-_LARGEST_OFFSET, _LARGEST_OFFSET))
-    layer.log_var_scale.copy_(log_scale.clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE))
-    return max(layer.mean_offset.abs().max().item(), layer.log_var_scale.abs().max().item())
 
 
 def _fit_noise(name: str, layer: KalmanNorm2d, prior: Belief) -> None:

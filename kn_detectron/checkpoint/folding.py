@@ -21,13 +21,13 @@ from detectron2.modeling import build_model
 
 from ..config import check_config
 from ..errors import InputError
-from ..layers import KN_STATE, KalmanNorm2d
+from ..layers import KN_STATE, GroupKalmanNorm2d, KalmanNetwork, KalmanNorm2d
 from .checkpointer import KNCheckpointer
 from .conventions import CHECKPOINT_KEY, Conventions
 from .files import atomic_write, explained_write_errors
 from .matching import leaf, match
 
-__all__ = ["fold", "fold_weights", "stock_config"]
+__all__ = ["fold", "fold_network", "fold_weights", "stock_config"]
 
 _STOCK_NAMES = {
     "build_kn_resnet_backbone": "build_resnet_backbone",
@@ -120,11 +120,7 @@ def fold(cfg, model):
             statistics cannot either, nor GroupNorm with another eps), or is of another config.
     """
     stock_cfg = stock_config(cfg)
-    for name, layer in model.named_modules():
-        if isinstance(layer, KalmanNorm2d) and not layer.track_running_stats:
-            raise InputError(
-                f"{name} has no running statistics to fold: train it with track_running_stats=True."
-            )
+    _check_statistics(model)
     # A plain dict: with the version number of BatchNorm's state an older FrozenBatchNorm2d would
     # take the state for one of its own first versions, and subtract eps from the variances.
     state = {
@@ -157,6 +153,46 @@ def _carry_eps(model, stock, state):
         scale = ((var + layer.eps) / (var + eps)).sqrt()
         weight = state[f"{name}.weight"]
         state[f"{name}.weight"] = (weight * scale).to(weight.dtype)
+
+
+def _check_statistics(model):
+    for name, layer in model.named_modules():
+        if isinstance(layer, KalmanNorm2d) and not layer.track_running_stats:
+            raise InputError(
+                f"{name} has no running statistics to fold: train it with track_running_stats=True."
+            )
+
+
+def fold_network(network):
+    """Folds a network that :func:`~kn_detectron.layers.convert_kalman_norm` converted.
+
+    Args:
+        network (KalmanNetwork): trained. It stays as it is.
+
+    Returns:
+        nn.Module: of the class that it had before, with its BatchNorm, in evaluation mode. It
+        computes what ``network`` computes in evaluation mode with moving statistics, as long as its
+        norms stay in evaluation mode, and its ``state_dict`` is one of the original library's.
+
+    Raises:
+        InputError: it cannot be folded, since it has GKN, takes the statistics of the batch in
+            evaluation, or has none.
+    """
+    if not isinstance(network, KalmanNetwork):
+        raise InputError(
+            f"{type(network).__name__} is no network that convert_kalman_norm made: fold a "
+            "detector with fold(cfg, model)."
+        )
+    _check_statistics(network)
+    for name, layer in network.named_modules():
+        if isinstance(layer, GroupKalmanNorm2d) or (
+            isinstance(layer, KalmanNorm2d) and layer.eval_statistics == "batch"
+        ):
+            raise InputError(
+                f"{name} takes its statistics from the images at hand, which no constant can "
+                'replace: fold networks with KN and eval_statistics="moving".'
+            )
+    return network.restored().eval()
 
 
 def fold_weights(cfg, output):

@@ -1,6 +1,7 @@
 """The normalisation layers, and the beliefs that chain them. Knows nothing of detectron2."""
 
 from .belief import Belief
+from .convert import KalmanNetwork, convert_kalman_norm
 from .kalman_norm import (
     KN_STATE,
     GroupKalmanNorm2d,
@@ -16,9 +17,11 @@ __all__ = [
     "ClosedFormTransition",
     "GroupKalmanNorm2d",
     "KN_STATE",
+    "KalmanNetwork",
     "KalmanNorm2d",
     "MonteCarloTransition",
     "build_transition",
+    "convert_kalman_norm",
     "kalman_layers",
     "set_gain_scale",
     "set_norm_batch_size",

@@ -1,0 +1,80 @@
+"""Calibration of one layer: a process model that makes its prior equal to its running statistics.
+
+Which beliefs get to which layer is the business of who runs the chain: of
+:class:`~kn_detectron.layers.KalmanNetwork`, and of :mod:`kn_detectron.checkpoint.calibration` for
+detectors.
+"""
+
+import contextlib
+from typing import Callable, Dict, List
+
+import torch
+from torch import nn
+
+from .belief import Belief
+from .kalman_norm import KalmanNorm2d
+
+__all__ = ["fit_prior", "is_exact", "on_priors", "removing"]
+
+# Where nothing varies, in the prediction or in the checkpoint, the exact corrections are infinite.
+_LARGEST_OFFSET = 1e6
+_LARGEST_LOG_SCALE = 50.0
+
+
+def is_exact(layer: nn.Module) -> bool:
+    """Whether the process model of a layer can make its prior equal to its running statistics."""
+    return (
+        isinstance(layer, KalmanNorm2d)
+        and not layer.is_head
+        and layer.variant == "network"
+        and layer.has_process_model
+        and layer.track_running_stats
+    )
+
+
+@torch.no_grad()
+def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
+    """Sets b and r of a layer so that its prior, processed, is its running statistics.
+
+    Args:
+        layer: one that :func:`is_exact`.
+        prior: the belief predicted for it, shape (1, C).
+
+    Returns:
+        float: the largest change of log variance or mean (in deviations) that the process model
+        makes.
+    """
+    mean, var = (v[0].to(layer.running_var.dtype) for v in prior)
+    tiny = torch.finfo(var.dtype).tiny
+    offset = (layer.running_mean - mean) / var.clamp_min(tiny).sqrt()
+    log_scale = layer.running_var.clamp_min(tiny).log() - var.clamp_min(tiny).log()
+    layer.mean_offset.copy_(offset.clamp(-_LARGEST_OFFSET, _LARGEST_OFFSET))
+    layer.log_var_scale.copy_(log_scale.clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE))
+    return max(layer.mean_offset.abs().max().item(), layer.log_var_scale.abs().max().item())
+
+
+@contextlib.contextmanager
+def on_priors(layers: Dict[str, nn.Module], action: Callable):
+    """Calls ``action(name, layer, prior)`` whenever one of the layers is given its prior."""
+
+    def hook_of(name):
+        def hook(layer, args, kwargs):
+            action(name, layer, kwargs["prior"])
+
+        return hook
+
+    with removing() as handles:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True))
+        yield
+
+
+@contextlib.contextmanager
+def removing():
+    """A list of handles of hooks, which are removed at the end."""
+    handles: List = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,213 @@
+"""From any network with BatchNorm or GroupNorm to one with Kalman Normalization."""
+
+import logging
+import re
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+
+import torch
+from torch import fx, nn
+
+from ...errors import InputError
+from ..calibration import fit_prior, is_exact, on_priors
+from ..kalman_norm import GroupKalmanNorm2d, KalmanNorm2d, kalman_layers
+from ..transition import ClosedFormTransition, Transition
+from .about import End
+from .chain import Chain
+from .network import KalmanNetwork, Program
+from .tracing import is_norm, is_of_torch, trace
+from .walk import CHAIN, Walk
+
+__all__ = ["convert_kalman_norm"]
+
+logger = logging.getLogger(__name__)
+
+
+def convert_kalman_norm(
+    network: nn.Module,
+    *,
+    image_mean: Sequence[float] = (0.0, 0.0, 0.0),
+    image_std: Sequence[float] = (1.0, 1.0, 1.0),
+    gain: float = 0.1,
+    learn_gain: bool = True,
+    variant: str = "network",
+    process_model: bool = True,
+    prior_gradient: bool = True,
+    eval_statistics: str = "moving",
+    transition: Transition = ClosedFormTransition(),
+    return_beliefs: bool = False,
+) -> KalmanNetwork:
+    """Makes the BatchNorm2d of a network KN and its GroupNorm GKN, each with its prior.
+
+    The network is traced by torch.fx, and beside what makes a feature goes what makes the belief
+    about it: through convolutions, activations, sums, concatenations, pooling and what else the
+    rules in :mod:`~kn_detectron.layers.convert.rules` know. Where there is no rule, as for the
+    product of two features in a squeeze-excitation block, the chain ends, and the next norm is the
+    head of a new one, which is BatchNorm (GroupNorm). One warning says where.
+
+    Statistics, scale and shift are taken over. Where the statistics are not those of a fresh
+    network, the priors are calibrated to them at once (network variant, KN).
+
+    Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` it works in place: the result has the
+    modules of ``network``, whose norms are replaced. Use the result and not ``network``.
+
+    Args:
+        network: with BatchNorm2d, SyncBatchNorm or GroupNorm, of a forward function that torch.fx
+            can trace; its first input is the image. Frozen BatchNorm stays, and the chain goes
+            through it. Arguments of forward that have a default keep it.
+        image_mean, image_std: of the images per channel, as the network gets them: normalised with
+            their own mean and deviation, 0 and 1.
+        gain, learn_gain, variant, process_model, prior_gradient, eval_statistics: see
+            :class:`~kn_detectron.layers.KalmanNorm2d`. In the variant ``"paper"`` the first norm is
+            the head of the chain.
+        transition: how priors are predicted; :class:`~kn_detectron.layers.MonteCarloTransition` as
+            the paper does it.
+        return_beliefs: whether forward returns, with its output, the beliefs about it in the same
+            form: a Belief for a feature, or None where nothing is known about it or no beliefs are
+            computed.
+
+    Returns:
+        KalmanNetwork: its ``state_dict`` is that of ``network`` and KN's own entries.
+
+    Raises:
+        InputError: the network has no norm that could be converted, has three-dimensional or
+            Kalman norms, cannot be traced, or takes other images.
+    """
+    _check(network)
+    channels = len(image_std) if variant == "network" else None
+    graphs = {mode: trace(network, mode == "training") for mode in ("training", "evaluation")}
+    walks = {mode: Walk(network, graph, channels) for mode, graph in graphs.items()}
+    ends = _heads(walks.values())
+    for walk in walks.values():
+        walk.finish(set(ends), return_beliefs)
+
+    options = dict(
+        learn_gain=learn_gain,
+        variant=variant,
+        process_model=process_model,
+        prior_gradient=prior_gradient,
+    )
+    norms = {
+        call.node.target: network.get_submodule(call.node.target)
+        for walk in walks.values()
+        for call in walk.norms
+    }
+    grouped = any(isinstance(norm, nn.GroupNorm) for norm in norms.values())
+    chain = Chain(
+        image_mean,
+        image_std,
+        transition,
+        variant,
+        in_evaluation=grouped or eval_statistics == "batch",
+    )
+    programs = {mode: Program.of_graph(graph) for mode, graph in graphs.items()}
+    programs["beliefs"] = Program.of_graph(walks["training"].beliefs_alone())
+    layers = {
+        name: _layer(norm, None if name in ends else gain, eval_statistics, options)
+        for name, norm in norms.items()
+    }
+    converted = KalmanNetwork(network, chain, programs)
+    for name, layer in layers.items():
+        converted.put_norm(name, layer)
+    _warn(ends, len(norms), converted)
+    _calibrate(converted)
+    return converted
+
+
+def _check(network: nn.Module) -> None:
+    name = type(network).__name__
+    if any(isinstance(m, (KalmanNorm2d, GroupKalmanNorm2d)) for m in network.modules()):
+        raise InputError(
+            f"{name} has Kalman layers already: convert the network that it was made of."
+        )
+    for path, module in network.named_modules():
+        if isinstance(module, (nn.BatchNorm3d, nn.Conv3d, nn.ConvTranspose3d)):
+            raise InputError(
+                f"{name} has a {type(module).__name__}, {path}: only networks of images, with "
+                "features of shape (N, C, H, W), can be converted to KN."
+            )
+    if not any(is_norm(module) for module in network.modules()):
+        raise InputError(
+            f"{name} has neither BatchNorm2d nor GroupNorm: there is nothing to convert to KN."
+        )
+
+
+def _heads(walks: Iterable[Walk]) -> Dict[str, End]:
+    """The norms that have no prior, at least at one place, and why."""
+    calls = [call for walk in walks for call in walk.norms]
+    return {call.node.target: call.end for call in calls if call.end is not None}
+
+
+def _layer(norm: nn.Module, gain: Optional[float], eval_statistics: str, options: dict):
+    """The Kalman layer that takes the place of a norm."""
+    if isinstance(norm, nn.GroupNorm):
+        layer = GroupKalmanNorm2d(
+            norm.num_groups, norm.num_channels, norm.eps, norm.affine, gain=gain, **options
+        )
+    else:
+        layer = KalmanNorm2d(
+            norm.num_features,
+            norm.eps,
+            norm.momentum,
+            norm.affine,
+            norm.track_running_stats,
+            gain=gain,
+            eval_statistics=eval_statistics,
+            **options,
+        )
+    like = norm.weight if norm.affine else next(norm.buffers(), torch.empty(()))
+    return layer.to(like.device, like.dtype)
+
+
+def _warn(ends: Dict[str, End], norms: int, network: nn.Module) -> None:
+    """Says where chains end, each kind of place once."""
+    places: Dict[str, List[str]] = {}
+    without_prior = 0
+    for end in ends.values():
+        if not end.why:
+            continue
+        without_prior += 1
+        where, what = _place(end.node, network)
+        where_seen = places.setdefault(f"{what}: {end.why}", [])
+        if where not in where_seen:
+            where_seen.append(where)
+    if not places:
+        return
+    lines = [
+        f"{what} (at {where[0]}" + (f" and {len(where) - 1} more)" if where[1:] else ")")
+        for what, where in places.items()
+    ]
+    logger.warning(
+        "%d of the %d norms have no prior, which makes them BatchNorm (GroupNorm for GKN), since the "
+        "chain of beliefs ends in front of them:\n  %s",
+        without_prior,
+        norms,
+        "\n  ".join(lines),
+    )
+
+
+def _place(node: fx.Node, network: nn.Module) -> Tuple[str, str]:
+    """In which module a node is, and what it is, with the line of code."""
+    if node.op == "call_module":
+        return node.target, type(network.get_submodule(node.target)).__name__
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    stack = node.meta.get("nn_module_stack", {})
+    path, module = next(reversed(stack.values()), ("", type(network)))
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    lines = [f", {file}:{line}" for file, line in lines if not is_of_torch(file)]
+    line = lines[-1] if lines else ""
+    return path or "its forward", f"{name} in {module.__name__}{line}"
+
+
+def _calibrate(network: KalmanNetwork) -> None:
+    layers = {
+        name: layer
+        for name, layer in kalman_layers(network).items()
+        if is_exact(layer) and not _is_fresh(layer)
+    }
+    if layers:
+        with on_priors(layers, lambda name, layer, prior: fit_prior(layer, prior)):
+            network.pass_beliefs()
+
+
+def _is_fresh(layer: KalmanNorm2d) -> bool:
+    return bool((layer.running_mean == 0).all() and (layer.running_var == 1).all())

@@ -1,0 +1,60 @@
+"""Memory: which features change where one of them is changed in place."""
+
+import operator
+from typing import Dict, List, Optional, Tuple
+
+from torch import fx, nn
+
+__all__ = ["Memory"]
+
+_PERHAPS_VIEWS = {"view", "reshape", "flatten", "transpose", "permute", "contiguous", "chunk"}
+_PERHAPS_VIEWS |= {"split", "getitem", "narrow", "unsqueeze", "squeeze", "to", "float", "dropout"}
+_PERHAPS_VIEW_MODULES = (nn.Dropout, nn.Dropout2d, nn.Flatten, nn.ChannelShuffle)
+
+
+class Memory:
+    """The features that share memory, as far as the nodes up to the present one tell."""
+
+    def __init__(self, network: nn.Module):
+        self._network = network
+        # The node whose memory it was first, and whether it is the very same feature.
+        self._origin: Dict[fx.Node, Tuple[fx.Node, bool]] = {}
+
+    def note(self, node: fx.Node) -> Tuple[List[fx.Node], List[fx.Node]]:
+        """Notes a node, in the order of the graph.
+
+        Returns:
+            The other nodes that are from now on the same feature as this one, since it was made in
+            place of them, and those that are changed in a way that is not known.
+        """
+        first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        sharing = _sharing(node, self._network)
+        if first is None or sharing is None:
+            self._origin[node] = node, True
+            return [], []
+        origin, same = self._origin.get(first, (first, True))
+        if sharing != "changes":
+            self._origin[node] = origin, same and sharing == "same"
+            return [], []
+        group = [n for n, (other, _) in self._origin.items() if other is origin]
+        also = [n for n in group if n is first or (same and self._origin[n][1])]
+        self._origin[node] = origin, same
+        return also, [n for n in group if n not in also]
+
+
+def _sharing(node: fx.Node, network: nn.Module) -> Optional[str]:
+    """Whether a node "changes" its first argument in place, is the "same", "perhaps" is a view of
+    it, or neither (None)."""
+    if node.op == "call_module":
+        module = network.get_submodule(node.target)
+        if getattr(module, "inplace", False):
+            return "changes"
+        if isinstance(module, nn.Identity):
+            return "same"
+        return "perhaps" if isinstance(module, _PERHAPS_VIEW_MODULES) else None
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+    in_place |= node.target is operator.setitem or bool(node.kwargs.get("inplace", False))
+    if in_place or (name.endswith("_") and not name.endswith("__")):
+        return "changes"
+    return "perhaps" if name in _PERHAPS_VIEWS else None

@@ -1,0 +1,150 @@
+"""What a converted network is: the modules of the original, and code that was written for them."""
+
+import copy
+import itertools
+import linecache
+import re
+from types import ModuleType
+from typing import Any, Dict
+
+import torch
+from torch import fx, nn
+
+from ...errors import InputError
+from .chain import Chain
+from .tracing import in_mode
+from .walk import CHAIN
+
+__all__ = ["KalmanNetwork", "Program"]
+
+_numbers = itertools.count()
+
+
+class Program:
+    """A function that was made from a graph. It is copied and pickled as its source."""
+
+    def __init__(self, source: str):
+        self.source = source
+        # So that tracebacks show its lines.
+        name = f"<kn_detectron program {next(_numbers)}>"
+        linecache.cache[name] = len(source), None, source.splitlines(True), name
+        names: Dict[str, Any] = {}
+        exec(compile(source, name, "exec"), names)
+        self._function = names["forward"]
+
+    @classmethod
+    def of_graph(cls, graph: fx.Graph) -> "Program":
+        """The function that does what a graph says, of a module and the graph's inputs."""
+        code = graph.python_code("self")
+        words = set(re.findall(r"\w+", code.src))
+        imports = [_import(name, value) for name, value in code.globals.items() if name in words]
+        return cls("\n".join(imports) + code.src)
+
+    def __call__(self, module: nn.Module, *args, **kwargs):
+        return self._function(module, *args, **kwargs)
+
+    def __reduce__(self):
+        return Program, (self.source,)
+
+
+def _import(name: str, value: Any) -> str:
+    if isinstance(value, ModuleType):
+        return f"import {value.__name__} as {name}"
+    if value is type(None):
+        return f"{name} = type(None)"
+    if isinstance(value, float):  # inf and nan
+        return f"{name} = float({str(value)!r})"
+    return f"from {value.__module__} import {value.__qualname__} as {name}"
+
+
+class KalmanNetwork(nn.Module):
+    """A network that :func:`~.convert_kalman_norm` made.
+
+    It has the modules, parameters and attributes of the original under the same names. What
+    differs is that its norms are KN or GKN, that a module without parameters is with them, and
+    that ``forward`` is code that passes beliefs along with the features. It calls the innermost
+    modules one by one: the ``forward`` functions and hooks of those that contain them, which would
+    pass no beliefs, are not used.
+
+    Attributes:
+        kalman_chain (Chain): makes the beliefs.
+    """
+
+    def __init__(self, network: nn.Module, chain: Chain, programs: Dict[str, Program]):
+        super().__init__()
+        if isinstance(network, fx.GraphModule):  # it has its graph and code among its attributes
+            self._original = None
+            for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+                setattr(self, kind, getattr(network, kind))
+        else:
+            self._original = type(network)
+            self.__dict__.update(network.__dict__)
+        self._programs = programs
+        self._norms: Dict[str, nn.Module] = {}
+        self.add_module(CHAIN, chain)
+
+    @property
+    def code(self) -> str:
+        """What :meth:`forward` does in the present mode, as Python code."""
+        return self._program.source
+
+    @property
+    def _program(self) -> Program:
+        return self._programs["training" if self.training else "evaluation"]
+
+    def forward(self, *args, **kwargs):
+        """What the original's ``forward`` does, with Kalman Normalization."""
+        return self._program(self, *args, **kwargs)
+
+    @torch.no_grad()
+    def pass_beliefs(self) -> None:
+        """Calls every norm on no images, with its prior in closed form; for calibration.
+
+        The priors of the network variant depend on parameters only: no images are needed for it.
+        """
+        with in_mode(self, training=True):
+            self._programs["beliefs"](self, getattr(self, CHAIN).in_closed_form())
+
+    def put_norm(self, name: str, layer: nn.Module) -> None:
+        """Has a Kalman layer take the place and the tensors of a norm, wherever that is used."""
+        norm = self.get_submodule(name)
+        # The very same tensors: an optimiser may have them already.
+        layer._parameters.update(norm._parameters)
+        layer._buffers.update(norm._buffers)
+        layer._modules.update(norm._modules)  # timm's activation
+        layer.train(norm.training)
+        _replace(self, norm, layer)
+        norm._parameters = dict.fromkeys(norm._parameters)
+        norm._buffers = dict.fromkeys(norm._buffers)
+        self._norms[name] = norm
+
+    def restored(self) -> nn.Module:
+        """A copy of the network as it was before its conversion, with the present weights.
+
+        Raises:
+            InputError: if it was a GraphModule.
+        """
+        if self._original is None:
+            raise InputError(
+                "The network was a torch.fx.GraphModule, which cannot be restored: convert the "
+                "network that it was traced from."
+            )
+        copied = copy.deepcopy(self)
+        for name, norm in copied._norms.items():
+            layer = copied.get_submodule(name)
+            norm._parameters = {key: layer._parameters[key] for key in norm._parameters}
+            norm._buffers = {key: layer._buffers[key] for key in norm._buffers}
+            norm._modules = layer._modules
+            norm.train(layer.training)
+            _replace(copied, layer, norm)
+        network = self._original.__new__(self._original)
+        network.__dict__.update(copied.__dict__)
+        del network._original, network._programs, network._norms, network._modules[CHAIN]
+        return network
+
+
+def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in network.modules():
+        for name, child in parent.named_children():
+            if child is old:
+                parent._modules[name] = new

@@ -1,0 +1,279 @@
+"""Rules: from what is known about the inputs of a node to what is known about its output.
+
+A rule is a function ``rule(walk, *args, **kwargs)`` of a :class:`~.walk.Walk` and of the arguments
+that the node has, and for a module ``rule(walk, module, x)``. It returns an
+:class:`~.about.About`, a tuple of them, or raises an :class:`~.about.End` that says why it cannot.
+Those for what happens to channels are in :mod:`.channels`, the tables at the end of this file; what a belief becomes is in :class:`~.chain.Chain`.
+"""
+
+import operator
+from typing import Any, Callable, Dict, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from ...errors import InputError
+from ..activations import ACTIVATIONS, Activation
+from . import channels as on_channels
+from .about import About, End
+
+__all__ = ["find_rule", "is_ruled"]
+
+# The belief stays as it is, or nearly.
+
+
+def _same(walk, x, *args, **kwargs) -> About:
+    """Pooling, interpolation and padding (see belief.max_pool2d), dropout, changes of dtype."""
+    return walk.about(x)
+
+
+def _same_module(walk, module, x) -> About:
+    return walk.about(x)
+
+
+def _pad(walk, x, pad, mode="constant", value=None) -> About:
+    about = walk.about(x)
+    channels, more = on_channels.numbers(walk, pad)[4:6], pad[6:]
+    if not any(channels):
+        return about
+    known = None not in channels and mode == "constant" and not value
+    if more or not known or len(about.channels) != 1:
+        raise End("it pads channels with what is not 0")
+    return walk.make([about.channels[0] + sum(channels)], "pad", walk.belief(about), channels)
+
+
+def _mean(walk, x, dim=None, keepdim=False, **kwargs) -> About:
+    """Average pooling over all positions, if the dimensions stay."""
+    about = walk.about(x)
+    rank = len(about.channels) + 3
+    dims = on_channels.numbers(walk, dim)
+    if not keepdim or None in dims or not {d % rank for d in dims} <= {rank - 2, rank - 1}:
+        raise End("what it returns is no feature map")
+    return about
+
+
+# Activations.
+
+
+def _activation(name: str, activation: Activation) -> Callable:
+    def rule(walk, x, *args, **kwargs) -> About:
+        parameters = dict(zip(activation.parameters, args))
+        parameters.update((k, v) for k, v in kwargs.items() if k in activation.parameters)
+        values = {**activation.parameters, **parameters}.values()
+        if not all(isinstance(value, (int, float, str)) for value in values):
+            raise End("its parameters are computed")
+        return walk.activated(walk.about(x), name, *values)
+
+    return rule
+
+
+def _activation_module(name: str, activation: Activation) -> Callable:
+    def rule(walk, module, x) -> About:
+        values = [getattr(module, parameter) for parameter in activation.parameters]
+        return walk.activated(walk.about(x), name, *values)
+
+    return rule
+
+
+def _clamp(walk, x, min=None, max=None) -> About:
+    about = walk.about(x)
+    if min == 0 and max is None:
+        return walk.activated(about, "relu")
+    if not (isinstance(min, (int, float)) and isinstance(max, (int, float))):
+        raise End("there is no rule for bounds that are open or computed")
+    return walk.activated(about, "hardtanh", float(min), float(max))
+
+
+# Convolutions.
+
+
+def _conv_module(walk, module: nn.Conv2d, x) -> About:
+    plain = type(module).forward is nn.Conv2d.forward
+    if not plain and not is_ruled(type(module)):
+        raise End("it is a convolution that does something else with its weights")
+    _check_channels(walk.about(x), module.in_channels)
+    return walk.convolved(x, module.out_channels)
+
+
+def _conv2d(walk, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> About:
+    about = walk.about(x)
+    if not walk.is_constant(weight):
+        raise End("its weights depend on the images")
+    channels, per_group = walk.constant(weight).shape[:2]
+    _check_channels(about, per_group * groups)
+    return walk.convolved(x, channels, weight, bias, stride, padding, dilation, groups)
+
+
+def _check_channels(about: About, channels: int) -> None:
+    known = on_channels.one_channel_dimension(about)
+    if known != channels:  # the network itself would fail, so it is the images that have others
+        raise InputError(
+            f"image_mean and image_std are about images of {known} channels, but the network takes "
+            f"{channels}: give one number for each channel of its images."
+        )
+
+
+# Arithmetic.
+
+
+def _add(walk, a, b, alpha=1) -> About:
+    if alpha != 1:
+        raise End("there is no rule for a weighted sum")
+    if walk.is_constant(a):
+        a, b = b, a
+    about = walk.about(a)
+    if walk.is_constant(b):
+        return walk.make(about.channels, "shift", walk.belief(about), b)
+    return _sum(walk, about, walk.about(b))
+
+
+def _subtract(walk, a, b) -> About:
+    if walk.is_constant(a):
+        negative = _negate(walk, b)
+        return walk.make(negative.channels, "shift", negative.belief, a)
+    about = walk.about(a)
+    if isinstance(b, (int, float)):
+        return walk.make(about.channels, "shift", walk.belief(about), -b)
+    return _sum(walk, about, _negate(walk, b))
+
+
+def _sum(walk, a: About, b: About) -> About:
+    if a.channels != b.channels:
+        raise End("it adds features of different numbers of channels")
+    if a is b:
+        return walk.make(a.channels, "scale", walk.belief(a), 2)
+    return walk.make(a.channels, "add", walk.belief(a), walk.belief(b))
+
+
+def _negate(walk, x) -> About:
+    about = walk.about(x)
+    return walk.make(about.channels, "scale", walk.belief(about), -1)
+
+
+def _multiply(walk, a, b) -> About:
+    if walk.is_constant(a):
+        a, b = b, a
+    about = walk.about(a)
+    if walk.is_constant(b):
+        return walk.make(about.channels, "scale", walk.belief(about), b)
+    walk.about(b)
+    raise End("it is the product of two features")
+
+
+def _divide(walk, a, b) -> About:
+    about = walk.about(a)
+    if not isinstance(b, (int, float)):
+        raise End("it divides by what is computed")
+    return walk.make(about.channels, "scale", walk.belief(about), 1.0 / b)
+
+
+# The tables.
+
+_SAME_MODULES = (
+    nn.Identity,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Upsample,  # and its two subclasses
+    nn.ZeroPad2d,
+    nn.ReflectionPad2d,
+    nn.ReplicationPad2d,
+    StochasticDepth,
+)
+
+# By class, the nearest base first.
+_MODULES: Dict[type, Callable] = {
+    **{module: _same_module for module in _SAME_MODULES},
+    **{a.module: _activation_module(name, a) for name, a in ACTIVATIONS.items()},
+    nn.Conv2d: _conv_module,
+    nn.ChannelShuffle: on_channels.channel_shuffle_module,
+}
+
+# timm's, which is an optional package: its convolutions that pad as TensorFlow's do.
+_MODULES_BY_NAME: Dict[str, Callable] = {
+    "DropPath": _same_module,
+    "Conv2dSame": _conv_module,
+    "Conv2dSameExport": _conv_module,
+}
+
+# By the name in torch, torch.nn.functional and torch.Tensor, with and without "_" behind it.
+_BY_NAME: Dict[str, Callable] = {
+    **{name: _activation(name, activation) for name, activation in ACTIVATIONS.items()},
+    **dict.fromkeys(("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d"), _same),
+    **dict.fromkeys(("max_pool2d", "dropout", "dropout2d", "interpolate", "upsample"), _same),
+    **dict.fromkeys(("contiguous", "clone", "to", "type_as"), _same),
+    **dict.fromkeys(("float", "half", "bfloat16", "double"), _same),
+    "pad": _pad,
+    "mean": _mean,
+    "clamp": _clamp,
+    "clip": _clamp,
+    "conv2d": _conv2d,
+    "add": _add,
+    "sub": _subtract,
+    "neg": _negate,
+    "mul": _multiply,
+    "div": _divide,
+    "cat": on_channels.cat,
+    "concat": on_channels.cat,
+    "split": on_channels.split,
+    "chunk": on_channels.chunk,
+    "narrow": on_channels.narrow,
+    "view": on_channels.view,
+    "reshape": on_channels.view,
+    "unsqueeze": on_channels.unsqueeze,
+    "flatten": on_channels.flatten,
+    "permute": on_channels.permute,
+    "transpose": on_channels.transpose,
+    "channel_shuffle": on_channels.channel_shuffle,
+}
+
+_NAMESPACES = (torch, F)
+_FUNCTIONS: Dict[Callable, Callable] = {
+    getattr(space, variant): rule
+    for name, rule in _BY_NAME.items()
+    for space in _NAMESPACES
+    for variant in (name, f"{name}_")
+    if hasattr(space, variant)
+}
+_FUNCTIONS.update(
+    {
+        operator.add: _add,
+        operator.iadd: _add,
+        operator.sub: _subtract,
+        operator.isub: _subtract,
+        operator.neg: _negate,
+        operator.mul: _multiply,
+        operator.imul: _multiply,
+        operator.truediv: _divide,
+        operator.itruediv: _divide,
+        operator.getitem: on_channels.getitem,
+    }
+)
+
+
+def find_rule(op: str, target: Any) -> Optional[Callable]:
+    """The rule for a node, or None.
+
+    Args:
+        op: the node's.
+        target: the function, the name of the method, or the module itself.
+    """
+    if op == "call_function":
+        return _FUNCTIONS.get(target)
+    if op == "call_method":
+        return _BY_NAME.get(target.rstrip("_"))
+    for base in type(target).__mro__:
+        if base in _MODULES:
+            return _MODULES[base]
+    return _MODULES_BY_NAME.get(type(target).__name__)
+
+
+def is_ruled(module_class: type) -> bool:
+    """Whether there is a rule for a class of modules itself, not only for one that it derives from,
+    of which it may do more."""
+    return module_class in _MODULES or module_class.__name__ in _MODULES_BY_NAME

@@ -1,0 +1,69 @@
+"""Sizes: what the code of a network computes from the shapes of its features."""
+
+import operator
+from typing import Any, Dict, Optional, Tuple
+
+from torch import fx
+
+__all__ = ["Sizes"]
+
+_ARITHMETIC = (operator.getitem, operator.floordiv, operator.mul, operator.add, operator.sub)
+
+_OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+class Sizes:
+    """The nodes that are sizes, or are computed from sizes.
+
+    The numbers of channels are known, batch size, height and width are not (None).
+    """
+
+    def __init__(self):
+        self._values: Dict[fx.Node, Any] = {}
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self._values
+
+    def value(self, x: Any) -> Any:
+        """An argument of a node, None where it is a size that is not known."""
+        return self._values.get(x) if isinstance(x, fx.Node) else x
+
+    def note(self, node: fx.Node, channels: Optional[Tuple[int, ...]]) -> bool:
+        """Notes a node if it is a size.
+
+        Args:
+            node: is changed where it is computed in place: a number has no other names that would
+                change with it.
+            channels: of the feature that is the first argument, if it is one that is known.
+
+        Returns:
+            bool: whether it is.
+        """
+        if node.op == "call_method" and node.target in ("size", "dim"):
+            self._values[node] = self._attribute("shape", channels, *node.args[1:2])
+            if node.target == "dim":
+                self._values[node] = self._attribute("ndim", channels)
+        elif node.op == "call_function" and node.target is getattr:
+            self._values[node] = self._attribute(node.args[1], channels)
+        elif node.op == "call_function" and all(x in self for x in node.all_input_nodes):
+            node.target = _OUT_OF_PLACE.get(node.target, node.target)
+            args = fx.node.map_arg(node.args, self._values.get)
+            known = node.target in _ARITHMETIC and None not in args
+            self._values[node] = node.target(*args) if known else None
+        return node in self
+
+    @staticmethod
+    def _attribute(name: str, channels: Optional[Tuple[int, ...]], dim: Any = None) -> Any:
+        if channels is None:
+            return None
+        shape = (None, *channels, None, None)
+        if name == "ndim":
+            return len(shape)
+        if name != "shape":  # device, dtype
+            return None
+        return shape if dim is None else shape[dim]

@@ -1,0 +1,274 @@
+"""Puts beside each node of a graph that makes a feature the node that makes its belief."""
+
+import operator
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+
+from torch import fx, nn
+
+from .about import About, End
+from .memory import Memory
+from .rules import find_rule
+from .sizes import Sizes
+from .tracing import is_frozen_norm, is_norm
+
+__all__ = ["CHAIN", "NormCall", "Walk"]
+
+CHAIN = "kalman_chain"  # the name of the module Chain in a converted network
+
+
+class NormCall(NamedTuple):
+    """Where a norm is called, and why it has no prior, or None where it has one."""
+
+    node: fx.Node
+    end: Optional[End]
+
+
+Known = Union[About, Tuple[About, ...], End]
+
+
+class Walk:
+    """One pass over a graph, in its order.
+
+    Args:
+        network: of which the graph is; its norms are still the original ones.
+        graph: is changed: nodes are added, and norms get ``prior=``.
+        channels: of the images, or None where the first norm is the head of the chain.
+
+    Attributes:
+        norms: where norms are called.
+        own (set): the nodes that were added for the sake of beliefs.
+        chain: the node that is the module :class:`~.chain.Chain`.
+    """
+
+    def __init__(self, network: nn.Module, graph: fx.Graph, channels: Optional[int]):
+        self.network = network
+        self.graph = graph
+        self.norms: List[NormCall] = []
+        self._known: Dict[fx.Node, Known] = {}
+        self._constants: Set[fx.Node] = set()
+        self._grouped = any(isinstance(module, nn.GroupNorm) for module in network.modules())
+        self._sizes = Sizes()
+        self._memory = Memory(network)
+
+        nodes = list(graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        with graph.inserting_after(inputs[-1]):
+            self.chain = graph.create_node("get_attr", CHAIN, name="chain")
+        self.own = {self.chain}
+        self._here = self.chain
+        for self._node in nodes:
+            if self._node.op == "placeholder":
+                self._learn(self._input(channels if self._node is inputs[0] else None))
+                continue
+            self._here = self._node
+            if self._node.op == "get_attr":
+                self._constants.add(self._node)
+            elif self._node.op != "output":
+                self._learn(self._follow())
+
+    # What rules may ask for.
+
+    def about(self, x: Any) -> About:
+        """What is known about an argument of a node; raises its :class:`End` if nothing is."""
+        known = self._known.get(x) if isinstance(x, fx.Node) else None
+        if isinstance(known, End):
+            raise known
+        if not isinstance(known, About):
+            raise End("it takes what is no feature")
+        return known
+
+    def pieces(self, x: Any) -> Optional[Tuple[About, ...]]:
+        """What is known about the features in an argument that is a tuple of them, else None."""
+        known = self._known.get(x) if isinstance(x, fx.Node) else None
+        return known if isinstance(known, tuple) else None
+
+    def is_constant(self, x: Any) -> bool:
+        """Whether an argument is a number or depends on parameters only."""
+        return isinstance(x, (int, float)) or x in self._constants
+
+    def constant(self, x: Any) -> Any:
+        """The present value of a constant argument."""
+        if not isinstance(x, fx.Node):
+            return x
+        if x.op == "get_attr":
+            return operator.attrgetter(x.target)(self.network)
+        args, kwargs = fx.node.map_arg((x.args, x.kwargs), self.constant)
+        if x.op == "call_module":
+            return self.network.get_submodule(x.target)(*args, **kwargs)
+        if x.op == "call_method":
+            return getattr(args[0], x.target)(*args[1:], **kwargs)
+        return x.target(*args, **kwargs)
+
+    def size(self, x: Any) -> Any:
+        """An argument, also where it is computed from sizes; None where it cannot be told."""
+        return self._sizes.value(x)
+
+    def belief(self, about: About) -> fx.Node:
+        """The node that makes the belief."""
+        if about.belief is None:
+            about.belief = self._insert("moments", about.source)
+        return about.belief
+
+    def make(self, channels: Sequence[int], method: str, *args) -> About:
+        """A feature whose belief is made by a method of :class:`~.chain.Chain`."""
+        return About(tuple(channels), belief=self._insert(method, *args))
+
+    def activated(self, about: About, name: str, *parameters) -> About:
+        """A feature behind an activation, which is the node at hand."""
+        belief = self.belief(about)
+        source = self._insert("activation", belief, self._node, name, *parameters)
+        return About(about.channels, source=source)
+
+    def convolved(self, x: fx.Node, channels: int, *arguments) -> About:
+        """A feature behind a convolution, which is the node at hand.
+
+        Args:
+            x: its input.
+            channels: of its output.
+            arguments: its other arguments if it is no module.
+        """
+        about = self.about(x)
+        if about.source is None:
+            about.source = self._insert("source", about.belief, x)
+        if arguments:
+            return self.make([channels], "conv2d", about.source, *arguments)
+        return self.make([channels], "conv", about.source, self._module_itself())
+
+    # What becomes of it.
+
+    def finish(self, heads: Set[str], return_beliefs: bool) -> None:
+        """Takes the priors from heads, and everything away that was added and is not used.
+
+        Args:
+            heads: the names of norms that have no prior, at least at one place.
+            return_beliefs: whether the beliefs about the output are returned with it.
+        """
+        for call in self.norms:
+            if call.node.target in heads:
+                call.node.kwargs = {"prior": None}
+        if return_beliefs:
+            output = next(iter(reversed(self.graph.nodes)))
+            self._here = output.prev
+            output.args = ((output.args[0], fx.node.map_arg(output.args[0], self._returned)),)
+        _remove_unused(self.graph, self.own)
+
+    def _returned(self, x: fx.Node) -> Optional[fx.Node]:
+        known = self._known.get(x)
+        return self.belief(known) if isinstance(known, About) else None
+
+    def beliefs_alone(self) -> fx.Graph:
+        """The graph without features, of the module Chain: every norm is called on no images."""
+        graph = fx.Graph()
+        copies = {self.chain: graph.placeholder("chain")}
+        norms = {call.node for call in self.norms}
+        constants = set()
+        for node in self.graph.nodes:
+            if node in norms:
+                channels = _channels(self.network.get_submodule(node.target))
+                nothing = graph.call_method("nothing", (copies[self.chain], channels))
+                prior = copies.get(node.kwargs["prior"])
+                copies[node] = graph.call_module(node.target, (nothing,), {"prior": prior})
+            elif node in self._constants or (node in self.own and node is not self.chain):
+                copies[node] = graph.node_copy(node, copies.get)
+                if node in self._constants:
+                    constants.add(copies[node])
+        graph.output(None)
+        _remove_unused(graph, constants)
+        return graph
+
+    # The pass itself.
+
+    def _insert(self, method: str, *args) -> fx.Node:
+        return self._add("call_method", method, (self.chain, *args), f"about_{self._node.name}")
+
+    def _module_itself(self) -> fx.Node:
+        return self._add("get_attr", self._node.target)
+
+    def _add(self, op: str, target: str, args: tuple = (), name: Optional[str] = None) -> fx.Node:
+        with self.graph.inserting_after(self._here):
+            self._here = self.graph.create_node(op, target, args, name=name)
+        self.own.add(self._here)
+        return self._here
+
+    def _input(self, channels: Optional[int]) -> Known:
+        return End() if channels is None else self.make([channels], "start")
+
+    def _follow(self) -> Known:
+        node = self._node
+        if all(x in self._constants for x in node.all_input_nodes):
+            self._constants.add(node)
+            return End()
+        first = self._known.get(node.args[0]) if node.args else None
+        channels = first.channels if isinstance(first, About) else None
+        if self._sizes.note(node, channels):
+            return End()
+        try:
+            if node.op == "call_module":
+                return self._follow_module(self.network.get_submodule(node.target))
+            rule = find_rule(node.op, node.target)
+            return self._unknown() if rule is None else rule(self, *node.args, **node.kwargs)
+        except End as end:
+            return end
+
+    def _follow_module(self, module: nn.Module) -> Known:
+        if is_norm(module):
+            return self._norm(module)
+        if is_frozen_norm(module):
+            return self.make([module.weight.numel()], "frozen", self._module_itself())
+        rule = find_rule("call_module", module)
+        if rule is None:
+            return self._unknown()
+        return rule(self, module, *self._node.args, **self._node.kwargs)
+
+    def _unknown(self) -> End:
+        for x in self._node.all_input_nodes:  # the first cause counts
+            if isinstance(self._known.get(x), End) and self._known[x].why:
+                return self._known[x]
+        return End("there is no rule for it")
+
+    def _norm(self, norm: nn.Module) -> About:
+        node, end, prior = self._node, None, None
+        self._here = node.prev
+        try:
+            prior = self.belief(self.about(node.args[0]))
+            if self._grouped and not isinstance(norm, nn.GroupNorm):
+                prior = self._insert("of_batch", prior)
+        except End as reason:
+            end = reason
+        self._here = node
+        node.kwargs = {"prior": prior}
+        self.norms.append(NormCall(node, end))
+        y = self._add("call_function", operator.getitem, (node, 0), node.name)
+        self.own.remove(y)
+        node.replace_all_uses_with(y, delete_user_cb=lambda user: user is not y)
+        belief = self._add("call_function", operator.getitem, (node, 1), f"about_{node.name}")
+        if end is not None:
+            belief = self._insert("behind_head", belief, self._module_itself())
+        about = About((_channels(norm),), belief=belief)
+        self._known[y] = about
+        self._memory.note(y)
+        return about
+
+    def _learn(self, known: Known) -> None:
+        """Notes what is known about the node at hand, and about what it changed in place."""
+        node = self._node
+        if isinstance(known, End) and known.node is None:
+            known.node = node
+        self._known[node] = known
+        also, unknown = self._memory.note(node)
+        self._known.update(dict.fromkeys(also, known))
+        if unknown:
+            end = End("it was changed in place under another name")
+            end.node = node
+            self._known.update(dict.fromkeys(unknown, end))
+
+
+def _remove_unused(graph: fx.Graph, nodes: Set[fx.Node]) -> None:
+    for node in reversed(graph.nodes):
+        if node in nodes and not node.users:
+            graph.erase_node(node)
+            nodes.remove(node)
+
+
+def _channels(norm: nn.Module) -> int:
+    return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features

@@ -1,0 +1,391 @@
+"""What a converted network is: an ordinary module that differs by KN's own entries only."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kn_detectron import InputError
+from kn_detectron.checkpoint import calibrate, fit_process_noise, fold_network
+from kn_detectron.layers import (
+    KN_STATE,
+    Belief,
+    GroupKalmanNorm2d,
+    KalmanNorm2d,
+    MonteCarloTransition,
+    convert_kalman_norm,
+    kalman_layers,
+    set_gain_scale,
+    set_norm_batch_size,
+)
+
+from .networks import Branchy, frozen_statistics, images, relative_error, trained
+
+
+@pytest.fixture
+def original():
+    return trained(Branchy())
+
+
+@pytest.fixture
+def converted(original):
+    return convert_kalman_norm(copy.deepcopy(original))
+
+
+def test_only_entries_of_kn_are_added(original, converted):
+    before, after = original.state_dict(), converted.state_dict()
+    assert [key for key in after if key.rpartition(".")[2] not in KN_STATE] == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert {n for n, _ in original.named_modules()} | {"kalman_chain"} == {
+        n for n, _ in converted.named_modules()
+    }
+
+
+def test_it_works_in_place_on_the_very_parameters(original):
+    before = dict(original.named_parameters())
+    converted = convert_kalman_norm(original)
+    after = dict(converted.named_parameters())
+    assert all(after[name] is p for name, p in before.items())
+    assert converted.block is original.block and converted.note == "kept"
+
+
+def test_checkpoints_of_the_original_load(original, converted):
+    fresh = convert_kalman_norm(Branchy())
+    assert not fresh.load_state_dict(original.state_dict()).unexpected_keys
+    for name, layer in kalman_layers(fresh).items():
+        assert torch.equal(layer.running_var, original.get_submodule(name).running_var)
+    calibrate(fresh)
+    for got, want in zip(fresh.state_dict().values(), converted.state_dict().values()):
+        assert torch.equal(got, want)
+
+
+def test_in_evaluation_it_is_the_original_to_the_bit_and_computes_no_belief(original, converted):
+    original.eval()
+    converted.eval()
+    outputs = []
+    for layer in kalman_layers(converted).values():
+        layer.register_forward_hook(lambda layer, args, output: outputs.append(output[1]))
+    with torch.no_grad():
+        assert torch.equal(converted(images()), original(images()))
+    assert outputs == [None] * len(kalman_layers(converted)) != []
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_in_training_at_gain_0_it_is_the_frozen_network(original, converted, batch):
+    set_gain_scale(converted, 0.0)
+    with torch.no_grad():
+        want = original.eval()(images(batch))
+        assert relative_error(converted.train()(images(batch)), want) < 1e-5
+    # And not before it was calibrated.
+    for layer in kalman_layers(converted).values():
+        nn.init.zeros_(layer.mean_offset)
+    with torch.no_grad():
+        assert relative_error(converted(images(batch)), want) > 1e-2
+
+
+def test_fresh_statistics_are_not_calibrated_to():
+    for layer in kalman_layers(convert_kalman_norm(Branchy())).values():
+        assert (layer.mean_offset == 0).all() and (layer.log_var_scale == 0).all()
+
+
+def test_every_parameter_gets_a_gradient(converted):
+    converted.train()(images()).square().sum().backward()
+    for name, p in converted.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+    assert all(layer.mean_offset.grad.any() for layer in kalman_layers(converted).values())
+
+
+def assert_same_step(one, other):
+    """Outputs, gradients and statistics of a training step."""
+    results = []
+    for network in (one, other):
+        torch.manual_seed(1)
+        y = network.train()(images())
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in network.parameters()), *network.buffers()])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_copies_and_pickles_are_independent_and_the_same(converted):
+    file = io.BytesIO()
+    torch.save(converted, file)
+    file.seek(0)
+    twins = [
+        copy.deepcopy(converted),
+        pickle.loads(pickle.dumps(converted)),
+        torch.load(file, weights_only=False),
+        copy.deepcopy(copy.deepcopy(converted)),
+    ]
+    for twin in twins:
+        own = {p.data_ptr() for p in converted.parameters()}
+        assert not own & {p.data_ptr() for p in twin.parameters()}
+        assert_same_step(twin, copy.deepcopy(converted))
+        assert twin.code == converted.code
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision(converted, dtype):
+    with torch.autocast("cpu", dtype=dtype):
+        y = converted.train()(images())
+    y.float().square().sum().backward()
+    assert y.dtype == dtype
+    assert all(p.grad.isfinite().all() for p in converted.parameters())
+    for layer in kalman_layers(converted).values():
+        assert layer.running_var.dtype == torch.float32
+
+
+def test_activation_checkpointing(converted):
+    other = copy.deepcopy(converted)
+
+    def forward(x):
+        return checkpoint(other, x, use_reentrant=False)
+
+    y, want = forward(images()), converted(images())
+    for out in (y, want):
+        out.square().sum().backward()
+    torch.testing.assert_close(y, want)
+    for got, p in zip(other.parameters(), converted.parameters()):
+        torch.testing.assert_close(got.grad, p.grad)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_compiles_as_one_graph_at_several_sizes(training):
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Hardswish(), nn.Conv2d(4, 4, 1)
+    network = convert_kalman_norm(trained(nn.Sequential(*layers, nn.BatchNorm2d(4))).double())
+    other = copy.deepcopy(network.train(training))
+    torch._dynamo.reset()
+    compiled = torch.compile(other, backend="eager", fullgraph=True)
+    for size in (16, 24, 20):
+        y, want = compiled(images(2, size).double()), network(images(2, size).double())
+        torch.testing.assert_close(y, want)
+        y.square().mean().backward()
+        want.square().mean().backward()
+    for got, p in zip(other.parameters(), network.parameters()):
+        torch.testing.assert_close(got.grad, p.grad)
+
+
+def test_frozen_batch_norm_is_a_posterior(original):
+    """The chain goes through what was frozen."""
+    network = frozen_statistics(copy.deepcopy(original), "stem.1")
+    converted = convert_kalman_norm(network)
+    assert not any(isinstance(m, KalmanNorm2d) for m in converted.stem.modules())
+    assert set(kalman_layers(converted)) | {"stem.1"} == set(
+        kalman_layers(convert_kalman_norm(copy.deepcopy(original)))
+    )
+    set_gain_scale(converted, 0.0)
+    with torch.no_grad():
+        want = original.eval()(images())
+        assert relative_error(converted.train()(images()), want) < 1e-5
+
+
+def test_frozen_layers_of_a_network_in_training(original, converted):
+    """What is often done by hand: norms in evaluation, the rest in training."""
+    converted.train()
+    for layer in kalman_layers(converted).values():
+        layer.eval()
+    with torch.no_grad():
+        want = original.eval()(images())
+        torch.testing.assert_close(converted(images()), want, rtol=1e-5, atol=1e-5)
+
+
+def test_modes_that_do_different_things():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.side, self.unused = Branchy(), Branchy(), Branchy()
+
+        def forward(self, x):
+            if self.training:
+                return self.body(x), self.side(x)
+            return self.body(x)
+
+    network = convert_kalman_norm(trained(Auxiliary()))
+    assert len(network.train()(images())) == 2
+    assert network.eval()(images()).shape == network.train()(images())[0].shape
+    assert not kalman_layers(network.unused) and kalman_layers(network.side)
+    network(images())[1].sum().backward()
+    assert all(p.grad is not None for p in network.side.parameters())
+
+
+def test_arguments_with_defaults_keep_them():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Branchy()
+
+        def forward(self, x: torch.Tensor, mask: "Mask" = None, twice: bool = False):
+            y = self.body(x)
+            if mask is not None:
+                y = y * mask
+            return self.body(y) if twice else y
+
+    network = convert_kalman_norm(Optional())
+    assert network.train()(images()).shape == network(images(), mask=None, twice=False).shape
+
+
+def test_beliefs_can_be_returned(original):
+    network = convert_kalman_norm(nn.Sequential(original, nn.Flatten()), return_beliefs=True)
+    y, belief = network.train()(images())
+    assert y.dim() == 2 and belief is None
+    features = convert_kalman_norm(trained(Branchy()), return_beliefs=True)
+    y, belief = features.train()(images())
+    assert isinstance(belief, Belief) and belief.mean.shape == (1, y.shape[1])
+    # The network ends in a norm and a ReLU.
+    norm = features.last[1]
+    assert (belief.mean > norm.bias.detach().clamp_min(0)).all()
+    assert features.eval()(images())[1] is None
+
+
+# Options.
+
+
+def test_options_reach_the_layers(original):
+    network = convert_kalman_norm(
+        original, gain=0.3, learn_gain=False, process_model=False, eval_statistics="batch"
+    )
+    for layer in kalman_layers(network).values():
+        assert layer.gain.item() == pytest.approx(0.3) and not layer.has_process_model
+        assert not isinstance(layer.gain_logit, nn.Parameter)
+    x = images()
+    with torch.no_grad():
+        want = network.train()(x)
+        torch.testing.assert_close(network.eval()(x), want)
+
+
+def test_norms_are_taken_over_with_their_own_options():
+    norm = nn.BatchNorm2d(4, eps=1e-3, momentum=None, affine=False)
+    network = convert_kalman_norm(nn.Sequential(nn.Conv2d(3, 4, 1), norm).half())
+    layer = network.get_submodule("1")
+    assert (layer.eps, layer.momentum, layer.affine) == (1e-3, None, False)
+    assert layer.mean_offset.dtype == torch.float16
+
+
+def test_the_paper_variant_starts_behind_the_first_norm(original, caplog):
+    network = convert_kalman_norm(original, variant="paper")
+    assert not caplog.records
+    assert network.stem[1].is_head
+    assert (
+        len(kalman_layers(network))
+        == sum(isinstance(m, KalmanNorm2d) for m in network.modules()) - 1
+    )
+    network.train()(images()).square().sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert fit_process_noise(network) == len(kalman_layers(network))
+
+
+@pytest.mark.parametrize("size", [0, 64])
+def test_monte_carlo_priors_are_near_those_in_closed_form(original, size):
+    closed = convert_kalman_norm(copy.deepcopy(original))
+    sampled = convert_kalman_norm(original, transition=MonteCarloTransition(size))
+    for got, want in zip(sampled.state_dict().values(), closed.state_dict().values()):
+        assert torch.equal(got, want)  # calibrated in closed form
+    for network in (closed, sampled):
+        set_gain_scale(network, 0.0)
+    with torch.no_grad():
+        want = closed.train()(images(2, 64))
+        got = sampled.train()(images(2, 64))
+    assert 1e-4 < relative_error(got, want) < 0.3
+
+
+def test_group_norm_becomes_gkn():
+    network = convert_kalman_norm(Branchy(lambda channels: nn.GroupNorm(2, channels)))
+    assert all(isinstance(n, GroupKalmanNorm2d) for n in kalman_layers(network).values())
+    x = images()
+    network.train()(x).square().sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(x), network.train()(x))
+
+
+def test_at_gain_1_gkn_is_the_group_norm_network():
+    original = Branchy(lambda channels: nn.GroupNorm(2, channels))
+    x = images()
+    want = original(x)
+    network = convert_kalman_norm(original, gain=1.0, learn_gain=False)
+    torch.testing.assert_close(network(x), want)
+
+
+def test_micro_batches(converted):
+    """Two micro-batches of one image are what two batches of one image are."""
+    x = images(2)
+    with torch.no_grad():
+        want = torch.cat([copy.deepcopy(converted).train()(part) for part in x.split(1)])
+        set_norm_batch_size(converted, 1)
+        torch.testing.assert_close(converted.train()(x), want, rtol=1e-4, atol=1e-5)
+
+
+# Folding.
+
+
+def test_folding_gives_the_original_back(original, converted):
+    optimizer = torch.optim.SGD(converted.parameters(), lr=0.1)
+    for seed in range(3):
+        y = converted.train()(images(seed=seed))
+        optimizer.zero_grad()
+        F.mse_loss(y, torch.ones_like(y)).backward()
+        optimizer.step()
+    folded = fold_network(converted)
+    assert type(folded) is Branchy and not folded.training and folded.note == "kept"
+    assert list(folded.state_dict()) == list(original.state_dict())
+    assert {type(m) for m in folded.modules()} == {type(m) for m in original.modules()}
+    with torch.no_grad():
+        assert relative_error(folded(images()), converted.eval()(images())) < 1e-5
+    assert not torch.equal(folded.stem[0].weight, original.stem[0].weight)
+    assert kalman_layers(converted)  # stays as it is
+    original.load_state_dict(folded.state_dict())
+
+
+def test_what_cannot_be_folded(original):
+    online = convert_kalman_norm(copy.deepcopy(original), eval_statistics="batch")
+    groups = convert_kalman_norm(Branchy(lambda channels: nn.GroupNorm(2, channels)))
+    for network in (online, groups):
+        with pytest.raises(InputError, match="stem.1 takes its statistics from the images"):
+            fold_network(network)
+    with pytest.raises(InputError, match="no network that convert_kalman_norm made"):
+        fold_network(original)
+    traced = convert_kalman_norm(torch.fx.symbolic_trace(original))
+    assert traced.train()(images()).shape and pickle.dumps(traced)
+    with pytest.raises(InputError, match="GraphModule"):
+        fold_network(traced)
+
+
+# What cannot be converted.
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        if y.mean() > 0:
+            y = y + 1
+        return y
+
+
+@pytest.mark.parametrize(
+    "network, why",
+    [
+        (DataDependent(), r"cannot be traced .*test_convert\.py:\d+, 'if y.mean\(\) > 0:'"),
+        (nn.Sequential(nn.Conv2d(3, 4, 1)), "neither BatchNorm2d nor GroupNorm"),
+        (nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4)), "has a Conv3d, 0"),
+        (nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)), "images of 3 channels.* takes 1"),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), KalmanNorm2d(4)), "has Kalman layers already"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_in_a_sentence(network, why):
+    with pytest.raises(InputError, match=why):
+        convert_kalman_norm(network)
+
+
+def test_a_transposed_convolution_ends_the_chain(caplog):
+    network = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4))
+    assert convert_kalman_norm(network).get_submodule("1").is_head
+    assert "ConvTranspose2d: there is no rule for it (at 0)" in caplog.text
