@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Pre-trains the backbone of a detection config by image classification.
+"""Pre-trains the backbone of a detection config, or any network, by image classification.
 
 Examples:
     tools/pretrain_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --data imagenet --num-gpus 8
     tools/pretrain_net.py --config configs/shapes/mask_rcnn_slim_R50_FPN_KN.yaml --data cifar10 \\
         --norm BN --norm-batch-size 2 --epochs 30 --batch-size 64 --image-size 64
+    tools/pretrain_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --data cifar10 --image-size 32 \\
+        --network cifar_resnet32_preactivation --norm-batch-size 2 MODEL.KN.VARIANT paper
     tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --num-gpus 8 \\
         MODEL.WEIGHTS output/pretraining_KN/backbone.pth
 """
@@ -60,6 +62,7 @@ def load_config(args):
         lr=args.lr,
         weight_decay=args.weight_decay,
         image_size=args.image_size,
+        network=args.network,
     )
     merge_options(cfg, args.opts)
     cfg.freeze()
@@ -72,6 +75,13 @@ def main():
     parser = argument_parser()
     parser.description = __doc__.splitlines()[0]
     parser.add_argument("--data", required=True, help="folder with train/<class>/ and val/<class>/")
+    parser.add_argument(
+        "--network",
+        default="",
+        metavar="NAME",
+        help="in the place of the config's ResNet: cifar_resnet32, cifar_resnet110 (both also with "
+        "_preactivation), small_inception, inception_v2, one of torchvision.models, or timm/NAME",
+    )
     parser.add_argument("--norm", help="BN, KN, GN, GN<n>, GKN, LN, WN or BRN (the config's)")
     parser.add_argument(
         "--norm-batch-size",

@@ -6,7 +6,7 @@ same modules do the rest.
 """
 
 from dataclasses import dataclass
-from typing import Dict, NamedTuple, Optional, Union
+from typing import Any, Dict, NamedTuple, Optional, Union
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -125,6 +125,17 @@ class ChainConfig:
         """Whether the layers need priors in evaluation too."""
         return self.norm == "GKN" or self.eval_statistics == "batch"
 
+    @property
+    def layer_options(self) -> Dict[str, Any]:
+        """What KN and GKN layers are both built with."""
+        return dict(
+            gain=self.gain,
+            learn_gain=self.learn_gain,
+            variant=self.variant,
+            process_model=self.process_model,
+            prior_gradient=self.prior_gradient,
+        )
+
 
 def build_norm(chain: ChainConfig, channels: int, head: bool = False) -> nn.Module:
     """A KN or GKN layer of a chain; ``head`` makes it one without prior.
@@ -132,13 +143,9 @@ def build_norm(chain: ChainConfig, channels: int, head: bool = False) -> nn.Modu
     Raises:
         InputError: if the groups of GKN do not divide the channels.
     """
-    options = dict(
-        gain=None if head else chain.gain,
-        learn_gain=chain.learn_gain,
-        variant=chain.variant,
-        process_model=chain.process_model,
-        prior_gradient=chain.prior_gradient,
-    )
+    options = chain.layer_options
+    if head:
+        options["gain"] = None
     if chain.norm == "KN":
         return KalmanNorm2d(channels, eval_statistics=chain.eval_statistics, **options)
     if channels % chain.num_groups:

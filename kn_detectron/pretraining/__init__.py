@@ -1,6 +1,6 @@
 """Pre-training of a detector's ResNet by image classification."""
 
-from .classifier import ImageClassifier
+from .classifier import ImageClassifier, NetworkClassifier
 from .config import NORMS, add_pretraining_config, classification_config
 from .data import build_eval_loader, build_train_loader, open_folders
 from .evaluation import evaluate, online_statistics
@@ -11,6 +11,7 @@ __all__ = [
     "ClassificationTrainer",
     "ImageClassifier",
     "NORMS",
+    "NetworkClassifier",
     "add_pretraining_config",
     "build_eval_loader",
     "build_train_loader",

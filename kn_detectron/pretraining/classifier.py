@@ -7,11 +7,13 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..errors import InputError
-from ..layers import KalmanNorm2d, set_norm_batch_size
+from ..layers import KalmanNorm2d, convert_kalman_norm, set_norm_batch_size
+from ..modeling import ChainConfig
 from .config import micro_batch
+from .networks import build_network
 from .norms import BatchRenorm2d, apply_weight_norm, replace_batch_norms
 
-__all__ = ["ImageClassifier"]
+__all__ = ["ImageClassifier", "NetworkClassifier"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -35,16 +37,22 @@ class ImageClassifier(nn.Module):
         """
         super().__init__()
         self.input_format = cfg.INPUT.FORMAT
-        self.backbone = _build_backbone(cfg)
-        channels = self.backbone.output_shape()["res5"].channels
-        self.linear = nn.Linear(channels, cfg.PRETRAINING.NUM_CLASSES)
-        nn.init.normal_(self.linear.weight, std=0.01)
-        nn.init.zeros_(self.linear.bias)
+        self._build(cfg)
         for name, values in (("mean", cfg.MODEL.PIXEL_MEAN), ("std", cfg.MODEL.PIXEL_STD)):
             values = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(f"pixel_{name}", values, persistent=False)
         # Convolutions and norms are faster so, on CPUs by a third.
         self.to(torch.device(cfg.MODEL.DEVICE), memory_format=torch.channels_last)
+
+    def _build(self, cfg):
+        self.backbone = _build_backbone(cfg)
+        channels = self.backbone.output_shape()["res5"].channels
+        self.linear = nn.Linear(channels, cfg.PRETRAINING.NUM_CLASSES)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def _scores(self, x):
+        return self.linear(self.backbone(x)["res5"].mean((2, 3)))
 
     @property
     def device(self):
@@ -61,8 +69,7 @@ class ImageClassifier(nn.Module):
             Tensor: shape (N, classes).
         """
         images = images.to(self.device, non_blocking=True)
-        features = self.backbone((images - self.pixel_mean) / self.pixel_std)["res5"]
-        return self.linear(features.mean((2, 3)))
+        return self._scores((images - self.pixel_mean) / self.pixel_std)
 
     def forward(self, batch):
         """
@@ -82,6 +89,20 @@ class ImageClassifier(nn.Module):
         return {"loss_cls": F.cross_entropy(logits, labels)}
 
 
+@META_ARCH_REGISTRY.register()
+class NetworkClassifier(ImageClassifier):
+    """A whole network of :func:`~kn_detectron.pretraining.networks.build_network`.
+
+    Its parameters are called as the network's own library calls them, with ``backbone.`` in front.
+    """
+
+    def _build(self, cfg):
+        self.backbone = _build_network(cfg)
+
+    def _scores(self, x):
+        return self.backbone(x)
+
+
 def _build_backbone(cfg):
     try:
         backbone = build_backbone(cfg)
@@ -89,14 +110,44 @@ def _build_backbone(cfg):
         raise InputError(
             f"--norm {cfg.PRETRAINING.NORM} does not fit the backbone ({error}): give another one."
         ) from error
-    norm, together = cfg.PRETRAINING.NORM, micro_batch(cfg)
+    _replace_for_comparison(cfg, backbone)
+    if cfg.PRETRAINING.NORM == "WN":
+        apply_weight_norm(backbone)
+    set_norm_batch_size(backbone, micro_batch(cfg))
+    return backbone
+
+
+def _replace_for_comparison(cfg, module):
+    norm, together, steps = cfg.PRETRAINING.NORM, micro_batch(cfg), cfg.SOLVER.MAX_ITER
     if norm == "BN" and together:
         # The head of a chain is BatchNorm, and can normalise parts of a batch on their own.
-        replace_batch_norms(backbone, lambda channels: KalmanNorm2d(channels, gain=None))
+        replace_batch_norms(module, lambda n: KalmanNorm2d(n.num_features, n.eps, gain=None))
     elif norm == "BRN":
-        steps = cfg.SOLVER.MAX_ITER
-        replace_batch_norms(backbone, lambda channels: BatchRenorm2d(channels, steps, together))
-    elif norm == "WN":
-        apply_weight_norm(backbone)
-    set_norm_batch_size(backbone, together)
-    return backbone
+        replace_batch_norms(module, lambda n: BatchRenorm2d(n.num_features, steps, together))
+
+
+def _build_network(cfg):
+    name, norm, kn = cfg.PRETRAINING.NETWORK, cfg.PRETRAINING.NORM, cfg.MODEL.KN
+    network = build_network(name, cfg.PRETRAINING.NUM_CLASSES)
+    if norm in ("LN", "GKN") or norm.startswith("GN"):
+        groups = {"LN": 1, "GN": 32, "GKN": kn.NUM_GROUPS}.get(norm) or int(norm[2:])
+        try:
+            replace_batch_norms(network, lambda n: nn.GroupNorm(groups, n.num_features))
+        except ValueError as error:
+            raise InputError(
+                f"--norm {norm} does not fit {name} ({error}): give another one, as GN1, or for GKN "
+                "another MODEL.KN.NUM_GROUPS."
+            ) from error
+    if norm in ("KN", "GKN"):
+        chain = ChainConfig.from_config(cfg)
+        std = torch.tensor(kn.IMAGE_STD) / torch.tensor(cfg.MODEL.PIXEL_STD)
+        network = convert_kalman_norm(
+            network,
+            image_std=std.tolist(),
+            eval_statistics=chain.eval_statistics,
+            transition=chain.transition,
+            **chain.layer_options,
+        )
+    _replace_for_comparison(cfg, network)
+    set_norm_batch_size(network, micro_batch(cfg))
+    return network

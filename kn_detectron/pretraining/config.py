@@ -31,6 +31,8 @@ def add_pretraining_config(cfg: CfgNode) -> None:
     cfg.PRETRAINING = node = CfgNode()
     # Folder of images in ImageNet's layout: train/<class>/ and val/<class>/ (or test/<class>/).
     node.DATA = ""
+    # A network to train in the place of the config's ResNet, by the name that build_network takes.
+    node.NETWORK = ""
     # What there is in train/.
     node.NUM_CLASSES = 1000
     node.NUM_IMAGES = 1281167
@@ -66,6 +68,7 @@ def classification_config(
     lr: Optional[float] = None,
     weight_decay: float = 1e-4,
     image_size: int = 224,
+    network: str = "",
 ) -> CfgNode:
     """The config that pre-trains the ResNet of a detector on images of one object each.
 
@@ -91,12 +94,15 @@ def classification_config(
         lr: learning rate; None is 0.1 per 256 images.
         weight_decay: of everything but the norms.
         image_size: side in pixels of the square that the model sees.
+        network: trained in the place of the ResNet, with the same norms and pixels; see
+            :func:`~kn_detectron.pretraining.networks.build_network`.
 
     Returns:
         CfgNode: not frozen.
 
     Raises:
-        InputError: an argument is out of range or unknown, or the detector has no ResNet.
+        InputError: an argument is out of range or unknown, or the detector has no ResNet and no
+            network is named.
     """
     for name, value in (
         ("--epochs", epochs),
@@ -129,7 +135,8 @@ def classification_config(
     cfg.CUDNN_BENCHMARK = detection.CUDNN_BENCHMARK
     cfg.SEED = detection.SEED
 
-    cfg.MODEL.META_ARCHITECTURE = "ImageClassifier"
+    cfg.MODEL.META_ARCHITECTURE = "NetworkClassifier" if network else "ImageClassifier"
+    cfg.PRETRAINING.NETWORK = network
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
@@ -151,16 +158,18 @@ def classification_config(
     period = math.ceil(max(solver.MAX_ITER / 10, num_images / batch_size))
     solver.CHECKPOINT_PERIOD = cfg.TEST.EVAL_PERIOD = period
     # Not the detector's own: whoever resumes in that folder is to find the detector there.
-    cfg.OUTPUT_DIR = os.path.join(detection.OUTPUT_DIR, f"pretraining_{pretraining.NORM}")
+    trained = [*network.split("/"), pretraining.NORM] if network else [pretraining.NORM]
+    cfg.OUTPUT_DIR = os.path.join(detection.OUTPUT_DIR, "_".join(["pretraining", *trained]))
     return cfg
 
 
 def _set_norm(cfg, norm, norm_batch_size, image_size):
     model = cfg.MODEL
-    if "resnet" not in model.BACKBONE.NAME:
+    network = cfg.PRETRAINING.NETWORK
+    if not network and "resnet" not in model.BACKBONE.NAME:
         raise InputError(
             f"MODEL.BACKBONE.NAME is {model.BACKBONE.NAME}: only ResNets can be pre-trained, with "
-            "or without FPN."
+            "or without FPN, and what --network names."
         )
     name = model.RESNETS.NORM if norm is None else norm
     if name in _OTHER_BATCH_NORMS:
@@ -168,12 +177,16 @@ def _set_norm(cfg, norm, norm_batch_size, image_size):
     if name not in NORMS and not re.fullmatch(r"GN[1-9]\d*", name):
         origin = "MODEL.RESNETS.NORM" if norm is None else "--norm"
         raise InputError(f"{origin} is {name!r}: give one of {', '.join(NORMS)} or GN<n>.")
+    if network and name == "WN":
+        raise InputError(
+            f"--norm WN is made for the ResNet of the config: give another norm for {network}."
+        )
     if norm_batch_size < 0:
         raise InputError(
             f"--norm-batch-size is {norm_batch_size}: give a positive number, or leave it out."
         )
     smallest = 17 if model.RESNETS.RES5_DILATION == 2 else 33
-    if norm_batch_size == 1 and name in ("BN", "BRN") and image_size < smallest:
+    if not network and norm_batch_size == 1 and name in ("BN", "BRN") and image_size < smallest:
         raise InputError(
             f"--norm-batch-size 1 leaves one value per channel to {name} with images of "
             f"{image_size} pixels: give an --image-size of at least {smallest}."

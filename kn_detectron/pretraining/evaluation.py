@@ -7,6 +7,8 @@ import torch
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
 
 from .config import micro_batch
 from .data import IGNORED, build_eval_loader
@@ -30,6 +32,9 @@ def online_statistics(backbone):
     for norm in norms:
         norm.track_running_stats = False
     backbone.train()
+    for module in backbone.modules():  # of networks that are no ResNet
+        if isinstance(module, (_DropoutNd, StochasticDepth)):
+            module.eval()
     try:
         yield
     finally:

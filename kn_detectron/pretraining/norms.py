@@ -79,16 +79,16 @@ class BatchRenorm2d(nn.BatchNorm2d):
         return r, d
 
 
-def replace_batch_norms(module: nn.Module, build: Callable[[int], nn.Module]) -> None:
+def replace_batch_norms(module: nn.Module, build: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
     """Puts new layers in the place of all BatchNorms in a module.
 
     Args:
         module: what they are in.
-        build: makes a layer for a number of channels.
+        build: makes the layer that takes the place of one.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, build(child.num_features))
+            setattr(module, name, build(child))
         else:
             replace_batch_norms(child, build)
 

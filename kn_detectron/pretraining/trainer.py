@@ -25,7 +25,8 @@ _logger = logging.getLogger(__name__)
 class ClassificationTrainer(Trainer):
     """:class:`~kn_detectron.engine.Trainer` on the images and the model of the pre-training.
 
-    When it is done, OUTPUT_DIR/backbone.pth has the weights for MODEL.WEIGHTS of a detector.
+    When it is done, OUTPUT_DIR/backbone.pth has the weights for MODEL.WEIGHTS of a detector, or
+    those of the network that was trained in the place of its ResNet.
     """
 
     def train(self):
@@ -35,7 +36,9 @@ class ClassificationTrainer(Trainer):
             path = os.path.join(self.cfg.OUTPUT_DIR, "backbone.pth")
             state = _unwrap(self.model).state_dict()
             export_backbone(state, path, Conventions.of_config(self.cfg))
-            _logger.info("Wrote %s, for MODEL.WEIGHTS of a detector.", path)
+            network = self.cfg.PRETRAINING.NETWORK
+            whose = f"the weights of {network}" if network else "for MODEL.WEIGHTS of a detector"
+            _logger.info("Wrote %s, %s.", path, whose)
         return results
 
     def build_writers(self):
@@ -47,9 +50,11 @@ class ClassificationTrainer(Trainer):
     def build_model(cls, cfg):
         """Builds the classifier and says what it is."""
         pretraining = cfg.PRETRAINING
+        what = f" {pretraining.NETWORK}" if pretraining.NETWORK else ""
+        whose = "" if what else f" for a detector with {pretraining.DETECTOR_NORM}"
         _logger.info(
-            "Pre-training with %s for a detector with %s, on %d images of %d classes.",
-            *(pretraining.NORM, pretraining.DETECTOR_NORM),
+            "Pre-training%s with %s%s, on %d images of %d classes.",
+            *(what, pretraining.NORM, whose),
             *(pretraining.NUM_IMAGES, pretraining.NUM_CLASSES),
         )
         if pretraining.NORM_BATCH_SIZE and not micro_batch(cfg):

@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kn_detectron import GroupKalmanNorm2d, InputError, KalmanNorm2d
-from kn_detectron.pretraining import ImageClassifier
+from kn_detectron.pretraining import ImageClassifier, NetworkClassifier
 from kn_detectron.pretraining.norms import BatchRenorm2d
 
 from ..models import randomize, rcnn_cfg
@@ -92,7 +92,9 @@ def test_the_detector_sees_the_same_features(norm):
     missing, unexpected = model.load_state_dict(here, strict=False)
     assert not unexpected and all(n.startswith(("backbone.res5", "linear")) for n in missing)
     res4 = []
-    model.backbone.res4.register_forward_hook(lambda module, args, out: res4.append(out))
+    model.backbone.res4.register_forward_hook(
+        lambda module, args, out: res4.append(getattr(out, "value", out))
+    )
     image = _batch()["image"]
     model({"image": image})
     inputs = detector.preprocess_image([{"image": i} for i in image]).tensor
@@ -134,3 +136,49 @@ def test_groups_that_do_not_divide_the_widths_are_refused():
         ImageClassifier(config("d", "GN3"))
     with pytest.raises(InputError, match="--norm GN does not fit the backbone"):
         ImageClassifier(config("d", "GN"))
+
+
+# Other networks than the ResNet of the config.
+
+
+@pytest.mark.parametrize(
+    "norm, kind, options",
+    [
+        ("BN", nn.BatchNorm2d, {}),
+        ("BN", KalmanNorm2d, dict(norm_batch_size=2)),
+        ("KN", KalmanNorm2d, dict(norm_batch_size=2)),
+        ("GKN", GroupKalmanNorm2d, {}),
+        ("GN4", nn.GroupNorm, {}),
+        ("LN", nn.GroupNorm, {}),
+        ("BRN", BatchRenorm2d, {}),
+    ],
+)
+def test_every_norm_in_a_network_by_name(norm, kind, options):
+    cfg = config("d", norm, image_size=32, network="cifar_resnet32", **options)
+    assert cfg.OUTPUT_DIR.endswith(f"pretraining_cifar_resnet32_{norm}")
+    model = NetworkClassifier(cfg).train()
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
+    assert len(norms) == 31 and all(isinstance(m, kind) for m in norms)
+    assert {getattr(m, "norm_batch_size", None) for m in norms} == {options.get("norm_batch_size")}
+    _loss(model, _batch(4, 32)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_chain_of_a_network_starts_at_the_pixels_of_the_config():
+    cfg = config("d", "KN", image_size=32, network="cifar_resnet32")
+    cfg.MODEL.PIXEL_STD = [114.75, 57.12, 58.395]
+    chain = NetworkClassifier(cfg).backbone.kalman_chain
+    torch.testing.assert_close(chain.image_var, torch.tensor([[0.25, 1.0, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    "norm, network, sentence",
+    [
+        ("WN", "cifar_resnet32", "--norm WN is made for the ResNet of the config"),
+        ("GN32", "cifar_resnet32", "--norm GN32 does not fit cifar_resnet32"),
+        ("KN", "no_such", "There is no network 'no_such'"),
+    ],
+)
+def test_networks_that_are_refused(norm, network, sentence):
+    with pytest.raises(InputError, match=sentence):
+        NetworkClassifier(config("d", norm, image_size=32, network=network))

@@ -98,7 +98,7 @@ def test_batch_renorm_without_moving_statistics_is_batch_norm():
 
 def test_replacing_reaches_every_batch_norm_and_nothing_else():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(4), nn.GroupNorm(1, 4)))
-    replace_batch_norms(model, lambda channels: BatchRenorm2d(channels, steps=1))
+    replace_batch_norms(model, lambda norm: BatchRenorm2d(norm.num_features, steps=1))
     assert [type(m).__name__ for m in model.modules() if not list(m.children())] == [
         "BatchRenorm2d",
         "BatchRenorm2d",

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from kn_detectron.engine.command_line import run
+from kn_detectron.layers import KN_STATE
+from kn_detectron.pretraining.networks import build_network
 
 from ..engine.conftest import fresh_logs  # noqa: F401
 from ..pretraining.conftest import folder, write_images  # noqa: F401
@@ -84,6 +87,39 @@ def test_train_resume_and_evaluate(command, folder, tmp_path):  # noqa: F811
     assert json.loads((run_folder / "inference" / "results.json").read_text()) == results
 
 
+@pytest.mark.parametrize("norm", ["BN", "KN"])
+def test_another_network(command, folder, tmp_path, norm):  # noqa: F811
+    run_folder = tmp_path / "run"
+    options = ("--data", folder, "--epochs", "1", "--batch-size", "8", "--image-size", "32")
+    options += ("--network", "cifar_resnet32", "--norm", norm, "--norm-batch-size", "2")
+    status, out, err = command(*options, "OUTPUT_DIR", run_folder)
+    assert status == 0, err
+    assert f"Pre-training cifar_resnet32 with {norm}" in out
+    results = json.loads((run_folder / "inference" / "results.json").read_text())
+    state = torch.load(run_folder / "backbone.pth")["model"]
+    assert build_network("cifar_resnet32", 3).load_state_dict(
+        {name: v for name, v in state.items() if name.rpartition(".")[2] not in KN_STATE}
+    )
+    status, out, err = command(*options, "--resume", "OUTPUT_DIR", run_folder)
+    assert status == 0 and "Nothing is left to train" in out
+    status, out, err = command(*options, "--eval-only", "OUTPUT_DIR", run_folder)
+    assert status == 0, err
+    assert json.loads((run_folder / "inference" / "results.json").read_text()) == results
+
+
+def test_another_network_is_annealed_and_watched(command, folder, tmp_path):  # noqa: F811
+    options = ("--data", folder, "--epochs", "1", "--batch-size", "8", "--image-size", "32")
+    options += ("--network", "cifar_resnet32", "--norm", "KN", "OUTPUT_DIR", tmp_path)
+    status, out, err = command(*options, "MODEL.KN.GAIN_ANNEAL", "[0.3, 0.6]")
+    assert status == 0, err
+    assert "calibrated the priors of 31 layers" in out
+    last = {}
+    for line in (tmp_path / "metrics.json").read_text().splitlines():
+        last.update(json.loads(line))
+    assert last["kn/gain"] == 0.0 and last["kn/innovation_logvar"] > 0
+    assert "kn/innovation_mean/backbone.blocks.3.bn1" in last
+
+
 def test_key_value_pairs_win(command, folder, tmp_path):  # noqa: F811
     options = ("MODEL.KN.GAIN", "0.3", "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", tmp_path / "run")
     status, out, err = command("--data", folder, *ARGUMENTS, "--lr", "0.2", *options)
@@ -106,6 +142,7 @@ def test_output_is_a_folder_inside_the_detectors(
     "arguments, sentence",
     [
         (["--norm", "XN"], "--norm is 'XN'"),
+        (["--network", "resnet17"], "There is no network 'resnet17'"),
         (["--batch-size", "99"], "fewer than a batch"),
         (["--norm-batch-size", "3"], "multiple of 3"),
         (["--data", "/nowhere"], "--data /nowhere is not a folder"),
