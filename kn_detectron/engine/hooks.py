@@ -85,7 +85,7 @@ class GainAnneal(HookBase):
         scale = self.scale(self.trainer.iter)
         if self._start > 0 and scale < 1.0 == self.scale(self.trainer.iter - 1):
             self._calibrate()
-        if scale != self._scale:  # setting it waits for the GPU
+        if scale != self._scale:
             set_gain_scale(_unwrap(self.trainer.model), scale)
             self._scale = scale
 
@@ -95,6 +95,10 @@ class GainAnneal(HookBase):
         layers = kalman_layers(model)
         names = [name for name, layer in layers.items() if layer.training and is_exact(layer)]
         calibrated = calibrate(model, names)
+        if comm.get_world_size() > 1:  # where GPUs differ, so does the last bit of a prediction
+            for name in names:
+                for parameter in (layers[name].mean_offset, layers[name].log_var_scale):
+                    dist.broadcast(parameter.data, src=0)
         _logger.info(
             "From here on the gain falls: calibrated the priors of %d layers to their running "
             "statistics.",

@@ -9,6 +9,8 @@ import threading
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from .ranks import largest_over_ranks
+
 __all__ = ["STOPPING_SIGNALS", "StopOnSignal", "Stopped", "signals_to_take_over"]
 
 _logger = logging.getLogger(__name__)
@@ -40,13 +42,15 @@ class StopOnSignal(HookBase):
     """Ends the training on SIGINT (Ctrl-C), SIGTERM or SIGHUP when the step is done and saved.
 
     The trainer's ``save_checkpoint()`` writes the checkpoint; then :class:`Stopped` leaves the
-    loop. If any rank got a signal, all of them stop after the same step. A second signal does
+    loop. If any rank got a signal, all of them stop after the same step, for which whatever gets
+    their batches calls :meth:`agree`. A second signal does
     what it would without this hook. To be placed after the hooks that change the model, and
     before evaluation.
     """
 
     def __init__(self):
         self.requested = None  # the signal that this process got, or None
+        self._agreed = 0  # the one that a rank had got by the beginning of the step, or 0
         self._at_once = False
         self._former = {}
         self._process = os.getpid()
@@ -101,9 +105,23 @@ class StopOnSignal(HookBase):
         )
         return Stopped(128 + signum)
 
+    def agree(self, trouble):
+        """Tells the other ranks of a signal, and hears of theirs: once a step, by every rank.
+
+        Where there are several, a signal stops the run after the step that begins with this call.
+
+        Args:
+            trouble (int): something else to agree on; 0 is none.
+
+        Returns:
+            int: the largest of all ranks.
+        """
+        trouble, self._agreed = largest_over_ranks(trouble, self.requested or 0)
+        return trouble
+
     def after_step(self):
         """Stops if any rank was asked to."""
-        signum = max(comm.all_gather(self.requested or 0))
+        signum = self._agreed if comm.get_world_size() > 1 else self.requested
         if signum:
             self.trainer.save_checkpoint()
             raise self.stop(signum)

@@ -37,6 +37,7 @@ from .hooks import (
     SeedStep,
     average_running_statistics,
 )
+from .optimizer import exempt_filters_from_decay
 from .resuming import optimizer_settings, plain, report_changes, set_optimizer_settings
 from .stopping import StopOnSignal, Stopped
 
@@ -99,6 +100,17 @@ class Trainer(DefaultTrainer):
         self._batches.stop = self._stop
         self._last_eval_results = None
         self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        """Builds detectron2's optimizer, which does not decay gains and process models.
+
+        Returns:
+            torch.optim.Optimizer
+        """
+        optimizer = super().build_optimizer(cfg, model)
+        exempt_filters_from_decay(optimizer, model)
+        return optimizer
 
     def build_hooks(self):
         """Builds the hooks; their order matters and is explained where it does.
@@ -339,6 +351,10 @@ class Trainer(DefaultTrainer):
         return {f"{task}_TTA": numbers for task, numbers in results.items()}
 
 
+# Why a rank has no batch, in the order in which one of several ranks' reasons prevails.
+_NO_TROUBLE, _FAULT, _LOADER_GONE = range(3)
+
+
 class _AgreedBatches:
     """The batches of a loader, which every rank gets or none does.
 
@@ -355,23 +371,23 @@ class _AgreedBatches:
         return self
 
     def __next__(self):
-        batch, fault, signum = None, None, 0
+        batch, fault, trouble = None, None, _NO_TROUBLE
         try:
             # Not in __iter__, which detectron2 0.4 calls before the trainer can be resumed.
             self._iterator = self._iterator or iter(self.loader)
             batch = next(self._iterator)
         except InputError as error:
-            fault = str(error)
+            fault, trouble = str(error), _FAULT
         except RuntimeError:
             # The signal that is to stop the run has ended the loader's processes as well.
             if self.stop.requested is None:
                 raise
-            signum = self.stop.requested
-        faults, signums = zip(*comm.all_gather((fault, signum)))
-        if any(signums):
-            raise self.stop.stop(max(signums))
-        if any(faults):
-            raise InputError(next(filter(None, faults)))
+            trouble = _LOADER_GONE
+        trouble = self.stop.agree(trouble)
+        if trouble == _LOADER_GONE:
+            raise self.stop.stop(max(comm.all_gather(self.stop.requested or 0)))
+        if trouble == _FAULT:
+            raise InputError(next(filter(None, comm.all_gather(fault))))
         return batch
 
 

@@ -158,7 +158,8 @@ class _KalmanFilter(nn.Module):
 
     def _gain_state(self):
         deciding = [self.gain_scale] if self._learns_gain else [self.gain_scale, self.gain_logit]
-        return [(tensor, tensor._version) for tensor in deciding]
+        # Tensors made in inference mode have no version: not a number, which equals nothing.
+        return [(t, math.nan if t.is_inference() else t._version) for t in deciding]
 
     def _remember_that_it_measures(self, measures: bool) -> None:
         self._measures, self._measures_as_of = measures, self._gain_state()

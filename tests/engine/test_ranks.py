@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
@@ -103,20 +104,23 @@ def _calibrates_alike(rank):
 
 
 def _stops_together(rank, folder):
+    stop = StopOnSignal()
+
     def signal_one(iteration):
+        stop.agree(0)  # as whatever gets the batch of the step does
         if (rank, iteration) == (1, 2):
             os.kill(os.getpid(), signal.SIGTERM)
 
     if rank == 0:
         os.makedirs(folder)
     dist.barrier()
-    loop = Loop(StopOnSignal(), folder=folder, in_step=signal_one)
+    loop = Loop(stop, folder=folder, in_step=signal_one)
     with pytest.raises(Stopped) as stopped:
         loop.train(0, 9)
     assert stopped.value.code == 143
-    assert loop.steps == [0, 1, 2]
+    assert loop.steps == [0, 1, 2, 3]  # the other rank hears of it at the beginning of step 3
     dist.barrier()
-    assert sorted(os.listdir(folder)) == ["last_checkpoint", "model_2.pth"]
+    assert sorted(os.listdir(folder)) == ["last_checkpoint", "model_3.pth"]
 
 
 def _fails_together(rank):
@@ -127,6 +131,7 @@ def _fails_together(rank):
         yield "second"
 
     agreed = _AgreedBatches(batches())
+    agreed.stop = StopOnSignal()
     assert next(agreed) == "first"
     with pytest.raises(InputError, match="The image is broken."):
         next(agreed)
@@ -176,9 +181,10 @@ def _launch_on_cpu(main, num_gpus, num_machines, machine_rank, dist_url, args):
     mp.spawn(_join, args=(main, *args), nprocs=num_gpus)
 
 
-def _join(rank, main, folder, args):
-    with two_ranks(rank, folder):
-        main(folder, args)
+def _join(rank, main, *args):
+    _, cfg, _ = args  # as launch_ranks gives them to each process
+    with two_ranks(rank, cfg.OUTPUT_DIR):
+        main(*args)
 
 
 @pytest.fixture
@@ -189,20 +195,22 @@ def launch(tmp_path, monkeypatch):
         monkeypatch.setattr(comm, "create_local_process_group", None, raising=False)
         monkeypatch.setattr(command_line, "launch", _launch_on_cpu)
     args = SimpleNamespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
-    return lambda main: command_line.launch_ranks(main, str(tmp_path), args)
+    return lambda main: command_line.launch_ranks(
+        main, CfgNode(dict(OUTPUT_DIR=str(tmp_path))), args
+    )
 
 
-def _write_rank(folder, args):
-    Path(folder, f"{comm.get_rank()} of {comm.get_world_size()}").touch()
+def _write_rank(cfg, args):
+    Path(cfg.OUTPUT_DIR, f"{comm.get_rank()} of {comm.get_world_size()}").touch()
 
 
-def _fail(folder, args):
+def _fail(cfg, args):
     if comm.get_rank() == 1:
         raise InputError("The image is broken.")
     dist.barrier()  # waits in vain
 
 
-def _stop(folder, args):
+def _stop(cfg, args):
     raise Stopped(128 + signal.SIGTERM)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kn_detectron.layers import (
     Belief,
@@ -258,3 +259,45 @@ def test_innovation(x):
 def test_bad_arguments(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         KalmanNorm2d(4, **options)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that read a number off the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@BOTH
+@pytest.mark.parametrize("learn_gain", [True, False])
+def test_annealing_waits_for_no_device(kind, learn_gain, x):
+    norm = make(kind, learn_gain=learn_gain)
+    with Waits() as waits:
+        for scale in (1.0, 0.7, 0.2, 0.0):
+            set_gain_scale(norm, scale)
+            norm(x, prior=prior_of())
+    assert waits.count == 0
+
+
+@BOTH
+@pytest.mark.parametrize("learn_gain", [True, False])
+def test_whether_it_measures_follows_from_its_state(kind, learn_gain):
+    """Whoever writes the state, and however: by loading, in place, or with another tensor."""
+    norm, annealed = make(kind, learn_gain=learn_gain), make(kind, learn_gain=learn_gain)
+    annealed.set_gain_scale(0.0)
+    assert norm.measures and not annealed.measures
+    norm.load_state_dict(annealed.state_dict())
+    assert not norm.measures
+    norm.gain_scale.fill_(0.5)
+    assert norm.measures and copy.deepcopy(norm).measures
+    for own, other in zip(norm.buffers(), annealed.buffers()):
+        own.copy_(other)
+    assert not norm.measures and not copy.deepcopy(norm).measures
+    norm.gain_scale = torch.ones(())
+    assert norm.measures
+    with torch.inference_mode():
+        norm.gain_scale = torch.zeros(())
+        assert not norm.measures

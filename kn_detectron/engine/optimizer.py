@@ -1,0 +1,37 @@
+"""What the optimizer of a KN model is to leave alone."""
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..layers import KN_STATE, kalman_layers
+
+__all__ = ["exempt_filters_from_decay"]
+
+
+def exempt_filters_from_decay(optimizer: Optimizer, model: nn.Module) -> None:
+    """Takes gains and process models out of the weight decay.
+
+    Decay pulls a gain's logit to 0, which is a gain of 0.5, and a process model to that of a fresh
+    layer, which undoes a calibration. detectron2 decays them as it does norms, by
+    SOLVER.WEIGHT_DECAY_NORM.
+
+    Args:
+        optimizer: of the model's parameters. Groups of theirs are added to it.
+        model: holds the KN and GKN layers.
+    """
+    filters = {
+        id(getattr(layer, name))
+        for layer in kalman_layers(model).values()
+        for name in KN_STATE
+        if isinstance(getattr(layer, name, None), nn.Parameter)
+    }
+    for group in list(optimizer.param_groups):
+        exempt = [p for p in group["params"] if id(p) in filters]
+        if not exempt or group["weight_decay"] == 0:
+            continue
+        rest = [p for p in group["params"] if id(p) not in filters]
+        if not rest:
+            group["weight_decay"] = 0.0
+            continue
+        group["params"] = rest
+        optimizer.add_param_group({**group, "params": exempt, "weight_decay": 0.0})

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from detectron2.solver import build_optimizer
+
+from kn_detectron.engine import Trainer
+from kn_detectron.layers import KN_STATE
+
+from ..models import build_backbone, resnet_cfg
+
+
+@pytest.mark.parametrize("decay_of_norms", [0.0, 0.5])
+@pytest.mark.parametrize("variant", ["network", "paper"])
+def test_gains_and_process_models_are_never_decayed(decay_of_norms, variant):
+    """Everything else is decayed as detectron2 does it, and no parameter is lost or there twice."""
+    cfg = resnet_cfg("KN", MODEL__KN__VARIANT=variant, SOLVER__WEIGHT_DECAY_NORM=decay_of_norms)
+    backbone = build_backbone(cfg)
+
+    def decays(optimizer):
+        groups = optimizer.param_groups
+        pairs = [(id(p), group["weight_decay"]) for group in groups for p in group["params"]]
+        assert len(dict(pairs)) == len(pairs)
+        return dict(pairs)
+
+    ours = decays(Trainer.build_optimizer(cfg, backbone))
+    theirs = decays(build_optimizer(cfg, backbone))
+    assert set(ours) == set(theirs)
+    filters = 0
+    for name, p in backbone.named_parameters():
+        if name.rpartition(".")[2] in KN_STATE:
+            filters += 1
+            assert ours[id(p)] == 0 and theirs[id(p)] == decay_of_norms, name
+        else:
+            assert ours[id(p)] == theirs[id(p)], name
+    assert filters > 0
+
+
+def test_a_step_of_decay_moves_no_gain():
+    cfg = resnet_cfg("KN", SOLVER__WEIGHT_DECAY_NORM=0.5, SOLVER__BASE_LR=0.1)
+    backbone = build_backbone(cfg)
+    norm = backbone.stem.conv1.norm
+    optimizer = Trainer.build_optimizer(cfg, backbone)
+    before = norm.gain_logit.detach().clone(), norm.weight.detach().clone()
+    for p in backbone.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(norm.gain_logit, before[0]) and not torch.equal(norm.weight, before[1])
