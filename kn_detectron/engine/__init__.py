@@ -9,6 +9,7 @@ from .hooks import (
     SeedStep,
     average_running_statistics,
 )
+from .optimizer import exempt_filters_from_decay
 from .run_config import load_run
 from .stopping import StopOnSignal, Stopped
 from .trainer import Trainer
@@ -24,5 +25,6 @@ __all__ = [
     "Stopped",
     "Trainer",
     "average_running_statistics",
+    "exempt_filters_from_decay",
     "load_run",
 ]
