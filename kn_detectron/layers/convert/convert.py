@@ -125,6 +125,12 @@ def _check(network: nn.Module) -> None:
                 f"{name} has a {type(module).__name__}, {path}: only networks of images, with "
                 "features of shape (N, C, H, W), can be converted to KN."
             )
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if hooked and any(module.children()) and module is not network:
+            raise InputError(
+                f"{name} has hooks at {path}, which would not be called after a conversion to KN: "
+                "remove them, and take features with torchvision's create_feature_extractor."
+            )
     if not any(is_norm(module) for module in network.modules()):
         raise InputError(
             f"{name} has neither BatchNorm2d nor GroupNorm: there is nothing to convert to KN."

@@ -180,7 +180,7 @@ _SAME_MODULES = (
     nn.Dropout,
     nn.Dropout2d,
     nn.Upsample,  # and its two subclasses
-    nn.ZeroPad2d,
+    nn.ConstantPad2d,  # and ZeroPad2d
     nn.ReflectionPad2d,
     nn.ReplicationPad2d,
     StochasticDepth,

@@ -135,6 +135,12 @@ def trace(network: nn.Module, training: bool) -> fx.Graph:
                 f"KN needs: {_origin(error)} ({error}). Take what depends on the values or sizes "
                 "of the input out of forward, or convert the parts of the network that do without."
             ) from error
+    if not next(iter(reversed(graph.nodes))).all_input_nodes:
+        raise InputError(
+            f"{type(network).__name__} returns nothing that torch.fx sees it compute, as where hooks "
+            "collect the features: return them from forward, or take them with torchvision's "
+            "create_feature_extractor."
+        )
     for node in graph.nodes:
         node.type = None  # what annotations mean is known where they were written only
         if node.op == "placeholder" and node.target.rpartition("_")[0] in defaults:

@@ -385,6 +385,25 @@ def test_what_cannot_be_converted_is_refused_in_a_sentence(network, why):
         convert_kalman_norm(network)
 
 
+def test_hooks_that_collect_features_are_refused():
+    features = []
+    network = Branchy()
+    network.block.conv1.register_forward_hook(lambda module, args, y: features.append(y))
+    assert convert_kalman_norm(network)(images()).shape and len(features) == 1  # it stays
+    network = Branchy()
+    network.block.register_forward_hook(lambda module, args, y: features.append(y))
+    with pytest.raises(InputError, match="has hooks at block"):
+        convert_kalman_norm(network)
+
+    class Collecting(Branchy):
+        def forward(self, x):
+            super().forward(x)
+            return []
+
+    with pytest.raises(InputError, match="Collecting returns nothing that torch.fx sees"):
+        convert_kalman_norm(Collecting())
+
+
 def test_a_transposed_convolution_ends_the_chain(caplog):
     network = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4))
     assert convert_kalman_norm(network).get_submodule("1").is_head
