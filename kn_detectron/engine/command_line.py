@@ -12,7 +12,7 @@ import sys
 
 import torch
 import yaml
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -211,7 +211,10 @@ def set_up(cfg, args):
 
 
 def _on_rank(main, cfg, args):
-    with explained_full_disk(f"OUTPUT_DIR {cfg.OUTPUT_DIR}"):
+    explained = contextlib.nullcontext()
+    if isinstance(cfg, CfgNode):  # a run, which can be resumed; a benchmark cannot
+        explained = explained_full_disk(f"OUTPUT_DIR {cfg.OUTPUT_DIR}")
+    with explained:
         main(cfg, args)
 
 
@@ -228,7 +231,7 @@ def launch_ranks(main, cfg, args):
 
     Args:
         main (callable): importable by its name from a new process.
-        cfg (CfgNode): of :func:`load_config`.
+        cfg (CfgNode or object): of :func:`load_config`, or what else ``main`` takes.
         args (argparse.Namespace): of :func:`argument_parser`.
 
     Raises:
