@@ -20,16 +20,6 @@ def test_group_belief_is_the_belief_about_a_pixel_of_the_group():
     np.testing.assert_allclose(got.var[0], pixels.var(1))
 
 
-@pytest.mark.parametrize("mixture", [False, True])
-def test_update_is_equation_7(mixture):
-    prior = Belief(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
-    measured = Belief(torch.tensor([[5.0, 2.0]]), torch.tensor([[1.0, 8.0]]))
-    got = KF.update(prior, measured, torch.tensor(0.25), mixture)
-    torch.testing.assert_close(got.mean, torch.tensor([[2.0, 2.0]]))
-    want = [2.5 + (0.25 * 0.75 * 16 if mixture else 0), 5.0]
-    torch.testing.assert_close(got.var, torch.tensor([want]))
-
-
 def test_update_with_mixture_is_the_variance_of_the_mixture():
     g = torch.Generator().manual_seed(0)
     prior = Belief(torch.tensor([[1.0]]), torch.tensor([[4.0]]))

@@ -9,7 +9,6 @@ import io
 import pickle
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -81,6 +80,8 @@ class Case(NamedTuple):
     def make(self, device="cpu", **options):
         """The layer as after some training, so that no term is hidden by a 0 or a 1."""
         layer = randomize(self.fresh(**options)).to(device)
+        if running_statistics(layer):
+            layer.num_batches_tracked.fill_(3)
         layer.set_gain_scale(self.gain_scale)
         return layer
 
@@ -200,11 +201,12 @@ def test_values(case, dtype, memory_format, device):
         assert_close(got, wanted, of_statistics)
     after = running_statistics(layer)
     if after:
-        # What does not depend on the batch is not averaged; the first average is the batch.
-        rate = 1.0 if layer.momentum is None or not case.measures else layer.momentum
+        rate = 1 / 4 if layer.momentum is None else layer.momentum
+        if not case.measures:  # what does not depend on the batch is not averaged
+            rate = 1.0
         for name, (new,) in zip(("running_mean", "running_var"), want.tracked):
             assert_close(after[name], (1 - rate) * before[name] + rate * new, of_statistics)
-        assert after["num_batches_tracked"] == 1
+        assert after["num_batches_tracked"] == 4
 
 
 @DEVICES

@@ -56,20 +56,6 @@ def test_the_node_is_what_autograd_makes_of_its_parts(memory_format, rows, group
     assert results[0][0].is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("paper", [False, True])
-def test_gradcheck_of_micro_batches(paper):
-    x = features(shape=(2, 4, 2, 2)).requires_grad_()
-    v = layer_vectors(4, paper=paper)
-    spec = Spec(Sets(2, 4, 2, 4), 1e-5, paper, True)
-    names = [name for name, t in v._asdict().items() if t is not None and t.requires_grad]
-
-    def f(x, *tensors):
-        y, belief = filter_and_normalize(x, v._replace(**dict(zip(names, tensors))), spec)
-        return (y, *belief)
-
-    assert torch.autograd.gradcheck(f, (x, *(getattr(v, name) for name in names)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     # Many values per channel: the share of each in the gradient of the statistics is tiny.

@@ -26,6 +26,14 @@ from kn_detectron.layers.sets import Sets
 from ..models import randomize
 from .gpu_operators import gpu_operators, on_gpu
 from .inputs import prior_of
+from .test_norm_module import (
+    PRECISIONS,
+    assert_close,
+    batch,
+    cases,
+    running_statistics,
+    statistics_dtype,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +48,8 @@ kernels = pytest.mark.skipif(
 def test_kernels_in_the_interpreter():
     env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     files = __file__, os.path.join(os.path.dirname(__file__), "test_norm_module.py")
-    chosen = "not GroupKalmanNorm2d and (test_triton or float32 or non_finite)"
+    tests = "test_triton or float32 or in_every_precision or norm_of_torch or non_finite"
+    chosen = f"not GroupKalmanNorm2d and ({tests})"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     run = subprocess.run([*command, *files], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
@@ -112,89 +121,40 @@ def test_convolution(shape):
         close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@kernels
-@pytest.mark.parametrize("variant", ["network", "paper"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        dict(),
-        dict(process_model=False),
-        dict(learn_gain=False, momentum=None),
-        dict(gain=0.0, learn_gain=False),
-        dict(annealed=True),
-        dict(wide=True),
-        dict(memory_format=torch.channels_last),
-        dict(dtype=torch.bfloat16),
-        dict(evaluation=True, eval_statistics="batch"),
-        dict(y_only=True),
-    ],
-    ids=str,
+WITH_KERNELS = cases(
+    lambda case: case.cls is KalmanNorm2d and not case.is_head and case.options.get("affine", True)
 )
-def test_layer(variant, case):
-    case = dict(case)
-    annealed, wide, dtype, evaluation, y_only, memory_format, place = (
-        case.pop(k, None)
-        for k in ("annealed", "wide", "dtype", "evaluation", "y_only", "memory_format", "place")
-    )
-    layer = randomize(KalmanNorm2d(5, **{"variant": variant, "gain": 0.3, **case}))
-    if annealed:
-        layer.set_gain_scale(0.0)
-    layer.train(not evaluation)
-    x = torch.randn(3, 5, 4, 6, generator=torch.Generator().manual_seed(1)) * 2 + 0.7
-    x = x.to(dtype or torch.float32).contiguous(
-        memory_format=memory_format or torch.contiguous_format
-    )
-    prior = prior_of(5)
-    if wide:  # so wide that the paper's variant drops it
-        prior = Belief(prior.mean, prior.var * 1000)
-    layer, x = layer.to(DEVICE), x.to(DEVICE)
-    prior = [v.to(DEVICE) for v in prior]
-    results = []
-    for exact in (True, False):
-        own = copy.deepcopy(layer).double() if exact else layer
-        leaves = [v.detach().double() if exact else v.detach() for v in (x, *prior)]
-        leaves = [v.requires_grad_() for v in leaves]
-        for step in (1, 2):  # the second one averages with the first one's statistics
-            features = step * leaves[0]
-            if place and not exact:
-                features = place(features)
-            y, belief = own(features, prior=Belief(*leaves[1:]))
-        assert y.is_contiguous(memory_format=memory_format or torch.contiguous_format)
-        assert (y.grad_fn.filter is Filter) == exact
-        y.relu_()  # blocks work in place
-        loss = y.double().square().sum()
-        if not y_only:
-            loss = loss + belief.mean.double().square().sum() + 3 * belief.var.double().sum()
-        leaves += own.parameters()
-        grads = torch.autograd.grad(loss, leaves)
-        results.append([y, *belief, own.running_mean, own.running_var, *grads])
-        tracked = own.num_batches_tracked.item()
-        assert tracked == (0 if evaluation else 2)
-    tolerance = dict(rtol=3e-2, atol=3e-2) if dtype else dict(rtol=1e-4, atol=1e-5)
-    for k, (want, got) in enumerate(zip(*results)):
-        close(got, want, **tolerance, msg=lambda m: f"result {k}: {m}")
 
 
 @kernels
-@pytest.mark.parametrize("variant", ["network", "paper"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        dict(),
-        dict(gain=0.0, learn_gain=False),
-        dict(memory_format=torch.channels_last, dtype=torch.bfloat16),
-        dict(y_only=True),
-    ],
-    ids=str,
-)
-def test_layer_with_the_passes_of_a_gpu(variant, case):
+@WITH_KERNELS
+def test_layers_use_them(case):
+    """What they compute is compared by test_norm_module.py, in the interpreter too."""
+    y, _ = case.run(case.make(device=DEVICE), batch().to(DEVICE))
+    assert y.grad_fn.filter.__module__ == "kn_detectron.layers.triton.kernels"
+    y.relu_().sum().backward()  # blocks work in place
+
+
+@kernels
+@WITH_KERNELS
+@pytest.mark.parametrize("dtype, memory_format", PRECISIONS[1:], ids=str)
+def test_layers_with_the_passes_of_a_gpu(case, dtype, memory_format):
+    features, results = batch(dtype).to(DEVICE, memory_format=memory_format), []
     with gpu_operators() as called:
-        test_layer(variant, dict(case, place=on_gpu))
+        for x, place in ((features, on_gpu), (features.double(), lambda x: x)):
+            layer = case.make(dtype=statistics_dtype(x.dtype), device=DEVICE)
+            leaves = [x.detach().requires_grad_(), *layer.parameters()]
+            y, belief = case.run(layer, place(leaves[0]))
+            loss = y.sigmoid().mean() + belief.mean.sin().mean() + belief.var.log().mean()
+            grads = torch.autograd.grad(loss, leaves)
+            results.append([y, *belief, *running_statistics(layer).values(), *grads])
+    for got, want in zip(*results):
+        assert_close(got, want, dtype)
     if DEVICE == "cpu":  # that they have been the passes of a GPU, backward too
         wanted = {"batch_norm_elemt", "batch_norm_backward_reduce"}
-        if case.get("gain") != 0.0:
+        if case.measures:
             wanted.add("batch_norm_update_stats")
-            if variant == "network":
+            if layer.variant == "network":
                 wanted.add("batch_norm_backward_elemt")
         assert called == wanted
 
