@@ -49,8 +49,8 @@ def get_norm(norm, out_channels):
 
     A layer that is built here gets no prior from the module that uses it, since that module knows
     nothing of beliefs: it is the head of its own chain, which is plain BatchNorm (GroupNorm for
-    GKN). The log says so once. Layers with a prior are built by ``build_kn_resnet_backbone`` and
-    ``KNRes5ROIHeads``.
+    GKN). The log says so once for each module of detectron2 that asks for such a layer. Layers with
+    a prior are built by the backbones and heads of :mod:`kn_detectron.modeling`.
 
     Args:
         norm (str or callable): as for detectron2's, or "KN", "GKN" or "GN<n>".
@@ -67,12 +67,14 @@ def get_norm(norm, out_channels):
         return _group_norm(int(groups[1]), out_channels)
     if norm not in ("KN", "GKN"):
         return _original_get_norm(norm, out_channels)
-    if norm not in _told:
-        _told.add(norm)
+    asking = sys._getframe(1).f_globals["__name__"]
+    if (norm, asking) not in _told:
+        _told.add((norm, asking))
         logger.warning(
-            f"A layer with norm={norm!r} is built where nothing passes it a prior: it is the head "
-            f"of its own chain, that is {_EQUIVALENT[norm]}. For a chain use "
-            "MODEL.BACKBONE.NAME build_kn_resnet_backbone and MODEL.ROI_HEADS.NAME KNRes5ROIHeads."
+            f"{asking} builds layers with norm={norm!r} where nothing passes them a prior: each is "
+            f"the head of its own chain, that is {_EQUIVALENT[norm]}. The backbones, FPNs and "
+            "heads whose names have KN in them build chains: see MODEL.BACKBONE.NAME, "
+            "MODEL.ROI_HEADS.NAME, MODEL.ROI_BOX_HEAD.NAME and MODEL.ROI_MASK_HEAD.NAME."
         )
     return NORMS[norm](out_channels)
 

@@ -55,6 +55,37 @@ def rcnn_cfg(norm="KN", **overrides):
     return resnet_cfg(norm, **{**few, **overrides})
 
 
+def fpn_rcnn_cfg(norm="KN", **overrides):
+    """:func:`rcnn_cfg` for Mask R-CNN R18-FPN, with the norm in the backbone, the FPN and both heads."""
+    stages, levels = ["res2", "res3", "res4", "res5"], ["p2", "p3", "p4", "p5"]
+    prefix = "KN" if norm in ("KN", "GKN") else ""
+    backbone = "build_kn_resnet_fpn_backbone" if prefix else "build_resnet_fpn_backbone"
+    fpn = dict(
+        MODEL__BACKBONE__NAME=backbone,
+        MODEL__RESNETS__DEPTH=18,
+        MODEL__RESNETS__RES2_OUT_CHANNELS=64,
+        MODEL__RESNETS__OUT_FEATURES=stages,
+        MODEL__FPN__IN_FEATURES=stages,
+        MODEL__FPN__OUT_CHANNELS=16,
+        MODEL__FPN__NORM=norm,
+        MODEL__ANCHOR_GENERATOR__SIZES=[[16], [24], [32], [48], [64]],
+        MODEL__RPN__IN_FEATURES=[*levels, "p6"],
+        MODEL__ROI_HEADS__NAME=prefix + "StandardROIHeads",
+        MODEL__ROI_HEADS__IN_FEATURES=levels,
+        MODEL__ROI_BOX_HEAD__NAME=prefix + "FastRCNNConvFCHead",
+        MODEL__ROI_BOX_HEAD__POOLER_RESOLUTION=7,
+        MODEL__ROI_BOX_HEAD__NORM=norm,
+        MODEL__ROI_BOX_HEAD__NUM_CONV=2,
+        MODEL__ROI_BOX_HEAD__CONV_DIM=16,
+        MODEL__ROI_BOX_HEAD__NUM_FC=1,
+        MODEL__ROI_BOX_HEAD__FC_DIM=32,
+        MODEL__ROI_MASK_HEAD__NAME=prefix + "MaskRCNNConvUpsampleHead",
+        MODEL__ROI_MASK_HEAD__NORM=norm,
+        MODEL__ROI_MASK_HEAD__NUM_CONV=2,
+    )
+    return rcnn_cfg(norm, **{**fpn, **overrides})
+
+
 def build_backbone(cfg, seed=0):
     torch.manual_seed(seed)
     return BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)(cfg, ShapeSpec(channels=3))

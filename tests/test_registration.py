@@ -131,4 +131,5 @@ def test_the_log_says_once_that_it_is_a_head(caplog, monkeypatch):
         for _ in range(3):
             get_norm_now("KN", 4)
     assert len(caplog.records) == 1
+    assert f"{__name__} builds layers with norm='KN'" in caplog.text
     assert "head of its own chain, that is BatchNorm" in caplog.text

@@ -17,7 +17,14 @@ from torch import nn
 from ..errors import InputError
 from ..layers import Belief, ClosedFormTransition, KalmanNetwork, KalmanNorm2d, kalman_layers
 from ..layers.calibration import fit_prior, is_exact, on_priors, removing
-from ..modeling import Feature, KNRes5ROIHeads, KNResNet
+from ..modeling import (
+    KNFPN,
+    Features,
+    KNCascadeROIHeads,
+    KNRes5ROIHeads,
+    KNResNet,
+    KNStandardROIHeads,
+)
 
 __all__ = ["calibrate", "fit_process_noise", "is_exact"]
 
@@ -39,8 +46,8 @@ def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[s
     its prior follows.
 
     Args:
-        model: holds :class:`~kn_detectron.modeling.KNResNet`, and maybe C4 heads, of the network
-            variant with a process model. Predictions are made in closed form, also where the model
+        model: holds :class:`~kn_detectron.modeling.KNResNet`, and maybe an FPN and ROI heads, of
+            the network variant with a process model. Predictions are made in closed form, also where the model
             samples them.
         names: the layers to set, all if None. Those of others stay as they are.
 
@@ -147,18 +154,20 @@ def _pass_beliefs(model: nn.Module) -> None:
 
 
 def _run_chains(model: nn.Module) -> None:
-    beliefs = {}
+    features = Features()
+    pyramids = {module.bottom_up: module for module in model.modules() if isinstance(module, KNFPN)}
     for module in model.modules():
         if isinstance(module, KalmanNetwork):
             module.pass_beliefs()
         if isinstance(module, KNResNet):
             weight = module.stem.conv1.weight
-            beliefs.update(module(weight.new_zeros(0, weight.shape[1], 64, 64)).beliefs)
+            backbone = pyramids.get(module, module)  # which runs what is below it
+            outputs = backbone(weight.new_zeros(0, weight.shape[1], 64, 64))
+            features.update(outputs)
+            features.beliefs.update(outputs.beliefs)
     for module in model.modules():
-        if isinstance(module, KNRes5ROIHeads):
-            belief = beliefs[module.in_features[0]]
-            regions = belief.mean.new_zeros(0, belief.mean.shape[1], 14, 14)
-            module.res5(Feature(regions, belief))
+        if isinstance(module, (KNCascadeROIHeads, KNRes5ROIHeads, KNStandardROIHeads)):
+            module.pass_beliefs(features)
 
 
 def _fit_noise(name: str, layer: KalmanNorm2d, prior: Belief) -> None:

@@ -32,7 +32,12 @@ __all__ = ["fold", "fold_network", "fold_weights", "stock_config"]
 _STOCK_NAMES = {
     "build_kn_resnet_backbone": "build_resnet_backbone",
     "build_kn_resnet_fpn_backbone": "build_resnet_fpn_backbone",
+    "build_kn_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
+    "KNCascadeROIHeads": "CascadeROIHeads",
+    "KNFastRCNNConvFCHead": "FastRCNNConvFCHead",
+    "KNMaskRCNNConvUpsampleHead": "MaskRCNNConvUpsampleHead",
     "KNRes5ROIHeads": "Res5ROIHeads",
+    "KNStandardROIHeads": "StandardROIHeads",
 }
 
 # Where nothing passes it a prior, GKN is GroupNorm with detectron2's number of groups.

@@ -163,7 +163,12 @@ def _report(found, weights, name):
 
 
 def _warn_of_folded_statistics(found, name):
-    folded = [tensor for tensor in found.missing if leaf(tensor) == "running_var"]
+    loaded = _loaded_layers(found)
+    folded = [
+        tensor
+        for tensor in found.missing
+        if leaf(tensor) == "running_var" and tensor.rpartition(".")[0] in loaded
+    ]
     if folded:
         _logger.warning(
             "%s has no running statistics for %d layers, the first %s: that is right if they were "
@@ -174,11 +179,22 @@ def _warn_of_folded_statistics(found, name):
         )
 
 
+def _loaded_layers(found):
+    """The names of the layers of which the checkpoint has the scale or the filter."""
+    return {tensor.rpartition(".")[0] for tensor in found.matched if leaf(tensor) == "weight"}
+
+
 def _fit_priors(model, found, name):
-    """Fits the priors where a checkpoint knows the statistics but nothing of priors."""
-    missing = set(found.missing)
+    """Fits the priors where a checkpoint knows the statistics but nothing of priors.
+
+    Layers that it does not have, such as those of FPN and heads in ImageNet weights, start as they
+    are: their statistics are those of no data.
+    """
+    missing, loaded = set(found.missing), _loaded_layers(found)
     exact, rough, hopeless = [], [], []
     for prefix, layer in kalman_layers(model).items():
+        if prefix not in loaded:
+            continue
         process = [p for p in _PROCESS_MODELS[layer.variant] if f"{prefix}.{p}" in missing]
         gain = f"{prefix}.gain_logit" in missing
         if is_exact(layer):

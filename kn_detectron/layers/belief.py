@@ -12,8 +12,11 @@ ReLU               moments of a rectified Gaussian       ours (the released code
 convolution        mean W m, variance W^2 v              Eq. 7: A mu, A Sigma A^T
 residual sum       means add, variances add              released code
 max-pool           identity                              ours
+upsampling         identity                              exact (nearest)
+multiplication     mean c m, variance c^2 v              exact
 RoIAlign           identity, an image's belief goes to   ours
                    each of its regions
+mixture            law of total variance                 exact
 normalisation      (bias, weight^2)                      ours
 frozen BatchNorm   its statistics are the posterior      ours
 =================  ====================================  ==================================
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .passes import pooled_moments
 from .triton import fastest
 
 __all__ = [
@@ -35,9 +39,11 @@ __all__ = [
     "add",
     "conv2d",
     "max_pool2d",
+    "mixture",
     "normalized",
     "relu",
     "roi_align",
+    "scale",
 ]
 
 
@@ -251,6 +257,25 @@ def conv2d(
 def add(a: Belief, b: Belief) -> Belief:
     """The belief about a sum of two feature maps held to be independent (released code)."""
     return Belief(a.mean + b.mean, a.var + b.var)
+
+
+def scale(belief: Belief, factor: float) -> Belief:
+    """The belief about a feature map that was multiplied by a number."""
+    return Belief(belief.mean * factor, belief.var * factor**2)
+
+
+def mixture(beliefs: Sequence[Belief]) -> Belief:
+    """The belief about pixels that are as likely to be of one feature map as of another.
+
+    Args:
+        beliefs: about the feature maps, all of the same shape.
+
+    Returns:
+        Belief: of that shape: the mean of the means, and the mean of the variances plus the
+        variance of the means.
+    """
+    means, variances = (torch.stack(moments) for moments in zip(*beliefs))
+    return Belief(*pooled_moments(means, variances, (0,)))
 
 
 def max_pool2d(belief: Belief) -> Belief:

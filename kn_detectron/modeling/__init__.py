@@ -1,17 +1,24 @@
 """Backbones and heads for detectron2."""
 
 from .chain import ChainConfig, ChainConv2d, Feature, Features
+from .fpn import (
+    KNFPN,
+    build_kn_resnet_fpn_backbone,
+    build_kn_retinanet_resnet_fpn_backbone,
+)
+from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
+from .poolers import BeliefPooler
 from .resnet import (
     KNBasicBlock,
     KNBasicStem,
     KNBottleneckBlock,
     KNResNet,
     build_kn_resnet_backbone,
-    build_kn_resnet_fpn_backbone,
 )
-from .roi_heads import KNRes5ROIHeads
+from .roi_heads import KNCascadeROIHeads, KNRes5ROIHeads, KNStandardROIHeads
 
 __all__ = [
+    "BeliefPooler",
     "ChainConfig",
     "ChainConv2d",
     "Feature",
@@ -19,8 +26,14 @@ __all__ = [
     "KNBasicBlock",
     "KNBasicStem",
     "KNBottleneckBlock",
+    "KNCascadeROIHeads",
+    "KNFPN",
+    "KNFastRCNNConvFCHead",
+    "KNMaskRCNNConvUpsampleHead",
     "KNRes5ROIHeads",
     "KNResNet",
+    "KNStandardROIHeads",
     "build_kn_resnet_backbone",
     "build_kn_resnet_fpn_backbone",
+    "build_kn_retinanet_resnet_fpn_backbone",
 ]

@@ -6,7 +6,7 @@ same modules do the rest.
 """
 
 from dataclasses import dataclass
-from typing import Any, Dict, NamedTuple, Optional, Union
+from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -26,6 +26,7 @@ __all__ = [
     "Feature",
     "Features",
     "build_norm",
+    "feature_of",
     "rectified",
     "residual_sum",
 ]
@@ -58,6 +59,11 @@ class Features(Dict[str, Tensor]):
     ):
         super().__init__(features or {})
         self.beliefs: Dict[str, Belief] = dict(beliefs or {})
+
+
+def feature_of(features: Dict[str, Tensor], name: str) -> Feature:
+    """One of the features of a backbone, with its belief if there is one."""
+    return Feature(features[name], getattr(features, "beliefs", {}).get(name))
 
 
 # For torch.export, to which an output of an unknown type is an error.
@@ -94,11 +100,17 @@ class ChainConfig:
     transition: Transition = build_transition("closed_form")
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> "ChainConfig":
+    def from_config(cls, cfg: CfgNode, part: str = "RESNETS") -> "ChainConfig":
         """Reads MODEL.RESNETS.NORM and MODEL.KN.
 
+        Args:
+            cfg: the config.
+            part: the node of MODEL whose NORM the layers are for, such as "FPN". It goes on with
+                the chain of the backbone, and so has the same norm.
+
         Raises:
-            InputError: if a value of MODEL.KN is unknown or out of range, or the norm is neither.
+            InputError: if a value of MODEL.KN is unknown or out of range, the norm of the backbone
+                is neither "KN" nor "GKN", or that of the part is another.
         """
         check_config(cfg)
         kn = cfg.MODEL.KN
@@ -107,6 +119,12 @@ class ChainConfig:
                 f"MODEL.RESNETS.NORM is {cfg.MODEL.RESNETS.NORM!r}, but the KN backbones and heads "
                 'build "KN" and "GKN" only: set one of them, or use detectron2\'s '
                 "build_resnet_backbone and Res5ROIHeads"
+            )
+        if cfg.MODEL[part].NORM != cfg.MODEL.RESNETS.NORM:
+            raise InputError(
+                f"MODEL.{part}.NORM is {cfg.MODEL[part].NORM!r}, but its layers go on with the "
+                f"chain of MODEL.RESNETS.NORM {cfg.MODEL.RESNETS.NORM!r}: set both to the same "
+                "norm, or use detectron2's module there, which is no part of the chain"
             )
         return cls(
             norm=cfg.MODEL.RESNETS.NORM,
@@ -162,13 +180,20 @@ class ChainConv2d(Conv2d):
     A tensor goes through it as through any Conv2d. With a :class:`Feature` the belief goes along:
     the norm gets the prior that is predicted from it, and the belief about the norm's output is
     handed on. A FrozenBatchNorm2d needs no prior, since its running statistics are the posterior.
+    Where there is no norm, the belief is the prediction. The activation is None or a ReLU.
     """
 
     chain: ChainConfig
 
     @classmethod
     def from_conv(cls, conv: Conv2d, chain: ChainConfig) -> "ChainConv2d":
-        """Makes a link of a convolution. It takes over the parameters and the norm."""
+        """Makes a link of a convolution. It takes over the parameters and the norm.
+
+        Raises:
+            TypeError: if its activation is not a ReLU.
+        """
+        if not isinstance(conv.activation, (nn.ReLU, type(None))):
+            raise TypeError(f"a link of a chain has a ReLU or no activation, not {conv.activation}")
         link = cls(
             conv.in_channels,
             conv.out_channels,
@@ -193,11 +218,18 @@ class ChainConv2d(Conv2d):
         """
         if isinstance(x, Tensor):
             return super().forward(x)
-        value, source = x
-        if source is None:
-            return Feature(super().forward(value))
+        if x.belief is None:
+            return Feature(super().forward(x.value))
+        y = Feature(*self._convolve(*x))
+        return y if self.activation is None else rectified(y, self.chain.transition)
+
+    def _convolve(self, value: Tensor, source: Source) -> Tuple[Tensor, Belief]:
+        """The normalised convolution and the belief about it, in front of the activation."""
+        convolved = nn.Conv2d.forward(self, value)
         if isinstance(self.norm, FrozenBatchNorm2d):
-            return Feature(super().forward(value), self._frozen_belief())
+            return self.norm(convolved), self._frozen_belief()
+        if self.norm is None:
+            return convolved, self.chain.transition.conv(source, self)
         if not isinstance(self.norm, (KalmanNorm2d, GroupKalmanNorm2d)):
             raise TypeError(
                 f"a {type(self.norm).__name__} stands in a chain of Kalman Normalization, where "
@@ -206,7 +238,7 @@ class ChainConv2d(Conv2d):
                 "priors are the same on every GPU anyway)"
             )
         prior = self.chain.transition.conv(source, self) if self.norm.needs_prior else None
-        return Feature(*self.norm(nn.Conv2d.forward(self, value), prior=prior))
+        return self.norm(convolved, prior=prior)
 
     def _frozen_belief(self) -> Belief:
         if self.chain.variant == "network":

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from torch import Tensor
 
@@ -36,7 +34,6 @@ __all__ = [
     "KNBottleneckBlock",
     "KNResNet",
     "build_kn_resnet_backbone",
-    "build_kn_resnet_fpn_backbone",
     "make_kn_stage",
 ]
 
@@ -245,20 +242,4 @@ def build_kn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> KNResNet:
         chain=chain,
         out_features=resnets.OUT_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-    )
-
-
-@BACKBONE_REGISTRY.register()
-def build_kn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """detectron2's FPN on top of :func:`build_kn_resnet_backbone`.
-
-    The convolutions of the FPN itself have the norm MODEL.FPN.NORM, without priors.
-    """
-    return FPN(
-        bottom_up=build_kn_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )

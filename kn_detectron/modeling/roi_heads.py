@@ -1,19 +1,22 @@
-"""C4 heads whose res5 goes on with the chain of the backbone."""
+"""ROI heads that go on with the chain of the backbone, or of the FPN."""
 
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.modeling import ROI_HEADS_REGISTRY
-from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads.cascade_rcnn import _ScaleGradient
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers.belief import roi_align
-from .chain import ChainConfig, Feature
+from .chain import ChainConfig, Feature, Features, feature_of
+from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
+from .poolers import BeliefPooler
 from .resnet import make_kn_stage
 
-__all__ = ["KNRes5ROIHeads"]
+__all__ = ["KNCascadeROIHeads", "KNRes5ROIHeads", "KNStandardROIHeads"]
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -52,8 +55,7 @@ class KNRes5ROIHeads(Res5ROIHeads):
         """The features that the heads use, with their beliefs."""
         if isinstance(features[self.in_features[0]], Feature):  # forward calls the other entrance
             return features
-        beliefs = getattr(features, "beliefs", {})
-        return {name: Feature(features[name], beliefs.get(name)) for name in self.in_features}
+        return {name: feature_of(features, name) for name in self.in_features}
 
     def forward(self, images, features: Dict[str, Tensor], proposals, targets=None):
         """See detectron2's ``ROIHeads.forward``; ``features`` may have beliefs."""
@@ -62,3 +64,77 @@ class KNRes5ROIHeads(Res5ROIHeads):
     def forward_with_given_boxes(self, features: Dict[str, Tensor], instances):
         """See detectron2's ``Res5ROIHeads``; ``features`` may have beliefs."""
         return super().forward_with_given_boxes(self._with_beliefs(features), instances)
+
+    def pass_beliefs(self, features: Features) -> None:
+        """Runs the chain of res5 on no region, for calibration."""
+        self._shared_roi_transform([feature_of(features, self.in_features[0])], [])
+
+
+class _KNPooledHeads:
+    """Gives KN box and mask heads of detectron2's ``StandardROIHeads`` their regions' beliefs.
+
+    Heads of other kinds get what they always do.
+    """
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape) -> Dict[str, Any]:
+        options = super()._init_box_head(cfg, input_shape)
+        head = options["box_heads"][0] if "box_heads" in options else options["box_head"]
+        if isinstance(head, KNFastRCNNConvFCHead):
+            options["box_pooler"] = BeliefPooler(options["box_pooler"], head.chain)
+        return options
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape) -> Dict[str, Any]:
+        options = super()._init_mask_head(cfg, input_shape)
+        head = options.get("mask_head")
+        if isinstance(head, KNMaskRCNNConvUpsampleHead):
+            options["mask_pooler"] = BeliefPooler(options["mask_pooler"], head.chain)
+        return options
+
+    def _forward_box(self, features: Dict[str, Tensor], *args):
+        if isinstance(self.box_pooler, BeliefPooler):
+            features = {name: feature_of(features, name) for name in self.box_in_features}
+        return super()._forward_box(features, *args)
+
+    def _forward_mask(self, features: Dict[str, Tensor], instances):
+        if self.mask_on and isinstance(self.mask_pooler, BeliefPooler):
+            features = {name: feature_of(features, name) for name in self.mask_in_features}
+        return super()._forward_mask(features, instances)
+
+    def pass_beliefs(self, features: Features) -> None:
+        """Runs the chains of the heads on no region, for calibration."""
+        if isinstance(self.box_pooler, BeliefPooler):
+            x = self.box_pooler([feature_of(features, name) for name in self.box_in_features], [])
+            cascade = isinstance(self.box_head, nn.ModuleList)
+            for head in self.box_head if cascade else [self.box_head]:
+                head(x)
+        if self.mask_on and isinstance(self.mask_pooler, BeliefPooler):
+            x = self.mask_pooler([feature_of(features, name) for name in self.mask_in_features], [])
+            self.mask_head.layers(x)
+
+
+@ROI_HEADS_REGISTRY.register()
+class KNStandardROIHeads(_KNPooledHeads, StandardROIHeads):
+    """detectron2's ``StandardROIHeads`` for box and mask heads with Kalman Normalization.
+
+    They are :class:`~kn_detectron.modeling.KNFastRCNNConvFCHead` and
+    :class:`~kn_detectron.modeling.KNMaskRCNNConvUpsampleHead`. Their priors start from the beliefs
+    that :class:`~kn_detectron.modeling.KNFPN` hands on.
+    """
+
+
+@ROI_HEADS_REGISTRY.register()
+class KNCascadeROIHeads(_KNPooledHeads, CascadeROIHeads):
+    """detectron2's ``CascadeROIHeads`` for heads with Kalman Normalization.
+
+    See :class:`KNStandardROIHeads`.
+    """
+
+    def _run_stage(self, features: List, proposals: List, stage: int):
+        if not isinstance(self.box_pooler, BeliefPooler):
+            return super()._run_stage(features, proposals, stage)
+        x = self.box_pooler(features, [p.proposal_boxes for p in proposals])
+        # As detectron2 has it: of each stage the features get their share of the gradient.
+        value = _ScaleGradient.apply(x.value, 1.0 / self.num_cascade_stages)
+        return self.box_predictor[stage](self.box_head[stage](Feature(value, x.belief)))

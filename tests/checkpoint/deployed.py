@@ -3,7 +3,7 @@
 import torch
 from detectron2.utils.events import EventStorage
 
-from ..models import build_rcnn, randomize, rcnn_cfg, rcnn_inputs
+from ..models import build_rcnn, fpn_rcnn_cfg, randomize, rcnn_cfg, rcnn_inputs
 
 # Without a threshold a model that has learned next to nothing detects something too.
 _ANYTHING = dict(MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0, MODEL__RPN__POST_NMS_TOPK_TEST=20)
@@ -16,30 +16,7 @@ def c4_cfg(**overrides):
 
 def fpn_cfg(**overrides):
     """Mask R-CNN R18-FPN, with KN in the backbone, the FPN and both heads."""
-    stages, levels = ["res2", "res3", "res4", "res5"], ["p2", "p3", "p4", "p5"]
-    fpn = dict(
-        MODEL__BACKBONE__NAME="build_kn_resnet_fpn_backbone",
-        MODEL__RESNETS__DEPTH=18,
-        MODEL__RESNETS__RES2_OUT_CHANNELS=64,
-        MODEL__RESNETS__OUT_FEATURES=stages,
-        MODEL__FPN__IN_FEATURES=stages,
-        MODEL__FPN__OUT_CHANNELS=16,
-        MODEL__FPN__NORM="KN",
-        MODEL__ANCHOR_GENERATOR__SIZES=[[16], [24], [32], [48], [64]],
-        MODEL__RPN__IN_FEATURES=[*levels, "p6"],
-        MODEL__ROI_HEADS__NAME="StandardROIHeads",
-        MODEL__ROI_HEADS__IN_FEATURES=levels,
-        MODEL__ROI_BOX_HEAD__NAME="FastRCNNConvFCHead",
-        MODEL__ROI_BOX_HEAD__POOLER_RESOLUTION=7,
-        MODEL__ROI_BOX_HEAD__NORM="KN",
-        MODEL__ROI_BOX_HEAD__NUM_CONV=1,
-        MODEL__ROI_BOX_HEAD__CONV_DIM=16,
-        MODEL__ROI_BOX_HEAD__NUM_FC=1,
-        MODEL__ROI_BOX_HEAD__FC_DIM=32,
-        MODEL__ROI_MASK_HEAD__NORM="KN",
-        MODEL__ROI_MASK_HEAD__NUM_CONV=2,
-    )
-    return rcnn_cfg("KN", **{**_ANYTHING, **fpn, **overrides})
+    return fpn_rcnn_cfg("KN", **{**_ANYTHING, **overrides})
 
 
 def trained(cfg, steps=2):

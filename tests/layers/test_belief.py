@@ -143,6 +143,17 @@ def test_sum_against_monte_carlo():
     assert_within_sampling_error(B.add(a, b), x)
 
 
+def test_scale_against_monte_carlo():
+    b = random_belief(1, 3)
+    assert_within_sampling_error(B.scale(b, -0.5), -0.5 * sample(b, 4096, 16, 16))
+
+
+def test_mixture_is_what_features_together_measure():
+    beliefs = [random_belief(1, 3, seed=seed) for seed in range(3)]
+    together = torch.cat([sample(b, 2048, 16, 16, seed=k) for k, b in enumerate(beliefs)])
+    assert_within_sampling_error(B.mixture(beliefs), together)
+
+
 def test_max_pool_is_the_identity():
     belief = random_belief(1, 5)
     assert B.max_pool2d(belief) is belief

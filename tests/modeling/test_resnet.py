@@ -263,24 +263,6 @@ def test_option_b_predicts_in_evaluation(statistics):
     assert torch.allclose(out["res4"], trained, atol=1e-4) == (statistics == "batch")
 
 
-def test_fpn():
-    fpn = dict(
-        MODEL__RESNETS__OUT_FEATURES=["res2", "res3", "res4", "res5"],
-        MODEL__FPN__IN_FEATURES=["res2", "res3", "res4", "res5"],
-        MODEL__FPN__OUT_CHANNELS=8,
-        MODEL__FPN__NORM="KN",
-    )
-    cfg = resnet_cfg("KN", MODEL__BACKBONE__NAME="build_kn_resnet_fpn_backbone", **fpn)
-    theirs = resnet_cfg("BN", MODEL__BACKBONE__NAME="build_resnet_fpn_backbone", **fpn)
-    theirs.MODEL.FPN.NORM = "BN"
-    ours, theirs = build_backbone(cfg), randomize(build_backbone(theirs))
-    assert set(ours(images())) == {"p2", "p3", "p4", "p5", "p6"}
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    got, want = ours.eval()(images()), theirs.eval()(images())
-    for name in want:
-        assert torch.equal(got[name], want[name])
-
-
 def test_gkn_layers_are_built_with_the_configured_groups():
     layers = kalman_layers(build_backbone(resnet_cfg("GKN", MODEL__KN__NUM_GROUPS=2)))
     assert all(isinstance(m, GroupKalmanNorm2d) and m.num_groups == 2 for m in layers.values())

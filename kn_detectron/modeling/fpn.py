@@ -1,0 +1,149 @@
+"""Feature pyramids that go on with the chain of the backbone below them.
+
+They are detectron2's own, parameter by parameter and key by key. Only KN's parameters are added.
+"""
+
+import functools
+from typing import Callable
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import Tensor, nn
+
+from ..layers.belief import scale
+from .chain import (
+    ChainConfig,
+    ChainConv2d,
+    Feature,
+    Features,
+    build_norm,
+    feature_of,
+    residual_sum,
+)
+from .resnet import KNResNet, build_kn_resnet_backbone
+
+__all__ = ["KNFPN", "build_kn_resnet_fpn_backbone", "build_kn_retinanet_resnet_fpn_backbone"]
+
+
+class KNFPN(FPN):
+    """detectron2's FPN, whose convolutions get priors and whose levels have beliefs.
+
+    The chains start from the beliefs about the features of ``bottom_up``. Lateral and output
+    convolutions predict as any others do; nearest upsampling leaves a belief as it is; the sum of
+    two maps, held to be independent, adds means and variances, and ``fuse_type="avg"`` halves it.
+
+    Args:
+        chain: what its layers have in common with those of ``bottom_up``.
+        normalize: whether the convolutions have the norm of the chain. Without one the belief that
+            a level hands on is the prediction.
+        bottom_up, in_features, out_channels, top_block, fuse_type: as in detectron2's FPN.
+    """
+
+    def __init__(self, *args, chain: ChainConfig, normalize: bool = True, **kwargs):
+        norm = functools.partial(build_norm, chain) if normalize else ""
+        super().__init__(*args, norm=norm, **kwargs)
+        self.chain = chain
+        links = {
+            conv: ChainConv2d.from_conv(conv, chain)
+            for conv in (*self.lateral_convs, *self.output_convs)
+        }
+        for name, module in list(self.named_children()):
+            if module in links:
+                setattr(self, name, links[module])
+        self.lateral_convs = [links[conv] for conv in self.lateral_convs]
+        self.output_convs = [links[conv] for conv in self.output_convs]
+
+    def forward(self, x: Tensor) -> Features:
+        """
+        Args:
+            x: images, normalised, shape (N, C, H, W).
+
+        Returns:
+            Features: the levels by name, as detectron2's FPN returns them, from the finest on.
+            Where beliefs are kept, its ``beliefs`` are those about the levels, shape (1, C) or
+            (N, C); P6 as the subsampled P5 has that of P5, and RetinaNet's P6 and P7 have none.
+        """
+        bottom_up = self.bottom_up(x)
+        levels, fused = [], None
+        for name, lateral, output in zip(
+            reversed(self.in_features), self.lateral_convs, self.output_convs
+        ):
+            below = lateral(self._started(feature_of(bottom_up, name)))
+            fused = below if fused is None else self._fuse(below, fused)
+            levels.insert(0, output(self._started(fused)))
+        outputs = Features()
+        for name, level in zip(self._out_features, levels):
+            outputs[name] = level.value
+            if level.belief is not None:
+                outputs.beliefs[name] = level.belief
+        if self.top_block is not None:
+            self._add_top_levels(outputs, bottom_up)
+        return outputs
+
+    def _started(self, x: Feature) -> Feature:
+        """A feature whose belief is a source for convolutions."""
+        if x.belief is None:
+            return x
+        return Feature(x.value, self.chain.transition.start(x.belief, x.value))
+
+    def _fuse(self, lateral: Feature, above: Feature) -> Feature:
+        upsampled = F.interpolate(above.value, scale_factor=2.0, mode="nearest")
+        fused = residual_sum(lateral, Feature(upsampled, above.belief), self.chain.transition)
+        if self._fuse_type == "sum":
+            return fused
+        belief = None if fused.belief is None else scale(fused.belief, 0.5)
+        return Feature(fused.value / 2, belief)
+
+    def _add_top_levels(self, outputs: Features, bottom_up: Features) -> None:
+        source = self.top_block.in_feature
+        features = self.top_block(bottom_up[source] if source in bottom_up else outputs[source])
+        outputs.update(zip(self._out_features[len(outputs) :], features))
+        if isinstance(self.top_block, LastLevelMaxPool) and source in outputs.beliefs:
+            outputs.beliefs[self._out_features[-1]] = outputs.beliefs[source]
+
+
+def _build(
+    cfg: CfgNode, input_shape: ShapeSpec, build_top_block: Callable[[KNResNet], nn.Module]
+) -> FPN:
+    bottom_up = build_kn_resnet_backbone(cfg, input_shape)
+    options = dict(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        top_block=build_top_block(bottom_up),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+    norm = cfg.MODEL.FPN.NORM
+    if norm == "":
+        return KNFPN(chain=bottom_up.chain, normalize=False, **options)
+    if norm in ("KN", "GKN"):
+        return KNFPN(chain=ChainConfig.from_config(cfg, "FPN"), **options)
+    return FPN(norm=norm, **options)
+
+
+@BACKBONE_REGISTRY.register()
+def build_kn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """An FPN on top of :func:`build_kn_resnet_backbone`, with P6 subsampled from P5.
+
+    With MODEL.FPN.NORM "KN" or "GKN", which has to be that of MODEL.RESNETS.NORM, and with "" it is
+    a :class:`KNFPN`, which hands beliefs on to the heads. With any other norm it is detectron2's.
+
+    Raises:
+        InputError: as for the backbone, and if the two norms differ.
+    """
+    return _build(cfg, input_shape, lambda bottom_up: LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_kn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """As :func:`build_kn_resnet_fpn_backbone`, with RetinaNet's P6 and P7, convolved from res5."""
+
+    def top_block(bottom_up: KNResNet) -> LastLevelP6P7:
+        in_channels = bottom_up.output_shape()["res5"].channels
+        return LastLevelP6P7(in_channels, cfg.MODEL.FPN.OUT_CHANNELS)
+
+    return _build(cfg, input_shape, top_block)

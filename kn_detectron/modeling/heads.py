@@ -1,0 +1,111 @@
+"""Box and mask heads that are chains.
+
+They are detectron2's own, parameter by parameter and key by key. Only KN's parameters are added.
+"""
+
+import functools
+import itertools
+from typing import Union
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
+from torch import Tensor
+
+from .chain import ChainConfig, ChainConv2d, Feature, build_norm
+
+__all__ = ["KNFastRCNNConvFCHead", "KNMaskRCNNConvUpsampleHead"]
+
+
+class _KNHead:
+    """Makes a chain of the convolutions with which a sequential head begins."""
+
+    chain: ChainConfig
+
+    def _link(self, chain: ChainConfig) -> None:
+        self.chain = chain
+        links = {conv: ChainConv2d.from_conv(conv, chain) for conv in self.conv_norm_relus}
+        for name, module in list(self.named_children()):
+            if module in links:
+                setattr(self, name, links[module])
+        self.conv_norm_relus = list(links.values())
+
+    def _run(self, x: Union[Tensor, Feature]) -> Tensor:
+        if isinstance(x, Tensor):
+            x = Feature(x)
+        for conv in self.conv_norm_relus:
+            x = conv(x)
+        y = x.value
+        for layer in itertools.islice(self, len(self.conv_norm_relus), None):
+            y = layer(y)
+        return y
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class KNFastRCNNConvFCHead(_KNHead, FastRCNNConvFCHead):
+    """detectron2's ``FastRCNNConvFCHead`` with Kalman Normalization in its convolutions.
+
+    It belongs into :class:`~kn_detectron.modeling.KNStandardROIHeads` or
+    :class:`~kn_detectron.modeling.KNCascadeROIHeads`, which give it the belief about its regions.
+    """
+
+    @configurable
+    def __init__(self, input_shape: ShapeSpec, *, chain: ChainConfig, **kwargs):
+        """
+        Args:
+            chain: what its layers have in common with those of the backbone.
+            input_shape, conv_dims, fc_dims: as in ``FastRCNNConvFCHead``.
+        """
+        super().__init__(input_shape, conv_norm=functools.partial(build_norm, chain), **kwargs)
+        self._link(chain)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec):
+        """As ``FastRCNNConvFCHead``; MODEL.ROI_BOX_HEAD.NORM is that of MODEL.RESNETS.NORM.
+
+        Raises:
+            InputError: if it is another.
+        """
+        options = super().from_config(cfg, input_shape)
+        del options["conv_norm"]
+        return dict(options, chain=ChainConfig.from_config(cfg, "ROI_BOX_HEAD"))
+
+    def forward(self, x: Union[Tensor, Feature]) -> Tensor:
+        """The regions with the belief about them, or the regions alone."""
+        return self._run(x)
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class KNMaskRCNNConvUpsampleHead(_KNHead, MaskRCNNConvUpsampleHead):
+    """detectron2's ``MaskRCNNConvUpsampleHead`` with Kalman Normalization in its convolutions.
+
+    It belongs into :class:`~kn_detectron.modeling.KNStandardROIHeads` or
+    :class:`~kn_detectron.modeling.KNCascadeROIHeads`, which give it the belief about its regions.
+    """
+
+    @configurable
+    def __init__(self, input_shape: ShapeSpec, *, chain: ChainConfig, **kwargs):
+        """
+        Args:
+            chain: what its layers have in common with those of the backbone.
+            input_shape, num_classes, conv_dims, loss_weight, vis_period: as in
+                ``MaskRCNNConvUpsampleHead``.
+        """
+        super().__init__(input_shape, conv_norm=functools.partial(build_norm, chain), **kwargs)
+        self._link(chain)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec):
+        """As ``MaskRCNNConvUpsampleHead``; MODEL.ROI_MASK_HEAD.NORM is that of MODEL.RESNETS.NORM.
+
+        Raises:
+            InputError: if it is another.
+        """
+        options = super().from_config(cfg, input_shape)
+        del options["conv_norm"]
+        return dict(options, chain=ChainConfig.from_config(cfg, "ROI_MASK_HEAD"))
+
+    def layers(self, x: Union[Tensor, Feature]) -> Tensor:
+        """The regions with the belief about them, or the regions alone."""
+        return self._run(x)

@@ -1,0 +1,79 @@
+"""Pooling regions from the levels of a pyramid together with the beliefs about them."""
+
+from typing import List
+
+import torch
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
+from detectron2.structures import Boxes
+from torch import nn
+
+from ..errors import InputError
+from ..layers import Belief
+from ..layers.belief import mixture
+from .chain import ChainConfig, Feature
+
+__all__ = ["BeliefPooler"]
+
+
+class BeliefPooler(ROIPooler):
+    """detectron2's ROIPooler, for features with beliefs.
+
+    A region has the belief of the level, and of the image, that it is pooled from. GKN, which
+    normalises each region by itself, gets exactly that. KN normalises all regions together, so that
+    it needs one belief about the pixels of any of them: the mixture of the levels' beliefs. All
+    levels count alike in it, whatever the regions at hand (ours). Weighted by its regions a prior
+    would differ from step to step and from GPU to GPU, and at gain 0 the running statistics would
+    be those of the last step's regions. That most regions are of fine levels is the process model's
+    to learn.
+
+    Args:
+        pooler: the one to take the place of.
+        chain: of the head that gets the regions.
+    """
+
+    def __init__(self, pooler: ROIPooler, chain: ChainConfig):
+        nn.Module.__init__(self)
+        self.__dict__.update(pooler.__dict__)
+        self.chain = chain
+
+    def forward(self, features: List[Feature], boxes: List[Boxes]) -> Feature:
+        """
+        Args:
+            features: the levels, from the finest on, each (N, C, H, W) with a belief of (1, C) or
+                (N, C), or all without one.
+            boxes: the regions of each image, R in all.
+
+        Returns:
+            Feature: the pooled regions, shape (R, C, size, size), ready for a convolution, with a
+            belief of shape (1, C) for KN, and (R, C) for GKN.
+
+        Raises:
+            InputError: if there are no beliefs although the head needs them.
+        """
+        x = super().forward([feature.value for feature in features], boxes)
+        beliefs = [feature.belief for feature in features]
+        if None in beliefs:
+            if self.training or self.chain.predicts_in_evaluation:
+                raise InputError(
+                    "The priors of the box and mask heads start from the beliefs about the "
+                    "backbone's features, of which there are none: set MODEL.BACKBONE.NAME "
+                    '"build_kn_resnet_fpn_backbone", and MODEL.FPN.NORM to that of '
+                    'MODEL.RESNETS.NORM or to ""'
+                )
+            return Feature(x)
+        belief = mixture(beliefs) if self.chain.norm == "KN" else self._by_region(beliefs, boxes)
+        return Feature(x, self.chain.transition.start(belief, x))
+
+    def _by_region(self, beliefs: List[Belief], boxes: List[Boxes]) -> Belief:
+        device = beliefs[0].mean.device
+        level = assign_boxes_to_levels(
+            boxes, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+        )
+        regions = torch.tensor([len(b) for b in boxes], device=device)
+        image = torch.arange(len(boxes), device=device).repeat_interleave(regions)
+
+        def of_regions(moments: List[torch.Tensor]) -> torch.Tensor:
+            by_level = torch.stack([v.expand(len(boxes), -1) for v in moments])
+            return by_level[level, image]
+
+        return Belief(*(of_regions(moments) for moments in zip(*beliefs)))
