@@ -1,6 +1,7 @@
 """KN and GKN, and GroupNorm of any number of groups, as norm types of detectron2's ``get_norm``."""
 
 import logging
+import math
 import re
 import sys
 from typing import Callable
@@ -18,11 +19,6 @@ logger = logging.getLogger(__name__)
 _original_get_norm = detectron2.layers.get_norm
 
 
-# With detectron2's default group count for GN.
-def _group_head(channels: int) -> nn.Module:
-    return GroupKalmanNorm2d(32, channels, gain=None)
-
-
 _NUMBERED_GN = re.compile(r"GN(\d+)")
 
 
@@ -33,6 +29,18 @@ def _group_norm(groups: int, channels: int) -> nn.GroupNorm:
             "number of groups that divides all widths of the network"
         )
     return nn.GroupNorm(groups, channels)
+
+
+_GROUPS = 32  # detectron2's number for GN
+
+
+def _group_head(channels: int) -> nn.Module:
+    if channels % _GROUPS:
+        raise InputError(
+            f"GKN without a prior is GroupNorm of {_GROUPS} groups, which do not divide a layer of "
+            f'{channels} channels: take "GN<n>" there, such as "GN{math.gcd(_GROUPS, channels)}"'
+        )
+    return GroupKalmanNorm2d(_GROUPS, channels, gain=None)
 
 
 NORMS = {"KN": lambda channels: KalmanNorm2d(channels, gain=None), "GKN": _group_head}

@@ -63,6 +63,11 @@ def test_groups_that_do_not_divide_the_channels_are_named(norm):
         registration.get_norm(norm, 16)
 
 
+def test_groups_of_gkn_that_do_not_divide_the_channels_are_named():
+    with pytest.raises(kn_detectron.InputError, match='32 groups, .* 8 channels: .* as "GN8"'):
+        registration.get_norm("GKN", 8)
+
+
 def test_a_foreign_module_gets_a_head():
     head = FastRCNNConvFCHead(
         ShapeSpec(channels=4, height=7, width=7), conv_dims=[8], fc_dims=[], conv_norm="KN"

@@ -5,6 +5,7 @@ about it. Where no belief is kept, in evaluation with moving statistics, the bel
 same modules do the rest.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
@@ -169,7 +170,8 @@ def build_norm(chain: ChainConfig, channels: int, head: bool = False) -> nn.Modu
     if channels % chain.num_groups:
         raise InputError(
             f"MODEL.KN.NUM_GROUPS is {chain.num_groups}, which does not divide a layer of "
-            f"{channels} channels: set a divisor of all the widths of the network"
+            f"{channels} channels: set a divisor of all the widths of the network, such as "
+            f"{math.gcd(chain.num_groups, channels)} for this one"
         )
     return GroupKalmanNorm2d(chain.num_groups, channels, **options)
 

@@ -18,7 +18,7 @@ from kn_detectron import InputError, KalmanNorm2d
 from kn_detectron.checkpoint import KNCheckpointer, fold, fold_weights
 from kn_detectron.checkpoint.folding import stock_config
 
-from ..models import build_rcnn, images, rcnn_cfg
+from ..models import build_rcnn, fpn_rcnn_cfg, images, rcnn_cfg
 from .deployed import assert_same_detections, c4_cfg, detect, fpn_cfg, pictures, trained
 
 CONFIGS = {
@@ -137,6 +137,9 @@ def test_config_has_the_stock_names(models):
     assert (c4.BACKBONE.NAME, c4.ROI_HEADS.NAME) == ("build_resnet_backbone", "Res5ROIHeads")
     assert c4.BACKBONE.FREEZE_AT == 2 and c4.DEVICE == "cpu" and "KN" not in c4
     assert fpn.BACKBONE.NAME == "build_resnet_fpn_backbone"
+    assert fpn.ROI_HEADS.NAME == "StandardROIHeads"
+    assert fpn.ROI_BOX_HEAD.NAME == "FastRCNNConvFCHead"
+    assert fpn.ROI_MASK_HEAD.NAME == "MaskRCNNConvUpsampleHead"
     for node in (fpn.RESNETS, fpn.FPN, fpn.ROI_BOX_HEAD, fpn.ROI_MASK_HEAD):
         assert node.NORM == "FrozenBN"
 
@@ -211,6 +214,7 @@ def test_another_eps_is_carried(name, models):
             lambda: c4_cfg(MODEL__KN__EVAL_STATISTICS="batch"),
             ('EVAL_STATISTICS is "batch"', "add MODEL.KN.EVAL_STATISTICS moving"),
         ),
+        (lambda: fpn_rcnn_cfg("GKN"), ('MODEL.RESNETS.NORM is "GKN"', "from each image")),
         (lambda: fpn_cfg(MODEL__FPN__NORM="GN8"), ('MODEL.FPN.NORM is "GN8"',)),
         (lambda: c4_cfg(MODEL__KN__GAIN=2), ("MODEL.KN.GAIN is 2",)),
         (lambda: stock_config(c4_cfg()), ("has no MODEL.KN",)),

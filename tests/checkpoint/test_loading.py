@@ -9,7 +9,7 @@ from kn_detectron import InputError
 from kn_detectron.checkpoint import KNCheckpointer, calibrate, fit_process_noise
 from kn_detectron.layers import KN_STATE, kalman_layers
 
-from ..models import build_rcnn, randomize, rcnn_cfg
+from ..models import build_rcnn, fpn_rcnn_cfg, randomize, rcnn_cfg
 from . import formats
 from .networks import trained_batch_norm
 
@@ -296,3 +296,61 @@ def test_converted_weights_can_be_evaluated(tmp_path):
     for options in ({}, dict(MODEL__BACKBONE__FREEZE_AT=2)):
         model = load(model_of("KN", **options), tmp_path, state, strict=True)
         assert_same(others(model.state_dict()), others(source.state_dict()))
+
+
+# FPN models of detectron2's model zoo.
+
+# Those with frozen BatchNorm have no other norms, and a box head without convolutions.
+PLAIN = dict(
+    MODEL__FPN__NORM="",
+    MODEL__ROI_BOX_HEAD__NORM="",
+    MODEL__ROI_BOX_HEAD__NUM_CONV=0,
+    MODEL__ROI_BOX_HEAD__NUM_FC=2,
+    MODEL__ROI_MASK_HEAD__NORM="",
+)
+
+
+def zoo_file(folder, norm, **options):
+    source = randomize(build_rcnn(fpn_rcnn_cfg(norm, **options)))
+    return formats.write(folder, formats.model_zoo(source.state_dict()), "model_final.pkl"), source
+
+
+def test_the_zoos_fpn_model_starts_a_kn_model(tmp_path, caplog):
+    path, source = zoo_file(tmp_path, "FrozenBN", **PLAIN)
+    model = build_rcnn(fpn_rcnn_cfg("KN"), seed=3)
+    of_parts = {n for n in kalman_layers(model) if "bottom_up" not in n}
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    with caplog.at_level("INFO", "kn_detectron"):
+        KNCheckpointer(model).load(path, [])
+    state, given = model.state_dict(), source.state_dict()
+    for name in set(given) & set(state) - {"pixel_mean", "pixel_std"}:
+        assert torch.equal(state[name], given[name]), name
+    loaded = {name.rpartition(".")[0] for name in given}
+    assert {"backbone.fpn_output2", "roi_heads.mask_head.mask_fcn1"} <= loaded & {
+        name.rpartition(".")[0] for name in state
+    }
+    # The ResNet is calibrated; statistics of FPN and heads, which are of no data, are fitted to
+    # by nothing.
+    assert "priors of 21 Kalman layers were set" in caplog.text
+    assert len(kalman_layers(model)) == 21 + len(of_parts) == 21 + 8 + 4
+    for name in filters(state):
+        if name.rpartition(".")[0] in of_parts:
+            assert torch.equal(state[name], before[name]), name
+    assert not [r for r in caplog.records if "no running statistics" in r.getMessage()]
+
+
+def test_an_fpn_model_with_batch_norm_everywhere_is_calibrated_everywhere(tmp_path, caplog):
+    path, source = zoo_file(tmp_path, "BN")
+    model = build_rcnn(fpn_rcnn_cfg("KN"), seed=3)
+    with caplog.at_level("INFO", "kn_detectron"):
+        KNCheckpointer(model).load(path, [])
+    assert "priors of 33 Kalman layers were set" in caplog.text
+    assert_same(others(model.state_dict()), others(source.state_dict()))
+
+
+@pytest.mark.parametrize("norm", ["GN4", "GKN"])
+def test_the_zoos_fpn_model_with_group_norm_loads_whole(tmp_path, norm):
+    path, source = zoo_file(tmp_path, "GN4")
+    model = build_rcnn(fpn_rcnn_cfg(norm), seed=3)
+    KNCheckpointer(model).load(path, [])
+    assert_same(others(model.state_dict()), others(source.state_dict()))

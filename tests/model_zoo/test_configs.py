@@ -20,20 +20,31 @@ CONFIGS = Path(kn_detectron.__file__).parent / "model_zoo" / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 BASES = [name for name in NAMES if Path(name).name.startswith("Base-")]
 NORMS = ("BN", "GN", "KN", "GKN", "KN_paper")
+FPN_NORMS = ("BN", "GN", "KN")
+COCO = [f"C4_{norm}" for norm in NORMS] + [f"FPN_{norm}" for norm in FPN_NORMS]
 
 # What the norm decides, and what follows from it: which weights there are, and where those have
 # their stride.
 OF_THE_NORM = {
     "MODEL.BACKBONE.NAME",
+    "MODEL.FPN.NORM",
     "MODEL.KN.GAIN",
     "MODEL.KN.GAIN_ANNEAL",
     "MODEL.KN.PREDICTION",
     "MODEL.KN.VARIANT",
     "MODEL.RESNETS.NORM",
     "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.ROI_BOX_HEAD.NAME",
+    "MODEL.ROI_BOX_HEAD.NORM",
     "MODEL.ROI_HEADS.NAME",
+    "MODEL.ROI_MASK_HEAD.NAME",
+    "MODEL.ROI_MASK_HEAD.NORM",
     "MODEL.WEIGHTS",
 }
+OF_PARTS = {
+    name for name in OF_THE_NORM if "FPN" in name or "BOX_HEAD" in name or "MASK_HEAD" in name
+}
+OF_KN = {name for name in OF_THE_NORM if name.startswith("MODEL.KN.")}
 
 # tensorpack's schedule of 280k iterations, and the setting of the paper's Table 6.
 SETTING = {
@@ -45,8 +56,6 @@ SETTING = {
     "INPUT.MIN_SIZE_TRAIN": (800,),
     "MODEL.MASK_ON": True,
     "MODEL.RESNETS.DEPTH": 50,
-    "MODEL.RESNETS.OUT_FEATURES": ["res4"],
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 256,
     "SOLVER.BASE_LR": 0.01,
     "SOLVER.GAMMA": 0.1,
     "SOLVER.IMS_PER_BATCH": 8,
@@ -54,6 +63,16 @@ SETTING = {
     "SOLVER.STEPS": (150000, 230000),
     "SOLVER.WARMUP_ITERS": 1000,
     "SOLVER.WEIGHT_DECAY": 0.0001,
+}
+OF_C4 = {"MODEL.RESNETS.OUT_FEATURES": ["res4"], "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 256}
+
+# As in the configs of detectron2's model zoo, whose GroupNorm models have this box head.
+OF_FPN = {
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 1000,
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 4,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 512,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 4,
 }
 
 LAYERS = {
@@ -91,8 +110,9 @@ def changes(name, other):
 
 
 def test_none_is_lost():
-    ours = {f"mask_rcnn_R50_C4_{norm}" for norm in NORMS}
+    ours = {f"mask_rcnn_R50_{model}" for model in COCO}
     expected = {f"{name}{suffix}.yaml" for name in ours for suffix in ("", "_2im")}
+    expected |= {f"mask_rcnn_R50_FPN_{norm}_finetune.yaml" for norm in FPN_NORMS}
     expected |= {f"quick_schedules/{name}_instant_test.yaml" for name in ours}
     expected |= {f"shapes/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in NORMS}
     expected.add("shapes/mask_rcnn_slim_R50_FPN_KN.yaml")
@@ -102,7 +122,12 @@ def test_none_is_lost():
 
 # The others have the same models: see test_2im_... and test_instant_tests_... below.
 @pytest.mark.parametrize(
-    "name", [n for n in NAMES if n not in BASES and not n.endswith(("_2im.yaml", "_test.yaml"))]
+    "name",
+    [
+        name
+        for name in NAMES
+        if name not in BASES and not name.endswith(("_2im.yaml", "_finetune.yaml", "_test.yaml"))
+    ],
 )
 def test_model_is_built_with_its_norm(name):
     cfg = load(name)
@@ -129,14 +154,27 @@ def test_coco_configs_follow_the_paper(norm, key):
     cfg = load(f"mask_rcnn_R50_C4_{norm}.yaml")
     assert cfg.MODEL.RESNETS.NORM == key
     assert cfg.MODEL.KN.VARIANT == ("paper" if norm == "KN_paper" else "network")
-    values = flat(cfg)
-    assert {name: values[name] for name in SETTING} == SETTING
+    values, setting = flat(cfg), {**SETTING, **OF_C4}
+    assert {name: values[name] for name in setting} == setting
+
+
+@pytest.mark.parametrize("norm, parts", [("BN", ""), ("GN", "GN"), ("KN", "KN")])
+def test_fpn_configs_have_norms_in_fpn_and_heads(norm, parts):
+    cfg = load(f"mask_rcnn_R50_FPN_{norm}.yaml")
+    assert cfg.MODEL.RESNETS.NORM == (parts or "FrozenBN")
+    assert {cfg.MODEL[p].NORM for p in ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")} == {parts}
+    values, setting = flat(cfg), {**SETTING, **OF_FPN}
+    assert {name: values[name] for name in setting} == setting
 
 
 def test_coco_configs_differ_in_the_norm_alone():
-    configs = [flat(load(f"mask_rcnn_R50_C4_{norm}.yaml")) for norm in NORMS]
-    differing = {key for key in configs[0] for cfg in configs if cfg[key] != configs[0][key]}
-    assert differing == OF_THE_NORM
+    for architecture, norms, of_norms in (
+        ("C4", NORMS, OF_THE_NORM - OF_PARTS),
+        ("FPN", FPN_NORMS, OF_THE_NORM - OF_KN | {"MODEL.KN.GAIN", "MODEL.KN.GAIN_ANNEAL"}),
+    ):
+        configs = [flat(load(f"mask_rcnn_R50_{architecture}_{norm}.yaml")) for norm in norms]
+        differing = {key for key in configs[0] for cfg in configs if cfg[key] != configs[0][key]}
+        assert differing == of_norms
 
 
 def test_shapes_configs_differ_in_the_norm_alone():
@@ -150,20 +188,22 @@ def test_shapes_configs_differ_in_the_norm_alone():
     assert len(norms) == 53
 
 
-def test_fine_tuning_changes_the_schedule_alone():
-    found = changes("mask_rcnn_R50_C4_KN_finetune.yaml", "mask_rcnn_R50_C4_KN.yaml")
+@pytest.mark.parametrize("model", ["C4_KN", *(f"FPN_{norm}" for norm in FPN_NORMS)])
+def test_fine_tuning_changes_the_schedule_alone(model):
+    found = changes(f"mask_rcnn_R50_{model}_finetune.yaml", f"mask_rcnn_R50_{model}.yaml")
     assert {key.split(".")[0] for key in found} == {"SOLVER", "TEST"}
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_2im_doubles_images_and_learning_rate(norm):
-    name = f"mask_rcnn_R50_C4_{norm}"
+@pytest.mark.parametrize("model", COCO)
+def test_2im_doubles_images_and_learning_rate(model):
+    name = f"mask_rcnn_R50_{model}"
     doubled = {"SOLVER.IMS_PER_BATCH": 16, "SOLVER.BASE_LR": 0.02}
     assert changes(f"{name}_2im.yaml", f"{name}.yaml") == doubled
 
 
-def test_instant_tests_change_the_same():
-    names = [f"mask_rcnn_R50_C4_{norm}" for norm in NORMS]
+@pytest.mark.parametrize("architecture", ["C4", "FPN"])
+def test_instant_tests_change_the_same(architecture):
+    names = [f"mask_rcnn_R50_{model}" for model in COCO if model.startswith(architecture)]
     first, *others = [
         changes(f"quick_schedules/{name}_instant_test.yaml", f"{name}.yaml") for name in names
     ]
@@ -180,9 +220,9 @@ def few_shapes(tmp_path_factory):
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("norm", NORMS)
-def test_instant_test_runs(few_shapes, tmp_path, norm):
-    name = CONFIGS / f"quick_schedules/mask_rcnn_R50_C4_{norm}_instant_test.yaml"
+@pytest.mark.parametrize("model", COCO)
+def test_instant_test_runs(few_shapes, tmp_path, model):
+    name = CONFIGS / f"quick_schedules/mask_rcnn_R50_{model}_instant_test.yaml"
     options = ["OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu", "SEED", "1"]
     options += ["SOLVER.MAX_ITER", "3"]  # of the same steps
     args = argument_parser().parse_args(["--config", str(name), *options])

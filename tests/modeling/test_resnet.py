@@ -302,6 +302,10 @@ def test_config_reaches_the_layers():
             dict(MODEL__RESNETS__NORM="GKN", MODEL__KN__NUM_GROUPS=3),
             "NUM_GROUPS is 3, which does not divide",
         ),
+        (
+            dict(MODEL__RESNETS__NORM="GKN", MODEL__KN__NUM_GROUPS=32),
+            "NUM_GROUPS is 32, .* a layer of 8 channels: .* such as 8 for this one",
+        ),
     ],
 )
 def test_what_it_refuses(options, sentence):
