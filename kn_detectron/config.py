@@ -15,9 +15,8 @@ PREDICTIONS = ("closed_form", "monte_carlo")
 def add_kn_config(cfg: CN) -> None:
     """Adds the node ``MODEL.KN`` and ``DATASETS.CLASS_NAMES``, with defaults, to a detectron2 config.
 
-    The former's apply to MODEL.RESNETS.NORM "KN" and "GKN" in the backbones ``build_kn_resnet_backbone``
-    and ``build_kn_resnet_fpn_backbone`` and in the heads ``KNRes5ROIHeads``. Calling it again
-    leaves values that are already there alone.
+    The former's apply to the norms "KN" and "GKN" in the backbones and heads of
+    :mod:`kn_detectron.modeling`. Calling it again leaves values that are already there alone.
     """
     if "KN" in cfg.MODEL:
         return
