@@ -50,6 +50,10 @@ def add_kn_config(cfg: CN) -> None:
     # Inference with "moving" averages (the paper's Option A), or with the filtered statistics of
     # the "batch" at hand (Option B). GKN has no moving averages and always uses the latter.
     kn.EVAL_STATISTICS = "moving"
+    # The network of build_kn_network_backbone: a name of torchvision.models, or timm/<name>.
+    kn.NETWORK = "resnet50"
+    # Its weights, a local file in the format of its library; "" starts from scratch.
+    kn.NETWORK_WEIGHTS = ""
     # Groups of GKN; must divide all the widths of the network.
     kn.NUM_GROUPS = 32
 
@@ -94,6 +98,8 @@ _RULES = {
         "a list of positive numbers, one per channel of MODEL.PIXEL_STD",
     ),
     "EVAL_STATISTICS": _one_of(EVAL_STATISTICS),
+    "NETWORK": (lambda v: isinstance(v, str) and v != "", "the name of a network"),
+    "NETWORK_WEIGHTS": (lambda v: isinstance(v, str), "the path of a file, or empty"),
     "NUM_GROUPS": (lambda v: _is_count(v) and v > 0, "a positive whole number"),
 }
 

@@ -21,6 +21,7 @@ from ..modeling import (
     KNFPN,
     Features,
     KNCascadeROIHeads,
+    KNNetwork,
     KNRes5ROIHeads,
     KNResNet,
     KNStandardROIHeads,
@@ -159,8 +160,8 @@ def _run_chains(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, KalmanNetwork):
             module.pass_beliefs()
-        if isinstance(module, KNResNet):
-            weight = module.stem.conv1.weight
+        if isinstance(module, (KNNetwork, KNResNet)):
+            weight = next(module.parameters())  # of the first convolution
             backbone = pyramids.get(module, module)  # which runs what is below it
             outputs = backbone(weight.new_zeros(0, weight.shape[1], 64, 64))
             features.update(outputs)

@@ -40,6 +40,8 @@ _STOCK_NAMES = {
     "KNStandardROIHeads": "StandardROIHeads",
 }
 
+_NETWORKS = ("build_kn_network_backbone", "build_kn_network_fpn_backbone")
+
 # Where nothing passes it a prior, GKN is GroupNorm with detectron2's number of groups.
 _STOCK_NORMS = {"KN": "FrozenBN", "GKN": "GN", "GN32": "GN"}
 
@@ -57,7 +59,7 @@ def stock_config(cfg):
     Raises:
         InputError: the config is wrong, or the model cannot be folded: GKN and
             MODEL.KN.EVAL_STATISTICS "batch" take statistics of the images at hand, which no
-            constant can replace.
+            constant can replace, and networks of other libraries are none of detectron2's.
     """
     if "KN" not in cfg.MODEL:
         raise InputError(
@@ -65,6 +67,11 @@ def stock_config(cfg):
             "give the config of a KN model."
         )
     check_config(cfg)
+    if cfg.MODEL.BACKBONE.NAME in _NETWORKS:
+        raise InputError(
+            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, of whose networks detectron2 has no "
+            "own, so that its models run with this package only."
+        )
     if {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_HEADS.NAME} & set(_STOCK_NAMES):
         if cfg.MODEL.RESNETS.NORM == "GKN":
             raise InputError(

@@ -3,10 +3,12 @@
 from .chain import ChainConfig, ChainConv2d, Feature, Features
 from .fpn import (
     KNFPN,
+    build_kn_network_fpn_backbone,
     build_kn_resnet_fpn_backbone,
     build_kn_retinanet_resnet_fpn_backbone,
 )
 from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
+from .network import KNNetwork, build_kn_network_backbone
 from .poolers import BeliefPooler
 from .resnet import (
     KNBasicBlock,
@@ -30,9 +32,12 @@ __all__ = [
     "KNFPN",
     "KNFastRCNNConvFCHead",
     "KNMaskRCNNConvUpsampleHead",
+    "KNNetwork",
     "KNRes5ROIHeads",
     "KNResNet",
     "KNStandardROIHeads",
+    "build_kn_network_backbone",
+    "build_kn_network_fpn_backbone",
     "build_kn_resnet_backbone",
     "build_kn_resnet_fpn_backbone",
     "build_kn_retinanet_resnet_fpn_backbone",

@@ -4,13 +4,11 @@ They are detectron2's own, parameter by parameter and key by key. Only KN's para
 """
 
 import functools
-from typing import Callable
-
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
@@ -24,9 +22,15 @@ from .chain import (
     feature_of,
     residual_sum,
 )
-from .resnet import KNResNet, build_kn_resnet_backbone
+from .network import build_kn_network_backbone
+from .resnet import build_kn_resnet_backbone
 
-__all__ = ["KNFPN", "build_kn_resnet_fpn_backbone", "build_kn_retinanet_resnet_fpn_backbone"]
+__all__ = [
+    "KNFPN",
+    "build_kn_network_fpn_backbone",
+    "build_kn_resnet_fpn_backbone",
+    "build_kn_retinanet_resnet_fpn_backbone",
+]
 
 
 class KNFPN(FPN):
@@ -106,20 +110,17 @@ class KNFPN(FPN):
             outputs.beliefs[self._out_features[-1]] = outputs.beliefs[source]
 
 
-def _build(
-    cfg: CfgNode, input_shape: ShapeSpec, build_top_block: Callable[[KNResNet], nn.Module]
-) -> FPN:
-    bottom_up = build_kn_resnet_backbone(cfg, input_shape)
+def _build(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
     options = dict(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        top_block=build_top_block(bottom_up),
+        top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
     norm = cfg.MODEL.FPN.NORM
     if norm == "":
-        return KNFPN(chain=bottom_up.chain, normalize=False, **options)
+        return KNFPN(chain=ChainConfig.from_config(cfg), normalize=False, **options)
     if norm in ("KN", "GKN"):
         return KNFPN(chain=ChainConfig.from_config(cfg, "FPN"), **options)
     return FPN(norm=norm, **options)
@@ -135,15 +136,18 @@ def build_kn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         InputError: as for the backbone, and if the two norms differ.
     """
-    return _build(cfg, input_shape, lambda bottom_up: LastLevelMaxPool())
+    return _build(cfg, build_kn_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_kn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """As :func:`build_kn_resnet_fpn_backbone`, with RetinaNet's P6 and P7, convolved from res5."""
+    bottom_up = build_kn_resnet_backbone(cfg, input_shape)
+    in_channels = bottom_up.output_shape()["res5"].channels
+    return _build(cfg, bottom_up, LastLevelP6P7(in_channels, cfg.MODEL.FPN.OUT_CHANNELS))
 
-    def top_block(bottom_up: KNResNet) -> LastLevelP6P7:
-        in_channels = bottom_up.output_shape()["res5"].channels
-        return LastLevelP6P7(in_channels, cfg.MODEL.FPN.OUT_CHANNELS)
 
-    return _build(cfg, input_shape, top_block)
+@BACKBONE_REGISTRY.register()
+def build_kn_network_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """As :func:`build_kn_resnet_fpn_backbone`, on :func:`build_kn_network_backbone`."""
+    return _build(cfg, build_kn_network_backbone(cfg, input_shape), LastLevelMaxPool())

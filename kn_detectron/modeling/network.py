@@ -1,0 +1,165 @@
+"""Networks of torchvision and timm, by name, as backbones with Kalman Normalization."""
+
+from typing import Dict, List, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from ..errors import InputError
+from ..layers import KalmanNetwork, convert_kalman_norm
+from .chain import ChainConfig, Features
+
+__all__ = ["KNNetwork", "build_kn_network_backbone"]
+
+# As detectron2 calls the features of its ResNets.
+STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+
+# Side of the image that is shown to a network to see the shapes of its features. It is none for which
+# the adaptive pooling in front of a classifier puts out what a feature would be.
+_SIDE = 128
+
+
+class KNNetwork(Backbone):
+    """A converted network that puts out features, as a backbone.
+
+    Args:
+        network: returns, by name, features and the beliefs about them; see
+            :func:`~kn_detectron.layers.convert_kalman_norm`.
+        shapes: channels and stride of each feature.
+    """
+
+    def __init__(self, network: KalmanNetwork, shapes: Dict[str, ShapeSpec]):
+        super().__init__()
+        self.network = network
+        self._shapes = shapes
+
+    def forward(self, x: Tensor) -> Features:
+        """
+        Args:
+            x: images, normalised, shape (N, C, H, W).
+
+        Returns:
+            Features: by name, with the beliefs about those of which there is one.
+        """
+        features, beliefs = self.network(x)
+        return Features(features, {k: v for k, v in beliefs.items() if v is not None})
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        """Channels and stride of each feature."""
+        return dict(self._shapes)
+
+
+@BACKBONE_REGISTRY.register()
+def build_kn_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> KNNetwork:
+    """The network MODEL.KN.NETWORK, whose BatchNorm becomes KN, as a backbone.
+
+    The features are called as those of a ResNet of the same stride, "res2" to "res5", of which
+    MODEL.RESNETS.OUT_FEATURES names some: each is the last of its stride that a block of the
+    network puts out, where blocks are the network's modules and the modules in these. Weights come
+    from the file MODEL.KN.NETWORK_WEIGHTS, a ``state_dict`` as the network's library saves it; the
+    priors are calibrated to its statistics. Pixels and their order (MODEL.PIXEL_MEAN,
+    MODEL.PIXEL_STD, INPUT.FORMAT) have to be those of the weights.
+
+    Raises:
+        InputError: there is no such network, it cannot be converted or lacks a feature, the file
+            is not of it, or the config asks for what it does not do.
+    """
+    # These, and what reads weights, are built on this package.
+    from ..pretraining.networks import build_network
+
+    chain = ChainConfig.from_config(cfg)
+    if chain.norm != "KN":
+        raise InputError(
+            f"MODEL.RESNETS.NORM is {chain.norm!r}, but build_kn_network_backbone makes KN of the "
+            'network\'s BatchNorm: set MODEL.RESNETS.NORM "KN"'
+        )
+    if cfg.MODEL.BACKBONE.FREEZE_AT:
+        raise InputError(
+            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}, but "
+            "build_kn_network_backbone freezes nothing: set it to 0"
+        )
+    name, names = cfg.MODEL.KN.NETWORK, cfg.MODEL.RESNETS.OUT_FEATURES
+    extractor, shapes = _features(build_network(name, 1000), name, names)
+    if cfg.MODEL.KN.NETWORK_WEIGHTS:
+        _load(extractor, cfg.MODEL.KN.NETWORK_WEIGHTS, name)
+    image_std = torch.tensor(cfg.MODEL.KN.IMAGE_STD) / torch.tensor(cfg.MODEL.PIXEL_STD)
+    network = convert_kalman_norm(
+        extractor,
+        image_mean=[0.0] * len(image_std),
+        image_std=image_std.tolist(),
+        eval_statistics=chain.eval_statistics,
+        transition=chain.transition,
+        return_beliefs=True,
+        **chain.layer_options,
+    )
+    return KNNetwork(network, shapes)
+
+
+def _features(
+    network: nn.Module, name: str, wanted: Sequence[str]
+) -> Tuple[nn.Module, Dict[str, ShapeSpec]]:
+    """The part of a network that makes the wanted features, and their shapes."""
+    # What torchvision need not look into, where there may be code that it cannot trace.
+    norms = nn.BatchNorm2d, nn.GroupNorm
+    innermost = {
+        type(m) for m in network.modules() if isinstance(m, norms) or not any(m.children())
+    }
+    options = dict(tracer_kwargs={"leaf_modules": list(innermost)})
+    nodes = _block_ends(*get_graph_node_names(network, **options))
+    with torch.no_grad():
+        extractor = create_feature_extractor(network, nodes, **options).eval()
+        outputs = extractor(torch.zeros(1, 3, _SIDE, _SIDE))
+    last = {
+        _SIDE // value.shape[2]: (node, value.shape[1])
+        for node, value in outputs.items()
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2] * 2 <= _SIDE
+        if _SIDE % value.shape[2] == 0
+    }
+    for feature in wanted:
+        if STRIDES.get(feature) not in last:
+            there = [f for f, stride in STRIDES.items() if stride in last]
+            raise InputError(
+                f"MODEL.RESNETS.OUT_FEATURES has {feature!r}, of which {name} has none: give some of "
+                f"{', '.join(there) or 'another network'}"
+            )
+    places = {feature: last[STRIDES[feature]] for feature in wanted}
+    shapes = {
+        feature: ShapeSpec(channels=channels, stride=STRIDES[feature])
+        for feature, (_, channels) in places.items()
+    }
+    nodes = {node: feature for feature, (node, _) in places.items()}
+    return create_feature_extractor(network, nodes, **options).train(), shapes
+
+
+def _block_ends(in_training: Sequence[str], in_evaluation: Sequence[str]) -> List[str]:
+    """The last nodes of a network's modules, and of the modules in these, in their order."""
+    ends = {}
+    for node in in_evaluation:
+        parts = node.split(".")
+        ends.update({parts[0]: node, ".".join(parts[:2]): node})
+    both = set(ends.values()) & set(in_training)
+    return [node for node in in_evaluation if node in both]
+
+
+def _load(extractor: nn.Module, path: str, name: str) -> None:
+    from ..checkpoint.containers import read_container
+    from ..checkpoint.wrapping import unwrapped_content
+
+    state, _ = unwrapped_content(read_container(path), path)
+    for key, tensor in extractor.state_dict().items():
+        if key not in state and not key.endswith("num_batches_tracked"):
+            raise InputError(
+                f"MODEL.KN.NETWORK_WEIGHTS {path} has no {key}, which {name} has: give weights of "
+                "that network, as its library saves them"
+            )
+        if key in state and state[key].shape != tensor.shape:
+            raise InputError(
+                f"MODEL.KN.NETWORK_WEIGHTS {path} has a {key} of shape {tuple(state[key].shape)}, "
+                f"but {name} has one of {tuple(tensor.shape)}: give weights of that network"
+            )
+    extractor.load_state_dict(state, strict=False)  # it may have the classifier too

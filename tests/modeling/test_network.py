@@ -1,0 +1,130 @@
+import pytest
+import torch
+import torchvision
+from detectron2.layers import ShapeSpec
+
+from kn_detectron import InputError, KalmanNorm2d
+from kn_detectron.checkpoint import KNCheckpointer, calibrate
+from kn_detectron.checkpoint.folding import stock_config
+from kn_detectron.layers import kalman_layers, set_gain_scale
+from kn_detectron.modeling import KNFPN, KNNetwork
+
+from ..models import (
+    build_backbone,
+    build_rcnn,
+    fpn_rcnn_cfg,
+    images,
+    randomize,
+    rcnn_inputs,
+    resnet_cfg,
+)
+from .test_roi_heads import detections, train_step
+
+STAGES = ["res2", "res3", "res4", "res5"]
+MOBILENET = {"res2": 24, "res3": 32, "res4": 96, "res5": 1280}
+
+
+def network_cfg(name="mobilenet_v2", **overrides):
+    options = dict(
+        MODEL__BACKBONE__NAME="build_kn_network_backbone",
+        MODEL__KN__NETWORK=name,
+        MODEL__RESNETS__OUT_FEATURES=STAGES,
+    )
+    return resnet_cfg("KN", **{**options, **overrides})
+
+
+def trained_mobilenet(folder):
+    """torchvision's network with statistics like those of training, and the file with its weights."""
+    network = torchvision.models.mobilenet_v2(weights=None).train()
+    with torch.no_grad():
+        network(images(4, 96))
+    path = folder / "mobilenet_v2.pth"
+    torch.save(randomize(network).state_dict(), path)
+    return network.eval(), str(path)
+
+
+@pytest.mark.parametrize(
+    "name, channels",
+    [
+        ("mobilenet_v2", MOBILENET),
+        ("resnet18", {"res2": 64, "res3": 128, "res4": 256, "res5": 512}),
+        ("googlenet", {"res2": 192, "res3": 480, "res4": 832, "res5": 1024}),
+        ("densenet121", {"res2": 256, "res3": 512, "res4": 1024, "res5": 1024}),
+        ("timm/tf_efficientnet_lite0", {"res2": 24, "res3": 40, "res4": 112, "res5": 1280}),
+    ],
+)
+def test_features_are_what_the_last_block_of_their_stride_puts_out(name, channels):
+    backbone = build_backbone(network_cfg(name))
+    assert isinstance(backbone, KNNetwork)
+    shapes = backbone.output_shape()
+    assert [shapes[f].stride for f in STAGES] == [4, 8, 16, 32]
+    assert {f: shapes[f].channels for f in STAGES} == channels
+    out = backbone(images(2, 64))
+    assert set(out) == set(out.beliefs) == set(STAGES)
+    for feature, shape in shapes.items():
+        assert out[feature].shape == (2, shape.channels, 64 // shape.stride, 64 // shape.stride)
+        assert out.beliefs[feature].mean.shape == (1, shape.channels)
+    sum(v.square().mean() for v in out.values()).backward()
+    for name, p in backbone.named_parameters():
+        assert p.grad is not None, name
+    assert not backbone.eval()(images(2, 64)).beliefs
+
+
+def test_at_gain_0_it_computes_what_the_frozen_network_does(tmp_path):
+    network, path = trained_mobilenet(tmp_path)
+    backbone = build_backbone(network_cfg(MODEL__KN__NETWORK_WEIGHTS=path))
+    set_gain_scale(backbone, 0.0)
+    x = images(1, 96, seed=3)
+    with torch.no_grad():
+        got, want = backbone.train()(x)["res5"], network.features(x)
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+FPN = dict(
+    MODEL__BACKBONE__NAME="build_kn_network_fpn_backbone",
+    MODEL__KN__NETWORK="mobilenet_v2",
+    MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0,
+)
+
+
+def test_mask_rcnn_with_fpn_and_heads():
+    model = build_rcnn(fpn_rcnn_cfg("KN", **FPN))
+    assert isinstance(model.backbone, KNFPN)
+    losses = train_step(model, rcnn_inputs())
+    assert "loss_mask" in losses
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+    assert all(len(found) > 0 for found in detections(model, rcnn_inputs()))
+    assert set(calibrate(model)) == set(kalman_layers(model))
+    norms = [m for m in model.modules() if isinstance(m, KalmanNorm2d)]
+    assert len(norms) == len(kalman_layers(model))  # none is the head of a chain
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
+def test_a_checkpoint_loads_whole(tmp_path, name):
+    cfg = fpn_rcnn_cfg("KN", **{**FPN, "MODEL__KN__NETWORK": name})
+    model, other = randomize(build_rcnn(cfg)), build_rcnn(cfg, seed=5)
+    KNCheckpointer(model, str(tmp_path)).save("model_final")
+    KNCheckpointer(other).load_for_evaluation(str(tmp_path / "model_final.pth"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_it_is_not_folded():
+    with pytest.raises(InputError, match="build_kn_network_fpn_backbone, .* detectron2 has no"):
+        stock_config(fpn_rcnn_cfg("KN", **FPN))
+
+
+def test_what_it_refuses(tmp_path):
+    other = tmp_path / "other.pth"
+    torch.save({"features.0.0.weight": torch.ones(1)}, other)
+    for options, sentence in (
+        (dict(MODEL__KN__NETWORK="nothing"), "no network 'nothing'"),
+        (dict(MODEL__KN__NETWORK="vgg11"), "neither BatchNorm2d nor GroupNorm"),
+        (dict(MODEL__RESNETS__OUT_FEATURES=["res6"]), "has 'res6', .* give some of res2, res3"),
+        (dict(MODEL__BACKBONE__FREEZE_AT=2), "FREEZE_AT is 2, but"),
+        (dict(MODEL__RESNETS__NORM="GKN"), "NORM is 'GKN', but"),
+        (dict(MODEL__KN__NETWORK_WEIGHTS=str(other)), "features.0.0.weight of shape .1,., but"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            build_backbone(network_cfg(**options))
