@@ -2,8 +2,9 @@ import copy
 
 import pytest
 import torch
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling.backbone.resnet import ResNet
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kn_detectron import GroupKalmanNorm2d, InputError, KalmanNorm2d
@@ -317,3 +318,24 @@ def test_it_is_a_detectron2_resnet():
     backbone = build_backbone(resnet_cfg("KN"))
     assert isinstance(backbone, ResNet) and backbone.image_var.shape == (3,)
     assert backbone.output_shape()["res4"] == ShapeSpec(channels=64, stride=16)
+
+
+@pytest.mark.parametrize("norm, statistics", [("KN", "moving"), ("KN", "batch"), ("GKN", "moving")])
+def test_training_and_evaluation_have_the_same_keys_and_call_the_same_modules(norm, statistics):
+    """Beliefs are no features, and a hook on a module does not depend on the mode."""
+    cfg = resnet_cfg(norm, MODEL__KN__EVAL_STATISTICS=statistics, **ALL_STAGES)
+    backbone = build_backbone(cfg)
+    called = []
+    for name, module in backbone.named_modules():
+        if not list(module.children()) or isinstance(module, (nn.Conv2d, CNNBlockBase)):
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+    calls = []
+    for training in (True, False):
+        called.clear()
+        out = backbone.train(training)(images())
+        assert set(out) == set(backbone.output_shape())
+        assert all(isinstance(feature, torch.Tensor) for feature in out.values())
+        calls.append(list(called))
+    assert calls[0] == calls[1]
+    convs = [name for name, module in backbone.named_modules() if isinstance(module, nn.Conv2d)]
+    assert set(convs) <= set(calls[0])
