@@ -86,39 +86,36 @@ class Rectify:
     """
 
     @staticmethod
-    def _parts(mean: Tensor, var: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """h, sqrt(2) z = t, pdf(t), and the tail P(> t).
-
-        With z = t / sqrt(2), of a standard normal: pdf(t) is exp(-z^2) / sqrt(2 pi), its tail
-        P(> t) is exp(-z^2) erfcx(z) / 2, and h is pdf(t) - t tail. In this form they keep their
-        relative accuracy however far out t is.
-        """
-        deviations = (var.sqrt() * math.sqrt(2.0)).clamp_min(torch.finfo(var.dtype).tiny)
-        z = (mean.abs() / deviations).clamp_max(_TAIL)
+    def forward(mean: Tensor, var: Tensor) -> Tuple[Tuple[Tensor, Tensor], Tuple[Tensor, ...]]:
+        """The moments behind the ReLU, and what :meth:`backward` takes in front of their gradients."""
+        tiny = torch.finfo(var.dtype).tiny
+        std = var.sqrt()
+        # With z = t / sqrt(2), of a standard normal: pdf(t) is exp(-z^2) / sqrt(2 pi), its tail
+        # P(> t) is exp(-z^2) erfcx(z) / 2, and h is pdf(t) - t tail. In this form they keep their
+        # relative accuracy however far out t is.
+        z = mean.abs().div_((std * math.sqrt(2.0)).clamp_min_(tiny)).clamp_max_(_TAIL)
         bell, mills = torch.exp(-z * z), torch.special.erfcx(z)
-        pdf = bell * (1.0 / math.sqrt(2.0 * math.pi))
-        h = (1.0 - math.sqrt(math.pi) * z * mills).clamp_min(0.0) * pdf
-        return h, z * math.sqrt(2.0), pdf, 0.5 * bell * mills
-
-    @staticmethod
-    def forward(mean: Tensor, var: Tensor) -> Tuple[Tensor, Tensor]:
-        """The moments behind the ReLU."""
-        h, t, _, tail = Rectify._parts(mean, var)
-        cdf = torch.where(mean < 0, tail, 1.0 - tail)
-        out_mean = torch.addcmul(mean.clamp_min(0.0), var.sqrt(), h)
-        return out_mean, (cdf - h * (h + t)).clamp_min(0.0) * var
+        h = (1.0 - math.sqrt(math.pi) * z * mills).clamp_min_(0.0) * bell
+        h = h.mul_(1.0 / math.sqrt(2.0 * math.pi))
+        tail = (bell * mills).mul_(0.5)
+        negative, rest = mean < 0, 1.0 - tail
+        cdf, cdf_of_minus = torch.where(negative, tail, rest), torch.where(negative, rest, tail)
+        out_mean = torch.addcmul(mean.clamp_min(0.0), std, h)
+        out_var = (cdf - h * torch.add(h, z, alpha=math.sqrt(2.0))).clamp_min_(0.0).mul_(var)
+        # At v = 0 there is no slope in v where m is not 0, and an infinite one, cut off, where it is.
+        slope = torch.where(var > tiny, bell.mul_(1.0 / math.sqrt(2.0 * math.pi)) / std, 0.0)
+        return (out_mean, out_var), (cdf, cdf_of_minus, slope, out_mean)
 
     @staticmethod
     def backward(
-        mean: Tensor, var: Tensor, d_out_mean: Tensor, d_out_var: Tensor
+        cdf: Tensor,
+        cdf_of_minus: Tensor,
+        slope: Tensor,
+        out_mean: Tensor,
+        d_out_mean: Tensor,
+        d_out_var: Tensor,
     ) -> Tuple[Tensor, Tensor]:
-        """The gradients of :meth:`forward`."""
-        h, _, pdf, tail = Rectify._parts(mean, var)
-        negative, std = mean < 0, var.sqrt()
-        cdf, cdf_of_minus = (torch.where(at, tail, 1.0 - tail) for at in (negative, ~negative))
-        out_mean = torch.addcmul(mean.clamp_min(0.0), std, h)
-        # At v = 0 there is no slope in v where m is not 0, and an infinite one, cut off, where it is.
-        slope = torch.where(var > torch.finfo(var.dtype).tiny, pdf / std, 0.0)
+        """The gradients of :meth:`forward`; ``slope`` is pdf(a) / s."""
         d_mean = torch.addcmul(d_out_mean * cdf, d_out_var, out_mean * cdf_of_minus, value=2.0)
         d_var = d_out_var * torch.addcmul(cdf, out_mean, slope, value=-1.0)
         return d_mean, d_var.add_(d_out_mean * slope, alpha=0.5)
@@ -183,9 +180,10 @@ class Convolve:
 class _Rectified(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean, var):
-        ctx.save_for_backward(mean, var)
         ctx.operation = fastest(Rectify, mean, var)
-        return ctx.operation.forward(mean, var)
+        moments, saved = ctx.operation.forward(mean, var)
+        ctx.save_for_backward(*saved)
+        return moments
 
     @staticmethod
     @once_differentiable

@@ -61,16 +61,15 @@ class Filter:
     ) -> Gradients:
         """The gradients of the vectors, and through the measurement that of the features.
 
-        The layer is y = scale (x - c) + shift with shift = bias - scale (mean - c). At the constant
-        c = mean, ``sum_dy_xmu`` is the gradient of the scale and ``sum_dy`` that of the shift. From
-        there autograd goes on to whatever scale, shift and belief are made of.
+        In y = scale (x - mean) + bias, ``sum_dy_xmu`` is the gradient of the scale, ``sum_dy`` that
+        of the bias and -scale ``sum_dy`` that of the mean. From there autograd goes on to whatever
+        they, and the belief, are made of.
 
         Args:
             v, measured, spec, count: as in :meth:`forward`.
             sums: ``sum_dy`` and ``sum_dy_xmu`` of each unfolded channel.
             d_belief: the gradients of the belief's mean and variance, or None.
         """
-
         vectors = Vectors(
             *(None if t is None else t.detach().requires_grad_(t.requires_grad) for t in v)
         )
@@ -80,11 +79,12 @@ class Filter:
         with torch.enable_grad():
             posterior, belief, _ = filter_belief(vectors, moments, spec)
             mean, scale = spec.sets.spread(posterior.mean), _scale(posterior, vectors, spec)
-            shift = scale * (mean.detach() - mean)
-            if vectors.bias is not None:
-                shift = shift + spec.sets.repeat(vectors.bias)
-        pairs = [(shift, sums[0]), (scale, sums[1]), *zip(belief, d_belief)]
-        pairs = [(out, d) for out, d in pairs if d is not None and out.requires_grad]
+            bias = None if vectors.bias is None else spec.sets.repeat(vectors.bias)
+        sum_dy, sum_dy_xmu = sums
+        d_mean = scale.detach() * -sum_dy
+        pairs = [(mean, d_mean), (scale, sum_dy_xmu), (bias, sum_dy), *zip(belief, d_belief)]
+        pairs = [(out, d) for out, d in pairs if d is not None and out is not None]
+        pairs = [(out, d) for out, d in pairs if out.requires_grad]
         outputs, d_outputs = zip(*pairs)
         wanted = [t for t in (*vectors, *(moments or ())) if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(outputs, wanted, d_outputs, allow_unused=True))

@@ -97,13 +97,13 @@ class Rectify:
         return ()
 
     @staticmethod
-    def forward(mean: Tensor, var: Tensor) -> Tuple[Tensor, Tensor]:
-        """The moments behind the ReLU."""
+    def forward(mean: Tensor, var: Tensor) -> Tuple[Tuple[Tensor, Tensor], Tuple[Tensor, ...]]:
+        """The moments behind the ReLU, and what :meth:`backward` takes in front of their gradients."""
         mean, var = mean.contiguous(), var.contiguous()
         out_mean, out_var = torch.empty_like(mean), torch.empty_like(var)
         grid = (triton.cdiv(mean.numel(), _BLOCK),)
         _relu_forward[grid](mean, var, out_mean, out_var, mean.numel(), BLOCK=_BLOCK)
-        return out_mean, out_var
+        return (out_mean, out_var), (mean, var)
 
     @staticmethod
     def backward(
