@@ -131,14 +131,21 @@ class Convolve:
 
     @staticmethod
     def _columns(v: Tensor, weight: Tensor, groups: int) -> Tensor:
-        """(rows, C_in) as the columns that the filters of each group are multiplied with."""
-        rows, taps = v.shape[0], weight.shape[2] * weight.shape[3]
+        """(rows, C_in) as the columns that the filters, of each group, are multiplied with."""
+        taps = weight.shape[2] * weight.shape[3]
         v = v if taps == 1 else v.repeat_interleave(taps, 1)
-        return v.view(rows, groups, weight[0].numel()).permute(1, 2, 0)
+        return Convolve._grouped(v, groups)
+
+    @staticmethod
+    def _grouped(v: Tensor, groups: int) -> Tensor:
+        """(rows, C) as (C, rows), or (groups, C / groups, rows) where there are groups."""
+        rows, channels = v.shape
+        return v.t() if groups == 1 else v.t().reshape(groups, channels // groups, rows)
 
     @staticmethod
     def _filters(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-        return weight.to(dtype).reshape(groups, weight.shape[0] // groups, weight[0].numel())
+        weight = weight.to(dtype).flatten(1)
+        return weight if groups == 1 else weight.unflatten(0, (groups, -1))
 
     @staticmethod
     def forward(
@@ -148,7 +155,8 @@ class Convolve:
         filters = Convolve._filters(weight, groups, mean.dtype)
         out_mean = filters @ Convolve._columns(mean, weight, groups)
         out_var = filters.square() @ Convolve._columns(var, weight, groups)
-        return tuple(v.flatten(0, 1).t() for v in (out_mean, out_var))
+        shape = weight.shape[0], mean.shape[0]
+        return out_mean.view(shape).t(), out_var.view(shape).t()
 
     @staticmethod
     def backward(
@@ -161,19 +169,16 @@ class Convolve:
     ) -> Tuple[Tensor, Tensor, Tensor]:
         """The gradients of :meth:`forward`: d_W = d_mean m^T + 2 W * (d_var v^T)."""
         filters = Convolve._filters(weight, groups, mean.dtype)
-        d_mean, d_var = (
-            d.t().reshape(groups, weight.shape[0] // groups, mean.shape[0])
-            for d in (d_out_mean, d_out_var)
-        )
+        d_mean, d_var = (Convolve._grouped(d, groups) for d in (d_out_mean, d_out_var))
+        of_mean, of_var = filters.mT @ d_mean, filters.square().mT @ d_var
         taps = weight.shape[2] * weight.shape[3]
-
-        def sum_over_taps(columns: Tensor) -> Tensor:
-            return columns.permute(2, 0, 1).reshape(*mean.shape, taps).sum(2)
-
-        of_mean = sum_over_taps(filters.mT @ d_mean)
-        of_var = sum_over_taps(filters.square().mT @ d_var)
+        if taps > 1:
+            shape = mean.shape[1], taps, mean.shape[0]
+            of_mean, of_var = of_mean.view(shape).sum(1), of_var.view(shape).sum(1)
+        of_mean, of_var = (v.view(mean.shape[::-1]).t() for v in (of_mean, of_var))
         of_weight = (d_var @ Convolve._columns(var, weight, groups).mT).mul_(filters)
-        of_weight.baddbmm_(d_mean, Convolve._columns(mean, weight, groups).mT, beta=2)
+        add_product = of_weight.addmm_ if groups == 1 else of_weight.baddbmm_
+        add_product(d_mean, Convolve._columns(mean, weight, groups).mT, beta=2)
         return of_mean, of_var, of_weight.view_as(weight).to(weight.dtype)
 
 

@@ -62,7 +62,7 @@ class Sets(NamedTuple):
     def spread(self, v: Tensor) -> Tensor:
         """Numbers of sets, (rows, groups) or (1, groups), as a vector over the unfolded channels."""
         if self.is_batch:
-            return v[0]
+            return v.view(-1)
         per_row, per_group = self.images // max(self.rows, 1), self.channels // self.groups
         shape = self.rows, per_row, self.groups, per_group
         return v[:, None, :, None].expand(shape).reshape(-1)
