@@ -12,6 +12,7 @@ from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..layers.belief import scale
 from .chain import (
     ChainConfig,
@@ -70,13 +71,23 @@ class KNFPN(FPN):
             Features: the levels by name, as detectron2's FPN returns them, from the finest on.
             Where beliefs are kept, its ``beliefs`` are those about the levels, shape (1, C) or
             (N, C); P6 as the subsampled P5 has that of P5, and RetinaNet's P6 and P7 have none.
+
+        Raises:
+            InputError: if beliefs are needed, and there is none about a feature of ``bottom_up``.
         """
         bottom_up = self.bottom_up(x)
         levels, fused = [], None
         for name, lateral, output in zip(
             reversed(self.in_features), self.lateral_convs, self.output_convs
         ):
-            below = lateral(self._started(feature_of(bottom_up, name)))
+            feature = feature_of(bottom_up, name)
+            if feature.belief is None and (self.training or self.chain.predicts_in_evaluation):
+                raise InputError(
+                    f"The chain of the backbone ends before {name}, from whose belief the FPN "
+                    'starts: set MODEL.FPN.NORM to one without priors, such as "GN", or take '
+                    "another feature"
+                )
+            below = lateral(self._started(feature))
             fused = below if fused is None else self._fuse(below, fused)
             levels.insert(0, output(self._started(fused)))
         outputs = Features()

@@ -23,21 +23,22 @@ class Noise(Backbone):
     def __init__(self, seed=0):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
-        self.beliefs = {
+        self.truth = {
             f"res{k}": Belief(torch.randn(1, 4, generator=g), torch.rand(1, 4, generator=g) + 0.5)
             for k in (3, 4)
         }
+        self.beliefs = dict(self.truth)
 
     def forward(self, x):
         g = torch.Generator().manual_seed(1)
         features = {}
         for name, side in (("res3", 256), ("res4", 128)):
-            mean, var = (v.view(1, 4, 1, 1) for v in self.beliefs[name])
+            mean, var = (v.view(1, 4, 1, 1) for v in self.truth[name])
             features[name] = mean + var.sqrt() * torch.randn(2, 4, side, side, generator=g)
         return Features(features, self.beliefs)
 
     def output_shape(self):
-        return {name: ShapeSpec(channels=4, stride=2 ** int(name[-1])) for name in self.beliefs}
+        return {name: ShapeSpec(channels=4, stride=2 ** int(name[-1])) for name in self.truth}
 
 
 def noise_fpn(**options):
@@ -137,6 +138,14 @@ def test_with_another_norm_it_is_detectron2s(norm):
         isinstance(m, (KalmanNorm2d, GroupKalmanNorm2d)) for m in fpn.fpn_output2.modules()
     )
     sum(level.mean() for level in fpn(images()).values()).backward()
+
+
+def test_a_feature_without_a_belief_is_a_sentence():
+    fpn = noise_fpn()
+    del fpn.bottom_up.beliefs["res4"]
+    with pytest.raises(InputError, match="ends before res4, .* set MODEL.FPN.NORM"):
+        fpn(images())
+    assert set(fpn.eval()(images())) == {"p3", "p4", "p5"}
 
 
 def test_a_chain_of_two_norms_is_refused():
