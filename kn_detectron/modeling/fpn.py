@@ -4,6 +4,7 @@ They are detectron2's own, parameter by parameter and key by key. Only KN's para
 """
 
 import functools
+
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
