@@ -19,7 +19,11 @@ def _fpn(norm):
     detection = model_zoo.get_config("shapes/mask_rcnn_slim_R50_FPN_KN.yaml")
     if norm != "KN":
         detection.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-        detection.MODEL.RESNETS.NORM = norm
+        detection.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+        detection.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+        detection.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+        for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+            detection.MODEL[part].NORM = norm
     return detection
 
 
