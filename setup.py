@@ -13,6 +13,8 @@ setup(
     name="kn_detectron",
     version=version,
     description="Kalman Normalization for detectron2",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
     packages=find_packages(include=["kn_detectron", "kn_detectron.*"]),
     package_data={"kn_detectron": ["model_zoo/configs/**/*.yaml", "model_zoo/weights/*.pth"]},
     python_requires=">=3.10",

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory):
     # Built from a copy, since building leaves files beside the sources.
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "kn_detectron", folder / "kn_detectron")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
@@ -49,6 +49,13 @@ def test_wheel_has_all_modules_configs_and_weights(wheel):
     assert "kn_detectron/model_zoo/weights/slim_R50_KN.pth" in weights
     assert modules | configs | weights <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/"))]
+
+
+def test_wheel_has_the_licence(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        texts = {n.rpartition("/")[2]: n for n in archive.namelist() if ".dist-info/" in n}
+        for name in ("LICENSE", "NOTICE"):
+            assert archive.read(texts[name]) == (ROOT / name).read_bytes()
 
 
 def test_configs_lie_at_the_top_too():
