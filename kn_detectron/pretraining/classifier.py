@@ -9,8 +9,8 @@ from torch import nn
 from ..errors import InputError
 from ..layers import KalmanNorm2d, convert_kalman_norm, set_norm_batch_size
 from ..modeling import ChainConfig
+from ..networks import build_network
 from .config import micro_batch
-from .networks import build_network
 from .norms import BatchRenorm2d, apply_weight_norm, replace_batch_norms
 
 __all__ = ["ImageClassifier", "NetworkClassifier"]
@@ -91,7 +91,7 @@ class ImageClassifier(nn.Module):
 
 @META_ARCH_REGISTRY.register()
 class NetworkClassifier(ImageClassifier):
-    """A whole network of :func:`~kn_detectron.pretraining.networks.build_network`.
+    """A whole network of :func:`~kn_detectron.networks.build_network`.
 
     Its parameters are called as the network's own library calls them, with ``backbone.`` in front.
     """

@@ -95,7 +95,7 @@ def classification_config(
         weight_decay: of everything but the norms.
         image_size: side in pixels of the square that the model sees.
         network: trained in the place of the ResNet, with the same norms and pixels; see
-            :func:`~kn_detectron.pretraining.networks.build_network`.
+            :func:`~kn_detectron.networks.build_network`.
 
     Returns:
         CfgNode: not frozen.

@@ -12,7 +12,7 @@ import yaml
 
 from kn_detectron.engine.command_line import run
 from kn_detectron.layers import KN_STATE
-from kn_detectron.pretraining.networks import build_network
+from kn_detectron.networks import build_network
 
 from ..engine.conftest import fresh_logs  # noqa: F401
 from ..pretraining.conftest import folder, write_images  # noqa: F401

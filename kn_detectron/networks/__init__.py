@@ -5,7 +5,7 @@ import difflib
 import torchvision
 from torch import nn
 
-from ...errors import InputError
+from ..errors import InputError
 from .cifar_resnet import CifarResNet
 from .inception import InceptionV2, SmallInception
 

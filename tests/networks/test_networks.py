@@ -10,7 +10,7 @@ from kn_detectron.layers import (
     kalman_layers,
     set_gain_scale,
 )
-from kn_detectron.pretraining.networks import NETWORKS, build_network
+from kn_detectron.networks import NETWORKS, build_network
 
 from ..layers.convert.networks import images, relative_error, trained
 
