@@ -68,7 +68,9 @@ class _PackageHandler(PathHandler):
         for folder in spec.submodule_search_locations:
             if (Path(folder) / name).is_file():
                 return str(Path(folder) / name)
-        raise InputError(f"The Python package {package} has no file {name}: install another release.")
+        raise InputError(
+            f"The Python package {package} has no file {name}: install another release."
+        )
 
     def _isfile(self, path, **kwargs):
         return Path(self._get_local_path(path)).is_file()

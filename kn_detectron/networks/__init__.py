@@ -1,4 +1,4 @@
-"""Networks to pre-train beside the ResNet of a config: the paper's, torchvision's, timm's."""
+"""Networks by name: the paper's, torchvision's, timm's."""
 
 import difflib
 
@@ -13,8 +13,10 @@ __all__ = ["NETWORKS", "CifarResNet", "InceptionV2", "SmallInception", "build_ne
 
 # The paper's, by name; each takes the number of classes.
 NETWORKS = {
+    "cifar_resnet14": lambda num_classes: CifarResNet(2, num_classes),
     "cifar_resnet32": lambda num_classes: CifarResNet(5, num_classes),
     "cifar_resnet110": lambda num_classes: CifarResNet(18, num_classes),
+    "cifar_resnet14_preactivation": lambda num_classes: CifarResNet(2, num_classes, True),
     "cifar_resnet32_preactivation": lambda num_classes: CifarResNet(5, num_classes, True),
     "cifar_resnet110_preactivation": lambda num_classes: CifarResNet(18, num_classes, True),
     "small_inception": SmallInception,

@@ -1,0 +1,1 @@
+"""What the figures of docs/evidence.md are measured with."""

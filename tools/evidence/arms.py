@@ -1,0 +1,71 @@
+"""What is compared: the same detector and weights, with different norms in the backbone."""
+
+from typing import Dict, NamedTuple, Tuple
+
+__all__ = ["ARMS", "Arm", "solver_options"]
+
+_FOLDER = "photos"
+
+
+class Arm(NamedTuple):
+    """One row of a table.
+
+    Attributes:
+        label: what the tables call it.
+        config: of the model zoo.
+        options: KEY, VALUE, ... for the config.
+        trains_affine: whether scale and shift of a frozen BatchNorm are trained after all.
+    """
+
+    label: str
+    config: str
+    options: Tuple[str, ...] = ()
+    trains_affine: bool = False
+
+
+_BN = f"{_FOLDER}/mask_rcnn_lite0_FPN_BN.yaml"
+_KN = f"{_FOLDER}/mask_rcnn_lite0_FPN_KN.yaml"
+
+ARMS: Dict[str, Arm] = {
+    "BN_frozen": Arm("BN*, frozen", _BN),
+    "BN_affine": Arm("BN*, scale and shift trained", _BN, trains_affine=True),
+    "BN": Arm("BN, live", _BN, ("MODEL.RESNETS.NORM", "BN")),
+    "KN": Arm("KN, gain 0.02 annealed", _KN),
+    "KN_gain0": Arm(
+        "KN, gain 0",
+        _KN,
+        (
+            "MODEL.KN.GAIN",
+            "0.0",
+            "MODEL.KN.LEARN_GAIN",
+            "False",
+            "MODEL.KN.GAIN_ANNEAL",
+            "[1.0, 1.0]",
+        ),
+    ),
+}
+
+
+def solver_options(cfg, images: int) -> Tuple[str, ...]:
+    """The schedule of a config for another number of images per step, with equal images seen.
+
+    The learning rate is proportional to the images of a step, and all lengths are inversely so.
+
+    Args:
+        cfg: detectron2's config, whose schedule is for SOLVER.IMS_PER_BATCH images.
+        images: per step.
+
+    Returns:
+        tuple[str, ...]: KEY, VALUE, ...
+    """
+    solver = cfg.SOLVER
+    factor = solver.IMS_PER_BATCH / images
+    values = {
+        "IMS_PER_BATCH": images,
+        "BASE_LR": solver.BASE_LR / factor,
+        "MAX_ITER": round(solver.MAX_ITER * factor),
+        "STEPS": tuple(round(step * factor) for step in solver.STEPS),
+        "WARMUP_ITERS": round(solver.WARMUP_ITERS * factor),
+        "CHECKPOINT_PERIOD": round(solver.CHECKPOINT_PERIOD * factor),
+    }
+    return tuple(text for key, value in values.items() for text in (f"SOLVER.{key}", str(value)))

@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""Trains a ResNet for CIFAR with each norm, normalising 1 to 64 images of a batch together.
+
+Example:
+    tools/evidence/classification.py --data cifar10 --output output/cifar --micro-batches 1 2 64
+
+Batch, learning rate and epochs are the same for all; only how many images share statistics differs
+(tools/pretrain_net.py --norm-batch-size). Each run has a folder of its own,
+OUTPUT/ARM_mMICRO_BATCH_seedSEED. What is finished is not run again, and what was interrupted goes on:
+give the same command again. tools/evidence/report.py makes a table and a picture of it.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple, Tuple
+
+from kn_detectron.engine.command_line import run
+from kn_detectron.model_zoo import get_config_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from evidence.runs import run_all, write_result  # noqa: E402  # beside this file, not installed
+
+_CONFIG = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml"  # of which pixels and device are taken
+
+
+class Arm(NamedTuple):
+    """One line of the picture.
+
+    Attributes:
+        label: what the tables call it.
+        norm: of tools/pretrain_net.py.
+        options: KEY, VALUE, ... for the config.
+        network: of tools/pretrain_net.py.
+        shares: whether images share statistics, so that the micro-batch matters.
+    """
+
+    label: str
+    norm: str
+    options: Tuple[str, ...] = ()
+    network: str = "cifar_resnet14"
+    shares: bool = True
+
+
+_ANNEALED = ("MODEL.KN.GAIN_ANNEAL", "[0.6, 0.9]")
+_PREACTIVATION = "cifar_resnet14_preactivation"
+ARMS = {
+    "GN": Arm("GN, 4 groups", "GN4", shares=False),
+    "BN": Arm("BN", "BN"),
+    "KN": Arm("KN", "KN"),
+    "KN_annealed": Arm("KN, annealed", "KN", _ANNEALED),
+    "BN_preactivation": Arm("BN, pre-activation", "BN", network=_PREACTIVATION),
+    "KN_paper_preactivation": Arm(
+        "KN, paper variant, pre-activation",
+        "KN",
+        ("MODEL.KN.VARIANT", "paper"),
+        network=_PREACTIVATION,
+    ),
+}
+
+
+def train(args, name: str, micro_batch: int, seed: int, folder: Path) -> None:
+    """Runs tools/pretrain_net.py for one arm and notes its result."""
+    arm = ARMS[name]
+    command = [sys.executable, str(Path(__file__).parents[1] / "pretrain_net.py"), "--resume"]
+    command += ["--config", get_config_file(_CONFIG), "--data", args.data, "--image-size", "32"]
+    command += ["--network", arm.network, "--norm", arm.norm, "--norm-batch-size", str(micro_batch)]
+    command += ["--epochs", str(args.epochs), "--batch-size", "64", *arm.options]
+    command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
+    subprocess.run(command, check=True)
+    results = json.loads((folder / "inference" / "results.json").read_text())
+    settings = {"arm": name, "micro_batch": micro_batch, "seed": seed, "epochs": args.epochs}
+    write_result(folder, {**settings, "results": results})
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="folder with train/<class>/ and val/<class>/")
+    parser.add_argument("--output", default="output/cifar", help="folder of the runs (%(default)s)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(all)")
+    parser.add_argument(
+        "--micro-batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64], help="%(default)s"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="(1)")
+    parser.add_argument("--epochs", type=int, default=8, help="(%(default)s)")
+    args = parser.parse_args()
+    runs = {}
+    for seed, micro_batch, arm in itertools.product(args.seeds, args.micro_batches, args.arms):
+        # GroupNorm's one result stands for all micro-batches.
+        micro_batch = micro_batch if ARMS[arm].shares else 1
+        folder = Path(args.output) / f"{arm}_m{micro_batch}_seed{seed}"
+        runs[folder] = arm, micro_batch, seed
+    run_all(runs, lambda folder: train(args, *runs[folder], folder))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

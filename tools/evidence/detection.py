@@ -1,0 +1,130 @@
+#!/usr/bin/env python
+"""Fine-tunes Mask R-CNN with each norm on a folder of photographs, and notes what came out.
+
+Example:
+    tools/evidence/detection.py --dataset persons --output output/evidence --seeds 1 2 3 --images 2
+
+Each run has a folder of its own, OUTPUT/ARM_IMAGESim_seedSEED. What is finished is not run again, and
+what was interrupted goes on: give the same command again. tools/evidence/report.py makes tables of it.
+"""
+
+import argparse
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from kn_detectron.engine import Trainer
+from kn_detectron.engine.command_line import argument_parser, load_config, run, set_up
+from kn_detectron.errors import InputError
+from kn_detectron.model_zoo import get_config, get_config_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from evidence.arms import ARMS, solver_options  # noqa: E402  # beside this file, not installed
+from evidence.runs import run_all, write_result  # noqa: E402
+
+
+def trainer_class(arm):
+    """The trainer of an arm.
+
+    Args:
+        arm (Arm): one of :data:`ARMS`.
+
+    Returns:
+        type: a :class:`~kn_detectron.engine.Trainer`.
+    """
+    if not arm.trains_affine:
+        return Trainer
+
+    class TrainerWithAffine(Trainer):
+        """Trains scale and shift of BatchNorm whose statistics stay frozen."""
+
+        @classmethod
+        def build_model(cls, cfg):
+            model = super().build_model(cfg)
+            for module in model.backbone.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.requires_grad_(True)
+            return model
+
+    return TrainerWithAffine
+
+
+def train(args, name, images, seed, folder):
+    """Trains and evaluates one arm in this process, and notes its result.
+
+    Args:
+        args (argparse.Namespace): of :func:`main`.
+        name (str): of the arm.
+        images (int): per step.
+        seed (int): of the run.
+        folder (Path): for everything that the run writes.
+    """
+    arm = ARMS[name]
+    options = [*arm.options, *solver_options(get_config(arm.config), images), "SEED", str(seed)]
+    options += ["OUTPUT_DIR", str(folder), *args.opts]
+    run_args = ["--resume", "--config", get_config_file(arm.config), *options]
+    run_args = argument_parser().parse_args(run_args)
+    run_args.dataset = args.dataset
+    cfg = load_config(run_args)
+    set_up(cfg, run_args)
+    started = time.time()
+    trainer = trainer_class(arm)(cfg)
+    trainer.resume_or_load(resume=True)
+    results = trainer.train()
+    result = {
+        "arm": name,
+        "images": images,
+        "seed": seed,
+        "steps": cfg.SOLVER.MAX_ITER,
+        "learning_rate": cfg.SOLVER.BASE_LR,
+        "options": args.opts,
+        # Of the last start: a resumed run's is shorter.
+        "minutes": round((time.time() - started) / 60, 1),
+        "results": {task: results[task] for task in ("bbox", "segm")},
+    }
+    write_result(folder, result)
+
+
+def train_apart(args, name, images, seed, folder):
+    """The same in a process of its own, which prints into the run's folder.
+
+    Raises:
+        InputError: the run failed.
+    """
+    command = [sys.executable, __file__, "--dataset", args.dataset, "--output", args.output]
+    command += ["--arms", name, "--images", str(images), "--seeds", str(seed)]
+    command += ["--opts", *args.opts] if args.opts else []
+    with open(folder / "printed.txt", "a") as printed:
+        code = subprocess.run(command, stdout=printed, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise InputError(f"The run in {folder} failed: {folder}/printed.txt says why.")
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--dataset", required=True, help="folder in COCO's layout")
+    parser.add_argument(
+        "--output", default="output/evidence", help="folder of the runs (%(default)s)"
+    )
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(all)")
+    parser.add_argument("--images", nargs="+", type=int, default=[2, 1], help="per step (2 1)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(1 2 3)")
+    parser.add_argument("--opts", nargs="+", default=[], help="KEY VALUE pairs for all configs")
+    args = parser.parse_args()
+    runs = {
+        Path(args.output) / f"{arm}_{images}im_seed{seed}": (arm, images, seed)
+        for images, seed, arm in itertools.product(args.images, args.seeds, args.arms)
+    }
+    do = train if len(runs) == 1 else train_apart
+    run_all(runs, lambda folder: do(args, *runs[folder], folder))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
