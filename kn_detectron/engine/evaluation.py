@@ -80,8 +80,13 @@ def build_coco_evaluator(cfg, dataset_name, folder="inference"):
         folder (str): where in OUTPUT_DIR the results go.
 
     Returns:
-        FullCOCOEvaluator: it writes the detections to OUTPUT_DIR/<folder>/<dataset>.
+        FullCOCOEvaluator: it writes the detections to OUTPUT_DIR/<folder>/<dataset>; a dataset that is
+        named by the path of its images, as with --dataset, has the last two parts of that path.
     """
+    # Joined to another, an absolute path would stand alone: results beside the user's images.
+    place = dataset_name
+    if os.path.isabs(dataset_name):
+        place = "_".join(dataset_name.split(os.sep)[-2:])
     tasks = ["bbox"]
     if cfg.MODEL.MASK_ON:
         tasks.append("segm")
@@ -90,7 +95,7 @@ def build_coco_evaluator(cfg, dataset_name, folder="inference"):
     return FullCOCOEvaluator(
         dataset_name,
         tuple(tasks),
-        output_dir=os.path.join(cfg.OUTPUT_DIR, folder, dataset_name),
+        output_dir=os.path.join(cfg.OUTPUT_DIR, folder, place),
         # Without the compiled extension both names are the same class.
         use_fast_impl=COCOeval_opt is not COCOeval,
     )

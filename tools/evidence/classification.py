@@ -45,6 +45,7 @@ class Arm(NamedTuple):
     shares: bool = True
 
 
+_BATCH_SIZE = 64
 _ANNEALED = ("MODEL.KN.GAIN_ANNEAL", "[0.6, 0.9]")
 _PREACTIVATION = "cifar_resnet14_preactivation"
 ARMS = {
@@ -68,7 +69,8 @@ def train(args, name: str, micro_batch: int, seed: int, folder: Path) -> None:
     command = [sys.executable, str(Path(__file__).parents[1] / "pretrain_net.py"), "--resume"]
     command += ["--config", get_config_file(_CONFIG), "--data", args.data, "--image-size", "32"]
     command += ["--network", arm.network, "--norm", arm.norm, "--norm-batch-size", str(micro_batch)]
-    command += ["--epochs", str(args.epochs), "--batch-size", "64", *arm.options]
+    command += ["--epochs", str(args.epochs), "--batch-size", str(_BATCH_SIZE)]
+    command += arm.options
     command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
     subprocess.run(command, check=True)
     results = json.loads((folder / "inference" / "results.json").read_text())

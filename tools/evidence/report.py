@@ -59,7 +59,7 @@ def collect_detection(folder: Path, truth_file: str, samples: int = 1000) -> Dic
             matched: Dict[str, Dict[int, MatchedRun]] = {}
             for run, result in results.items():
                 if result["images"] == images:
-                    found = run / "inference" / "coco_instances_results.json"
+                    (found,) = (run / "inference").glob("*/coco_instances_results.json")
                     found = MatchedRun(truth, json.loads(found.read_text()), task)
                     matched.setdefault(result["arm"], {})[result["seed"]] = found
             for ours, theirs in COMPARED:

@@ -1,0 +1,86 @@
+"""The tables of docs/evidence.md are those of the runs."""
+
+import json
+
+from evidence import report
+
+
+def run(arm, images, seed, ap):
+    numbers = {"AP": ap, "AP50": 2 * ap, "APs": 1.0, "APm": 2.0, "APl": 3.0}
+    return {"arm": arm, "images": images, "seed": seed, "results": {"bbox": numbers, "segm": numbers}}
+
+
+def test_the_page_has_the_tables_of_the_files():
+    page = (report.DOCS / "evidence.md").read_text()
+    assert report.with_tables(page, report.DOCS / "evidence") == page
+    for name in report.TABLES:
+        assert f"<!-- {name} -->" in page and (report.DOCS / "evidence" / f"{name}.json").is_file()
+
+
+def test_a_table_has_means_ranges_and_differences():
+    data = {
+        "runs": [run("BN_frozen", 2, 1, 10.0), run("BN_frozen", 2, 2, 12.0), run("KN", 2, 1, 13.0)],
+        "differences": [
+            {
+                **{"ours": "KN", "theirs": "BN_frozen", "images": 2, "task": task, "seeds": [1]},
+                **{"difference": 3.0, "low": -0.5, "high": 4.25},
+            }
+            for task in ("bbox", "segm")
+        ],
+    }
+    text = report.detection_tables(data)
+    assert "11.0 (10.0 to 12.0)" in text and "22.0 (20.0 to 24.0)" in text
+    assert "+3.0 (-0.5 to +4.2)" in text and "1.0 / 2.0 / 3.0" in text
+    assert "1 image per step" not in text
+
+
+def test_norms_that_share_nothing_have_one_result_for_all_micro_batches():
+    def result(arm, size, moving, online):
+        results = {"moving": {"top1": moving}, "online": {"top1": online}}
+        return {"arm": arm, "micro_batch": size, "seed": 1, "results": results}
+
+    runs = [result("GN", 1, 50.0, 50.0), result("BN", 2, 40.0, 41.0), result("BN", 64, 60.0, 61.0)]
+    lines = report.classification_table({"runs": runs}).splitlines()
+    assert lines[2].count("50.0 / 50.0") == 2
+    assert "40.0 / 41.0" in lines[3] and "60.0 / 61.0" in lines[3]
+    assert len(lines) == 4  # norms without any run have no line
+
+
+def test_results_of_runs_are_collected_with_their_differences(tmp_path):
+    truth = {
+        "images": [{"id": i, "width": 100, "height": 100} for i in range(4)],
+        "categories": [{"id": 1, "name": "person"}],
+        "annotations": [
+            {
+                **{"id": i + 1, "image_id": i, "category_id": 1, "iscrowd": 0, "area": 900.0},
+                **{"bbox": [10, 10, 30, 30], "segmentation": [[10, 10, 40, 10, 40, 40, 10, 40]]},
+            }
+            for i in range(4)
+        ],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    for arm, shift in (("KN", 0), ("BN_frozen", 12)):
+        folder = tmp_path / "runs" / f"{arm}_2im_seed1"
+        (folder / "inference" / "val").mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(run(arm, 2, 1, 1.0)))
+        found = [
+            {
+                **{"image_id": i, "category_id": 1, "score": 0.9, "bbox": [10 + shift, 10, 30, 30]},
+                "segmentation": {"size": [100, 100], "counts": rle(10 + shift)},
+            }
+            for i in range(4)
+        ]
+        (folder / "inference" / "val" / "coco_instances_results.json").write_text(json.dumps(found))
+    data = report.collect_detection(tmp_path / "runs", str(tmp_path / "truth.json"), samples=5)
+    assert len(data["runs"]) == 2
+    # An overlap of 18 / 42: a match at no threshold.
+    assert {d["task"]: d["difference"] for d in data["differences"]} == {"bbox": 100, "segm": 100}
+
+
+def rle(left):
+    import numpy as np
+    from pycocotools import mask
+
+    image = np.zeros((100, 100), np.uint8, order="F")
+    image[10:40, left : left + 30] = 1
+    return mask.encode(image)["counts"].decode()

@@ -1,0 +1,82 @@
+"""The experiments end to end: one short run each, and what is done is not done again."""
+
+import json
+import sys
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from evidence import classification, detection
+from evidence.arms import ARMS, solver_options
+from evidence.runs import run_all, write_result
+
+from kn_detectron.data import ShapesSpec, generate_shapes
+from kn_detectron.model_zoo import get_config
+
+from ...engine.conftest import fresh_logs  # noqa: F401
+from ...pretraining.conftest import folder, write_images  # noqa: F401
+
+
+def call(monkeypatch, tool, *arguments):
+    monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, arguments)])
+    tool.main()
+
+
+@pytest.mark.trains
+def test_a_detector_is_trained_and_evaluated(tmp_path, monkeypatch):
+    shapes, output = tmp_path / "shapes", tmp_path / "runs"
+    generate_shapes(str(shapes), ShapesSpec(num_train=4, num_val=2, size=64, max_shapes=2))
+    arguments = ("--dataset", shapes, "--output", output, "--arms", "KN", "--images", 1)
+    arguments += ("--seeds", 5, "--opts", "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()")
+    arguments += ("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64)
+    call(monkeypatch, detection, *arguments, "DATALOADER.NUM_WORKERS", 0)
+    result = json.loads((output / "KN_1im_seed5" / "result.json").read_text())
+    assert (result["arm"], result["images"], result["seed"], result["steps"]) == ("KN", 1, 5, 2)
+    assert set(result["results"]) == {"bbox", "segm"} and "AP50" in result["results"]["segm"]
+    detections = "inference/shapes_val/coco_instances_results.json"
+    assert (output / "KN_1im_seed5" / detections).is_file()
+    assert not list((shapes / "val").glob("*.json"))
+
+
+@pytest.mark.trains
+def test_a_classifier_is_trained_and_evaluated(tmp_path, monkeypatch, folder):  # noqa: F811
+    arguments = ("--data", folder, "--output", tmp_path, "--arms", "GN", "--epochs", 1)
+    monkeypatch.setattr(classification, "_BATCH_SIZE", 8)
+    call(monkeypatch, classification, *arguments, "--micro-batches", 2, 4)
+    (result,) = tmp_path.glob("*/result.json")  # one for all micro-batches
+    found = json.loads(result.read_text())["results"]
+    assert 0 <= found["moving"]["top1"] <= 100 and found["moving"] == found["online"]
+
+
+def test_only_scale_and_shift_of_frozen_norms_are_trained():
+    arm = ARMS["BN_affine"]
+    cfg = get_config(arm.config)
+    cfg.MODEL.DEVICE = "cpu"
+    model = detection.trainer_class(arm).build_model(cfg).train()
+    norms = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == 49
+    assert all(norm.weight.requires_grad and not norm.training for norm in norms)
+
+
+def test_another_number_of_images_sees_as_many():
+    cfg = get_cfg()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR = 2, 0.01
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 100, (60, 80)
+    cfg.merge_from_list(list(solver_options(cfg, 1)))
+    assert cfg.SOLVER.IMS_PER_BATCH == 1 and cfg.SOLVER.BASE_LR == 0.005
+    assert cfg.SOLVER.MAX_ITER == 200 and tuple(cfg.SOLVER.STEPS) == (120, 160)
+
+
+def test_what_is_done_is_not_done_again(tmp_path, capsys):
+    folders, done = [tmp_path / name for name in "abc"], []
+
+    def do(run):
+        done.append(run.name)
+        write_result(run, {"of": run.name})
+
+    folders[1].mkdir()
+    do(folders[1])
+    run_all(folders, do)
+    assert done == ["b", "a", "c"]
+    assert "3 runs, of which 1 are done" in capsys.readouterr().out
+    assert json.loads((folders[2] / "result.json").read_text())["of"] == "c"
