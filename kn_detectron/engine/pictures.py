@@ -15,6 +15,7 @@ from torch import nn
 
 from ..data import build_test_loader
 from ..layers import kalman_layers
+from .prediction import shown
 
 __all__ = ["draw_curves", "draw_gains", "draw_predictions", "read_metrics"]
 
@@ -57,7 +58,7 @@ def draw_predictions(
             continue
         image = utils.read_image(inputs["file_name"], "RGB")
         found = model([inputs])[0]["instances"].to("cpu")
-        found = found[found.scores >= min_score]
+        found = shown(found, min_score)
         scale = max(1.0, 320 / min(image.shape[:2]))
         shown = [
             Visualizer(image, metadata, scale, ColorMode.IMAGE).draw_dataset_dict(record),

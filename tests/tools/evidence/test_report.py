@@ -10,13 +10,6 @@ def run(arm, images, seed, ap):
     return {"arm": arm, "images": images, "seed": seed, "results": {"bbox": numbers, "segm": numbers}}
 
 
-def test_the_page_has_the_tables_of_the_files():
-    page = (report.DOCS / "evidence.md").read_text()
-    assert report.with_tables(page, report.DOCS / "evidence") == page
-    for name in report.TABLES:
-        assert f"<!-- {name} -->" in page and (report.DOCS / "evidence" / f"{name}.json").is_file()
-
-
 def test_a_table_has_means_ranges_and_differences():
     data = {
         "runs": [run("BN_frozen", 2, 1, 10.0), run("BN_frozen", 2, 2, 12.0), run("KN", 2, 1, 13.0)],

@@ -1,0 +1,50 @@
+"""Detections on photographs: which of them a picture shows, and their form in COCO's results."""
+
+from typing import Dict, List
+
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from torchvision.ops import nms
+
+__all__ = ["coco_results", "shown"]
+
+# Two boxes that overlap by more are one object to a person who looks at the picture.
+_SAME_OBJECT = 0.6
+
+
+def shown(instances: Instances, min_score: float) -> Instances:
+    """Those detections that a picture shows: one for each object.
+
+    A detector suppresses boxes of one class that overlap. Boxes of two classes on one object stay
+    in its output, as COCO's evaluation wants it, and look like a mistake in a picture.
+
+    Args:
+        instances: of a detector, with pred_boxes and scores.
+        min_score: detections below are left out.
+
+    Returns:
+        Instances: the best first.
+    """
+    instances = instances[instances.scores >= min_score]
+    return instances[nms(instances.pred_boxes.tensor, instances.scores, _SAME_OBJECT)]
+
+
+def coco_results(instances: Instances, file_name: str, classes: List[str]) -> List[Dict]:
+    """Detections in the form of COCO's results, with names in the place of ids.
+
+    Args:
+        instances: of one image, on the CPU.
+        file_name: of the image.
+        classes: what the classes are called; without names they are numbers.
+
+    Returns:
+        list[dict]: each with ``file_name``, ``category``, ``score``, ``bbox`` (x, y, width, height in
+        pixels) and, from a detector with masks, ``segmentation`` (COCO's run-length encoding).
+    """
+    results = instances_to_coco_json(instances, 0)
+    for result in results:
+        del result["image_id"]
+        number = result.pop("category_id")
+        result["file_name"] = file_name
+        result["category"] = classes[number] if number < len(classes) else number
+    return results

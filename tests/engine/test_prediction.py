@@ -1,0 +1,42 @@
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+from pycocotools import mask
+
+from kn_detectron.engine.prediction import coco_results, shown
+
+
+def instances(boxes, scores, classes):
+    masks = torch.zeros(len(boxes), 40, 60, dtype=torch.bool)
+    for m, (x0, y0, x1, y1) in zip(masks, boxes):
+        m[y0:y1, x0:x1] = True
+    return Instances(
+        (40, 60),
+        pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
+        scores=torch.tensor(scores),
+        pred_classes=torch.tensor(classes, dtype=torch.long),
+        pred_masks=masks,
+    )
+
+
+def test_a_picture_shows_one_detection_for_each_object():
+    found = instances(
+        [[0, 0, 20, 20], [1, 0, 20, 20], [30, 5, 50, 35], [0, 0, 9, 9]],
+        [0.6, 0.9, 0.8, 0.2],
+        [0, 1, 0, 1],
+    )
+    drawn = shown(found, min_score=0.5)
+    # Of two boxes of two classes on one object the better, and no box of a low score.
+    assert drawn.scores.tolist() == torch.tensor([0.9, 0.8]).tolist()
+    assert drawn.pred_classes.tolist() == [1, 0]
+    assert len(shown(found[:0], 0.5)) == 0
+
+
+def test_results_are_cocos_with_names():
+    results = coco_results(instances([[2, 3, 12, 23]], [0.75], [1]), "a.jpg", ["cat", "dog"])
+    (result,) = results
+    assert (result["file_name"], result["category"], result["score"]) == ("a.jpg", "dog", 0.75)
+    assert np.allclose(result["bbox"], [2, 3, 10, 20])
+    assert mask.decode(result["segmentation"]).sum() == 200
+    (unnamed,) = coco_results(instances([[2, 3, 12, 23]], [0.75], [1]), "a.jpg", [])
+    assert unnamed["category"] == 1

@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""Detects objects in photographs, draws them, and writes them down as COCO's results are.
+
+Examples:
+    tools/predict.py photo.jpg --config output/my_data/config.yaml
+    tools/predict.py photos/ --config output/my_data/config.yaml --output output/found --min-score 0.7
+    tools/predict.py output/demo/shapes/val \\
+        --config configs/shapes/mask_rcnn_slim_R50_C4_KN.yaml \\
+        --opts MODEL.WEIGHTS kn://mask_rcnn_slim_R50_C4_KN.pth
+
+A config.yaml in the folder of a run stands for its last checkpoint; any other config needs
+MODEL.WEIGHTS. Each picture is OUTPUT/<name of the photo>.png, and all detections, drawn or not, are in
+OUTPUT/detections.json.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import tqdm
+from PIL import Image
+
+from kn_detectron.checkpoint import KNCheckpointer
+from kn_detectron.engine import load_run
+from kn_detectron.engine.command_line import merge_options, read_config, run
+from kn_detectron.engine.prediction import coco_results, shown
+from kn_detectron.errors import InputError
+
+from detectron2.data import (
+    detection_utils as utils,
+)  # isort: skip  # made importable by kn_detectron
+from detectron2.data import MetadataCatalog  # isort: skip
+from detectron2.data import transforms as T  # isort: skip
+from detectron2.modeling import build_model  # isort: skip
+from detectron2.utils.visualizer import ColorMode, Visualizer  # isort: skip
+
+import torch  # isort: skip
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+def find_photos(paths):
+    """The images that are named, and those in the folders that are named, sorted by folder.
+
+    Args:
+        paths (list[str]): of images and folders.
+
+    Returns:
+        list[Path]
+
+    Raises:
+        InputError: there is no such file, or a folder has no images.
+    """
+    photos = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+            if not inside:
+                raise InputError(
+                    f"Folder {path} has no images: give one with {', '.join(sorted(_SUFFIXES))}."
+                )
+            photos += inside
+        elif path.is_file():
+            photos.append(path)
+        else:
+            raise InputError(f"{path} does not exist: give the path of a photo or of a folder.")
+    return photos
+
+
+def load_model(args):
+    """The config and the trained model that the arguments name.
+
+    Args:
+        args (argparse.Namespace): with config_file and opts.
+
+    Returns:
+        (CfgNode, nn.Module): the model is in evaluation mode.
+
+    Raises:
+        InputError: the config cannot be used, or there are no weights.
+    """
+    path = Path(args.config_file)
+    if path.name == "config.yaml":
+        cfg = load_run(path.parent)
+        merge_options(cfg, args.opts)
+    else:
+        cfg = read_config(args)
+        if "MODEL.WEIGHTS" not in args.opts[::2]:
+            raise InputError(
+                f"{args.config_file} says what a model starts from, not what it has learned: give "
+                "MODEL.WEIGHTS FILE, or the config.yaml in the folder of a run."
+            )
+    model = build_model(cfg)
+    KNCheckpointer(model).load_for_evaluation(cfg.MODEL.WEIGHTS)
+    return cfg, model.eval()
+
+
+@torch.no_grad()
+def detect(cfg, model, path):
+    """What a model detects in a photo.
+
+    Args:
+        cfg (CfgNode): of the model.
+        model (nn.Module): in evaluation mode.
+        path (Path): of the photo.
+
+    Returns:
+        (np.ndarray, Instances): the photo in RGB, and the detections on the CPU.
+
+    Raises:
+        InputError: the photo cannot be read.
+    """
+    try:
+        image = utils.read_image(str(path), format=cfg.INPUT.FORMAT)
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
+        raise InputError(f"{path} cannot be read ({error}): give an intact image file.") from error
+    resize = T.ResizeShortestEdge(
+        [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
+    )
+    resized = resize.get_transform(image).apply_image(image)
+    inputs = {
+        "image": torch.as_tensor(resized.astype("float32").transpose(2, 0, 1)),
+        "height": image.shape[0],
+        "width": image.shape[1],
+    }
+    found = model([inputs])[0]["instances"].to("cpu")
+    return (image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]), found
+
+
+def _free(output, stem, taken):
+    """The path of a picture that no other photo of this run has taken, and now takes."""
+    names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+    path = next(output / f"{name}.png" for name in names if output / f"{name}.png" not in taken)
+    taken.add(path)
+    return path
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER")
+    parser.add_argument(
+        "--config", "--config-file", dest="config_file", required=True, metavar="FILE"
+    )
+    parser.add_argument("--output", default="output/predictions", help="folder (%(default)s)")
+    parser.add_argument(
+        "--min-score", type=float, default=0.5, help="detections below are not drawn (%(default)s)"
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs for the config"
+    )
+    args = parser.parse_args()
+    photos = find_photos(args.photos)
+    cfg, model = load_model(args)
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__unused")
+    classes = cfg.DATASETS.CLASS_NAMES or metadata.get("thing_classes") or []
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    results, faults, drawn_paths = [], [], set()
+    for path in tqdm.tqdm(photos, unit="photo"):
+        try:
+            image, found = detect(cfg, model, path)
+        except InputError as error:
+            faults.append(error)
+            continue
+        results += coco_results(found, str(path), classes)
+        visualizer = Visualizer(image, metadata, instance_mode=ColorMode.IMAGE)
+        drawn = visualizer.draw_instance_predictions(shown(found, args.min_score))
+        Image.fromarray(drawn.get_image()).save(_free(output, path.stem, drawn_paths))
+    (output / "detections.json").write_text(json.dumps(results))
+    read = len(photos) - len(faults)
+    print(
+        f"{len(results)} detections in {read} photos: {output}/*.png and {output}/detections.json"
+    )
+    if faults:
+        more = f"; {len(faults) - 1} others could not be read either" if len(faults) > 1 else ""
+        raise InputError(f"{str(faults[0]).rstrip('.')}{more}.")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
