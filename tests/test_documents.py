@@ -4,6 +4,7 @@ That the commands of GETTING_STARTED do what it says is seen in test_getting_sta
 """
 
 import argparse
+import ast
 import re
 import runpy
 import sys
@@ -102,21 +103,55 @@ def parse(words, monkeypatch):
     return found.value.args[0]
 
 
+def tools():
+    """The commands of the repository: what begins as a script does."""
+    paths = sorted((ROOT / "tools").rglob("*.py"))
+    return [path for path in paths if path.read_text(encoding="utf-8").startswith("#!")]
+
+
+def examples(path):
+    """The examples in the docstring of a tool, which its --help shows."""
+    about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    indented = re.sub(r"^    ", "", re.split("Examples?:\n", about)[-1], flags=re.MULTILINE)
+    return [words[1:] for words in commands(indented)]
+
+
 _TOOLS = [
     pytest.param(words[1:], id=f"{name}: {' '.join(words[1:])[:60]}")
     for name, words in all_commands()
     if words[:1] == ["python"] and words[1].startswith("tools/") and "--help" not in words
-]
+] + [pytest.param(words, id=" ".join(words)) for path in tools() for words in examples(path)]
 
 
 @pytest.mark.parametrize("words", _TOOLS)
-def test_tools_take_the_arguments(words, monkeypatch, capsys):
+def test_tools_take_the_arguments(words, monkeypatch):
     args = parse(words, monkeypatch)
     assert [w for w in words if w.startswith("configs/") and not (ROOT / w).is_file()] == []
     config = getattr(args, "config_file", "")
     if config.startswith("configs/"):
         args.config_file = str(ROOT / config)
         read_config(args, add_pretraining_config)  # refuses a wrong key or value
+
+
+@pytest.mark.parametrize("path", tools(), ids=lambda path: path.name)
+def test_help_shows_an_example(path, monkeypatch, capsys):
+    name = path.relative_to(ROOT).as_posix()
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path))["main"]()
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert examples(path) and f"    python {name} " in shown + " "
+
+
+def test_training_without_arguments_says_what_to_do_first(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tools/train_net.py"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / "train_net.py"), run_name="__main__")
+    (said,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 1 and "--config" in said
+    (config,) = re.findall(r"configs/\S+\.yaml", said)
+    assert (ROOT / config).is_file()
 
 
 # The block that takes what the commands of its page leave runs behind them, in another test.

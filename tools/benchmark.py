@@ -6,11 +6,11 @@ all single times as JSON and as pictures into a folder. What a machine cannot ru
 run", with the reason.
 
 Examples:
-    tools/benchmark.py                                     a set for a CPU, some minutes
-    tools/benchmark.py --preset gpu                        all of the project's targets
-    tools/benchmark.py --what step --norms BN KN --images 1 2 --size 800x1333 --device cuda
-    tools/benchmark.py --configs configs/mask_rcnn_R50_C4_KN.yaml my_config.yaml --size 800x1333
-    tools/benchmark.py --what layer --shapes 1x256x200x336 --dtypes bfloat16 --formats channels_last
+    python tools/benchmark.py  # a set for a CPU, some minutes
+    python tools/benchmark.py --preset gpu  # all of the project's targets
+    python tools/benchmark.py --what step --norms BN KN --images 1 2 --size 800x1333 --device cuda
+    python tools/benchmark.py --configs configs/mask_rcnn_R50_C4_KN.yaml my_config.yaml --size 800x1333
+    python tools/benchmark.py --what layer --shapes 1x256x200x336 --dtypes bfloat16 --formats channels_last
 """
 
 import argparse

@@ -6,9 +6,9 @@ MODEL.WEIGHTS. BatchNorm becomes Kalman Normalization whose priors are the runni
 No command is needed to train from IN: as MODEL.WEIGHTS of a config it is converted when loaded.
 
 Examples:
-    tools/convert_weights.py resnet50.pth r50_kn.pth
-    tools/convert_weights.py detectron2://ImageNetPretrained/MSRA/R-50.pkl r50_kn.pth
-    tools/convert_weights.py output/model_final.pth model_bn.pth --norm BN
+    python tools/convert_weights.py resnet50.pth r50_kn.pth
+    python tools/convert_weights.py detectron2://ImageNetPretrained/MSRA/R-50.pkl r50_kn.pth
+    python tools/convert_weights.py output/model_final.pth model_bn.pth --norm BN
 """
 
 import argparse

@@ -3,6 +3,10 @@
 
 It starts from released weights, which come with the package, and takes minutes on a CPU. What is done
 is not done again: run it twice, or interrupt it and run it again, and it goes on from where it was.
+
+Examples:
+    python tools/demo.py
+    python tools/demo.py --output output/short SOLVER.MAX_ITER 300
 """
 
 import argparse

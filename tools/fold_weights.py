@@ -2,7 +2,7 @@
 """Folds a trained KN model into a FrozenBN model that detectron2 runs without this package.
 
 Examples:
-    tools/fold_weights.py --config configs/mask_rcnn_R50_C4_KN.yaml --output output/folded \\
+    python tools/fold_weights.py --config configs/mask_rcnn_R50_C4_KN.yaml --output output/folded \\
         MODEL.WEIGHTS output/model_final.pth
 """
 

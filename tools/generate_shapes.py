@@ -3,6 +3,10 @@
 
 That is what `tools/pretrain_net.py` takes as its --data: FOLDER/train/<category>/*.png and
 FOLDER/val/<category>/*.png. (The detection dataset, shapes_train and shapes_val, writes itself.)
+
+Examples:
+    python tools/generate_shapes.py output/single_shapes
+    python tools/generate_shapes.py output/few_shapes --num-train 1000 --num-val 200
 """
 
 import argparse

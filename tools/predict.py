@@ -2,9 +2,9 @@
 """Detects objects in photographs, draws them, and writes them down as COCO's results are.
 
 Examples:
-    tools/predict.py photo.jpg --config output/my_data/config.yaml
-    tools/predict.py photos/ --config output/my_data/config.yaml --output output/found --min-score 0.7
-    tools/predict.py output/demo/shapes/val \\
+    python tools/predict.py photo.jpg --config output/my_data/config.yaml
+    python tools/predict.py photos/ --config output/my_data/config.yaml --output output/found --min-score 0.7
+    python tools/predict.py output/demo/shapes/val \\
         --config configs/shapes/mask_rcnn_slim_R50_C4_KN.yaml \\
         --opts MODEL.WEIGHTS kn://mask_rcnn_slim_R50_C4_KN.pth
 

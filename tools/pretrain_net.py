@@ -2,12 +2,12 @@
 """Pre-trains the backbone of a detection config, or any network, by image classification.
 
 Examples:
-    tools/pretrain_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --data imagenet --num-gpus 8
-    tools/pretrain_net.py --config configs/shapes/mask_rcnn_slim_R50_FPN_KN.yaml --data cifar10 \\
+    python tools/pretrain_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --data imagenet --num-gpus 8
+    python tools/pretrain_net.py --config configs/shapes/mask_rcnn_slim_R50_FPN_KN.yaml --data cifar10 \\
         --norm BN --norm-batch-size 2 --epochs 30 --batch-size 64 --image-size 64
-    tools/pretrain_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --data cifar10 --image-size 32 \\
+    python tools/pretrain_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --data cifar10 --image-size 32 \\
         --network cifar_resnet32_preactivation --norm-batch-size 2 MODEL.KN.VARIANT paper
-    tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --num-gpus 8 \\
+    python tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --num-gpus 8 \\
         MODEL.WEIGHTS output/pretraining_KN/backbone.pth
 """
 
@@ -72,8 +72,7 @@ def load_config(args):
 
 def main():
     """Parses the command line."""
-    parser = argument_parser()
-    parser.description = __doc__.splitlines()[0]
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", required=True, help="folder with train/<class>/ and val/<class>/")
     parser.add_argument(
         "--network",

@@ -2,10 +2,13 @@
 """Trains and evaluates detectron2 models with Kalman Normalization.
 
 Examples:
-    tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --num-gpus 8
-    tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --resume SOLVER.MAX_ITER 90000
-    tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --eval-only MODEL.WEIGHTS a.pth
-    tools/train_net.py --config configs/mask_rcnn_R50_C4_KN_finetune.yaml --dataset my_folder
+    python tools/train_net.py --config configs/shapes/mask_rcnn_slim_R50_C4_KN.yaml
+    python tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --num-gpus 8
+    python tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --resume SOLVER.MAX_ITER 90000
+    python tools/train_net.py --config output/config.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+    python tools/train_net.py --config configs/mask_rcnn_R50_C4_KN_finetune.yaml --dataset my_data
+
+The first one trains for minutes on a CPU, with images that it generates.
 """
 
 import sys
@@ -31,7 +34,7 @@ def train_or_evaluate(cfg, args):
 
 def main():
     """Parses the command line."""
-    parser = argument_parser()
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--dataset",
         metavar="FOLDER",

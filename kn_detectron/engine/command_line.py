@@ -43,17 +43,29 @@ __all__ = [
 ]
 
 
-def argument_parser():
-    """detectron2's argument parser, in which ``--config`` is another name of ``--config-file``."""
-    parser = default_argument_parser()
-    # The pairs come last: what argparse takes for them, it takes with all that follows.
-    parser.usage = "%(prog)s --config FILE [options] [KEY VALUE ...]"
+def argument_parser(about=None):
+    """detectron2's argument parser, in which ``--config`` is another name of ``--config-file``.
+
+    Args:
+        about (str): the docstring of a tool for its ``--help``: what it does, "Examples:" and the
+            examples. None shows detectron2's own examples.
+    """
+    description, _, examples = (about or "").partition("Examples:\n")
+    parser = argparse.ArgumentParser(
+        # The pairs come last: what argparse takes for them, it takes with all that follows.
+        usage="%(prog)s --config FILE [options] [KEY VALUE ...]",
+        description=description.strip() or None,
+        epilog=f"Examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[default_argument_parser()],
+        add_help=False,  # detectron2's parser has it
+        conflict_handler="resolve",  # what follows takes the place of detectron2's
+    )
     parser.add_argument(
-        "--config",
-        dest="config_file",
-        default=argparse.SUPPRESS,
-        metavar="FILE",
-        help="the same as --config-file",
+        "--config", "--config-file", dest="config_file", default="", metavar="FILE", help="a config"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
     )
     parser.set_defaults(dataset=None)
     return parser
@@ -129,7 +141,11 @@ def read_config(args, *extensions):
 
 def _merge_file(cfg, path):
     if not path:
-        raise InputError("No config is given: give one with --config FILE.")
+        raise InputError(
+            "No config is given: give one with --config FILE, and begin with --config "
+            "configs/shapes/mask_rcnn_slim_R50_C4_KN.yaml, which trains for minutes on a CPU with "
+            "images that it generates (GETTING_STARTED.md goes on from there)."
+        )
     if not os.path.isfile(path):
         raise InputError(f"Config file {path} does not exist: give the path of a YAML file.")
     try:

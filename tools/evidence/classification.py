@@ -2,7 +2,7 @@
 """Trains a ResNet for CIFAR with each norm, normalising 1 to 64 images of a batch together.
 
 Example:
-    tools/evidence/classification.py --data cifar10 --output output/cifar --micro-batches 1 2 64
+    python tools/evidence/classification.py --data cifar10 --output output/cifar --micro-batches 1 2 64
 
 Batch, learning rate and epochs are the same for all; only how many images share statistics differs
 (tools/pretrain_net.py --norm-batch-size). Each run has a folder of its own,

@@ -2,7 +2,7 @@
 """Fine-tunes Mask R-CNN with each norm on a folder of photographs, and notes what came out.
 
 Example:
-    tools/evidence/detection.py --dataset persons --output output/evidence --seeds 1 2 3 --images 2
+    python tools/evidence/detection.py --dataset persons --output output/evidence --seeds 1 2 3 --images 2
 
 Each run has a folder of its own, OUTPUT/ARM_IMAGESim_seedSEED. What is finished is not run again, and
 what was interrupted goes on: give the same command again. tools/evidence/report.py makes tables of it.

@@ -2,9 +2,9 @@
 """Makes the tables and the picture of docs/evidence.md from the results of the runs.
 
 Examples:
-    tools/evidence/report.py --detection output/evidence --truth persons/annotations/instances_val.json
-    tools/evidence/report.py --classification output/cifar
-    tools/evidence/report.py
+    python tools/evidence/report.py --detection output/evidence --truth persons/annotations/instances_val.json
+    python tools/evidence/report.py --classification output/cifar
+    python tools/evidence/report.py
 
 What is read from runs is kept in docs/evidence/*.json, from which the tables are written; without
 arguments they are written anew. A test compares the tables with these files.
