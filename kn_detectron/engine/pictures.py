@@ -60,11 +60,11 @@ def draw_predictions(
         found = model([inputs])[0]["instances"].to("cpu")
         found = shown(found, min_score)
         scale = max(1.0, 320 / min(image.shape[:2]))
-        shown = [
+        drawn = [
             Visualizer(image, metadata, scale, ColorMode.IMAGE).draw_dataset_dict(record),
             Visualizer(image, metadata, scale, ColorMode.IMAGE).draw_instance_predictions(found),
         ]
-        pairs.append(np.concatenate([picture.get_image() for picture in shown], axis=1))
+        pairs.append(np.concatenate([picture.get_image() for picture in drawn], axis=1))
         if len(pairs) == count:
             break
     model.train(training)
