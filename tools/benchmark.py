@@ -20,6 +20,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
 # The folder, which Python prefers to this file of the same name.
 from benchmark import (
@@ -134,10 +135,11 @@ def benchmark(groups, args):
     if chief:
         machine = (f"{key} {value}" for key, value in result["machine"].items() if value)
         print(", ".join(machine) + "\n", flush=True)
-    for group in groups:
+    # A bar with the time that is left, on a terminal.
+    for group in tqdm(groups, unit="table", disable=None if chief else True):
         result["groups"].append(measure_group(group, torch.device(args.device)))
         if chief:
-            print(format_group(result["groups"][-1]), flush=True)
+            tqdm.write(format_group(result["groups"][-1]))
             # After each group: what is measured stays measured.
             write_json(result, os.path.join(args.output, "benchmark.json"))
     if not chief:
