@@ -8,6 +8,8 @@ DETECTRON2 ?=
 bin := .venv/bin
 installed := .venv/installed
 requirements := requirements/runtime.txt requirements/dev.txt
+# One process for each core, of 1 to 2 GB each; one that is done takes tests over from the others.
+parallel := -n auto --maxprocesses 8 --dist worksteal
 
 ifneq ($(DETECTRON2),)
 ifeq ($(wildcard $(DETECTRON2)/detectron2/__init__.py),)
@@ -30,7 +32,7 @@ demo: venv
 	$(bin)/python tools/demo.py --output output/demo
 
 test: venv
-	$(bin)/python -m pytest tests --ignore=tests/real_coco
+	$(bin)/python -m pytest tests --ignore=tests/real_coco $(parallel)
 
 test-coco: venv
 	@test -n "$$DETECTRON2_DATASETS" || { echo "DETECTRON2_DATASETS is not set: set it to the\

@@ -1,9 +1,11 @@
 """A process group of two processes on the CPU, for tests."""
 
 import contextlib
+import multiprocessing
 from datetime import timedelta
 
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from detectron2.utils import comm
 
 
@@ -30,3 +32,13 @@ def two_ranks(rank, folder):
         # now and then aborts the process.
         comm._get_global_gloo_group.cache_clear()
         dist.destroy_process_group()
+
+
+def spawn_two(function, *args):
+    """Calls ``function(rank, *args)`` in two new processes, and waits for them.
+
+    They are forked from one that has imported what all of them need, since importing it takes
+    longer than what most of them do. That one is fresh: it has no threads and no state of a test.
+    """
+    multiprocessing.set_forkserver_preload(["kn_detectron.engine", "kn_detectron.pretraining"])
+    mp.start_processes(function, args, nprocs=2, start_method="forkserver")

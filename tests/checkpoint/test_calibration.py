@@ -11,6 +11,7 @@ from kn_detectron.checkpoint import calibrate, fit_process_noise
 from kn_detectron.layers import kalman_layers, set_gain_scale
 
 from ..models import build_backbone, build_rcnn, images, rcnn_cfg, resnet_cfg
+from .deployed import assert_same_detections, detect
 from .networks import scenes, trained_batch_norm
 
 pytestmark = pytest.mark.trains
@@ -73,24 +74,9 @@ def test_losses_and_detections_at_gain_0_are_the_frozen_networks(batch):
     model.eval()
     model.backbone.train()
     model.roi_heads.res5.train()
-    with torch.no_grad():
-        want = frozen.inference(inputs, do_postprocess=False)
-        got = model.inference(inputs, do_postprocess=False)
-    assert sum(len(one) for one in want) > 5 * batch
-    for one, other in zip(got, want):
-        # Scores that are all but equal may come in another order: the same boxes are compared.
-        places = [
-            torch.cat([d.pred_boxes.tensor, 1e3 * d.pred_classes[:, None]], 1) for d in (one, other)
-        ]
-        order = torch.cdist(*places).argmin(1)
-        assert order.sort().values.tolist() == list(range(len(other)))
-        other = other[order]
-        assert torch.equal(one.pred_classes, other.pred_classes)
-        for field in ("scores", "pred_masks"):
-            torch.testing.assert_close(one.get(field), other.get(field), rtol=0, atol=1e-4)
-        torch.testing.assert_close(
-            one.pred_boxes.tensor, other.pred_boxes.tensor, rtol=0, atol=1e-4 * 96
-        )
+    want = detect(frozen, inputs)
+    assert sum(len(one["scores"]) for one in want) > 5 * batch
+    assert_same_detections(detect(model, inputs), want, tolerance=1e-4)
 
 
 # At the gains of the configs.

@@ -5,7 +5,6 @@ import logging
 import os
 
 import pytest
-import torch.multiprocessing as mp
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -14,7 +13,7 @@ from detectron2.utils import comm
 from kn_detectron.data import check_datasets_once
 from kn_detectron.errors import InputError
 
-from ..ranks import two_ranks
+from ..ranks import spawn_two, two_ranks
 from .annotations.conftest import TinyDataset, sound_content
 
 
@@ -76,5 +75,5 @@ def test_two_processes(tmp_path):
     MetadataCatalog.pop("tiny")
     for name in ("train", "val"):
         _write(str(tmp_path), name, iscrowd=...)
-    mp.spawn(_on_rank, args=(str(tmp_path),), nprocs=2)
+    spawn_two(_on_rank, str(tmp_path))
     assert (tmp_path / "passed0").exists() and (tmp_path / "passed1").exists()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_what_is_mended_reaches_training_and_evaluation(own, tmp_path):
     results = json.loads((tmp_path / "run/inference/results.json").read_text())
     assert all(results[task]["AP"] is not None for task in ("bbox", "segm"))
     # Detections are compared with the same truth, in another process for example.
-    sound = json.loads(open(MetadataCatalog.get("shapes_val").json_file).read())
+    sound = json.loads(Path(MetadataCatalog.get("shapes_val").json_file).read_text())
     assert all(annotation["area"] > 0 for annotation in sound["annotations"])
 
 

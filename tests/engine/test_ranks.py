@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
@@ -28,7 +27,7 @@ from kn_detectron.engine import (
 from kn_detectron.engine.trainer import _AgreedBatches
 
 from ..models import build_backbone, randomize, resnet_cfg
-from ..ranks import two_ranks
+from ..ranks import spawn_two, two_ranks
 from . import tiny
 from .loop import Loop
 
@@ -139,7 +138,7 @@ def _fails_together(rank):
 
 
 def test_two_processes(tmp_path):
-    mp.spawn(_on_rank, args=(str(tmp_path),), nprocs=2)
+    spawn_two(_on_rank, str(tmp_path))
     assert (tmp_path / "passed0").exists() and (tmp_path / "passed1").exists()
 
 
@@ -174,12 +173,12 @@ def _resumes(rank, folder, datasets):
 
 
 def test_a_resumed_run_of_two_processes_is_bit_equal(datasets, tmp_path):
-    mp.spawn(_resumes, args=(str(tmp_path), datasets), nprocs=2)
+    spawn_two(_resumes, str(tmp_path), datasets)
     assert tiny.read(tmp_path / "resumed" / "model_final.pth")["iteration"] == 5
 
 
 def _launch_on_cpu(main, num_gpus, num_machines, machine_rank, dist_url, args):
-    mp.spawn(_join, args=(main, *args), nprocs=num_gpus)
+    spawn_two(_join, main, *args)
 
 
 def _join(rank, main, *args):

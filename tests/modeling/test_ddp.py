@@ -4,14 +4,13 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from kn_detectron.layers import set_gain_scale
 
 from ..models import build_backbone, build_rcnn, images, rcnn_cfg, rcnn_inputs, resnet_cfg
-from ..ranks import two_ranks
+from ..ranks import spawn_two, two_ranks
 
 pytestmark = pytest.mark.trains
 
@@ -47,7 +46,7 @@ def test_two_processes_take_the_step_of_one(gain_scale, tmp_path):
 
     With a gain each process measures its own image, and the step must differ: as with BatchNorm.
     """
-    mp.spawn(same_step, (str(tmp_path), gain_scale), nprocs=2)
+    spawn_two(same_step, str(tmp_path), gain_scale)
     two = torch.load(tmp_path / "two.pth")
     backbone, optimizer = build(gain_scale)
     for k in range(3):
@@ -91,7 +90,7 @@ VARIANTS = [
 
 
 def test_no_parameter_is_unused(tmp_path):
-    mp.spawn(no_unused_parameters, (str(tmp_path),), nprocs=2)
+    spawn_two(no_unused_parameters, str(tmp_path))
     for rank in range(2):
         assert (tmp_path / f"rank{rank}").read_text() == str(4 * len(VARIANTS))
 

@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from kn_detectron.pretraining import ImageClassifier, evaluate, online_statistics, open_folders
 
 from ..models import randomize
-from ..ranks import two_ranks
+from ..ranks import spawn_two, two_ranks
 from .conftest import config
 
 
@@ -124,7 +123,7 @@ def test_two_processes_share_the_images(folder, tmp_path):
     cfg = config(folder, "KN", norm_batch_size=1)
     expected = evaluate(cfg, _classifier(cfg, classes=9))
     assert expected["online"] != expected["moving"]
-    mp.spawn(_evaluate_on_rank, args=(cfg, str(tmp_path)), nprocs=2)
+    spawn_two(_evaluate_on_rank, cfg, str(tmp_path))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pth")
         assert found == {name: pytest.approx(scores) for name, scores in expected.items()}

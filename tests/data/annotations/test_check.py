@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,7 +263,7 @@ def test_mended(tiny, tmp_path, kn_log, change, line, expected):
     assert any(re.search(line, said) and str(tiny.json_file) in said for said in lines), lines
 
     mended_file = MetadataCatalog.get("tiny").json_file
-    mended = json.loads(open(mended_file).read())
+    mended = json.loads(Path(mended_file).read_text())
     part, index, key, value = expected
     assert mended[part][index][key] == value
     assert type(mended[part][index][key]) is type(value) or part == "annotations"
@@ -407,7 +408,7 @@ def test_masks_that_nobody_uses_cost_no_boxes(tiny, tmp_path, kn_log, segmentati
     assert "a segmentation cannot be used and is left out" in kn_log.text
     records = DatasetCatalog.get("tiny")
     assert [len(record["annotations"]) for record in records] == [2, 2, 1]
-    mended = json.loads(open(MetadataCatalog.get("tiny").json_file).read())
+    mended = json.loads(Path(MetadataCatalog.get("tiny").json_file).read_text())
     assert mended["annotations"][0]["area"] == 120
 
 
@@ -496,7 +497,7 @@ def test_keypoints_that_are_learned(tiny, tmp_path, kn_log):
     del content["annotations"][0]["keypoints"], content["annotations"][1]["num_keypoints"]
     tiny.write(content)
     check_dataset("tiny", tmp_path / "run", Uses(keypoints=2))
-    mended = json.loads(open(MetadataCatalog.get("tiny").json_file).read())
+    mended = json.loads(Path(MetadataCatalog.get("tiny").json_file).read_text())
     assert mended["annotations"][0]["keypoints"] == [0] * 6
     assert [a["num_keypoints"] for a in mended["annotations"]] == [0, 1, 1, 1, 1]
     with pytest.raises(InputError, match="NUM_KEYPOINTS 3 in entry 1"):

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import multiprocessing
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -38,7 +39,9 @@ def test_pixels_are_the_ones_of_every_machine():
 def test_image_does_not_depend_on_how_many_there_are(shapes_root, tmp_path):
     root = tmp_path / "fewer"
     generate_shapes(root, ShapesSpec(num_train=5, num_val=2, size=64, max_shapes=3, seed=5))
-    fewer, more = (json.load(open(shapes_paths(r, "train")[0])) for r in (root, shapes_root))
+    fewer, more = (
+        json.loads(Path(shapes_paths(r, "train")[0]).read_text()) for r in (root, shapes_root)
+    )
     assert fewer["images"] == more["images"][:5]
     assert fewer["annotations"] == more["annotations"][: len(fewer["annotations"])]
     for record in fewer["images"]:

@@ -3,12 +3,11 @@
 import os
 
 import torch
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from kn_detectron.layers import convert_kalman_norm, set_gain_scale
 
-from ...ranks import two_ranks
+from ...ranks import spawn_two, two_ranks
 from .networks import Branchy, images, trained
 
 
@@ -36,7 +35,7 @@ def train(rank, path):
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
-    mp.spawn(train, (str(tmp_path),), nprocs=2)
+    spawn_two(train, str(tmp_path))
     network, optimizer = build()
     start = network.stem[0].weight.clone()
     for seed in range(3):
