@@ -1,9 +1,9 @@
 """Lets detectron2's older sources import and run on a current Python stack.
 
-detectron2 seldom releases, so its sources of 2021 and later meet a NumPy, a Pillow, a setuptools
+detectron2 is seldom released. Its sources of 2021 and later meet a NumPy, a Pillow, a setuptools
 and a torch that have moved on, often without detectron2's compiled extension. Each repair below is
-made only where it is needed: the detectron2 at hand uses a name, and the name is really gone. With
-a detectron2 that needs nothing, nothing is changed, and nothing of it is imported.
+made only where it is needed: where the detectron2 at hand uses a name that is really gone. A
+detectron2 that needs nothing is neither changed nor imported.
 """
 
 import contextlib
@@ -39,13 +39,14 @@ _NUMPY_ALIASES = {
 }
 _PILLOW_ALIASES = {"LINEAR": ("BILINEAR", ("data/transforms/transform.py",))}
 
-# The layers that import the compiled extension, of which newer ones do without it by themselves.
+# The layers that import the compiled extension. In newer versions they do without it by themselves.
 _COMPILED_LAYERS = tuple(
     f"layers/{name}.py" for name in ("deform_conv", "roi_align_rotated", "rotated_boxes")
 )
 
-# What torch says about code of detectron2 and fvcore, which nobody who uses kn_detectron can change:
-# how the warning begins, and the module that it names, as regular expressions.
+# Warnings of torch about code of detectron2 and fvcore. Nobody who uses kn_detectron can change
+# that code. Each entry has the beginning of the warning and the module that it names, as regular
+# expressions.
 NOTICES = (
     (r"`torch\.jit\.script` is ", r"torch\.jit\."),
     (r"torch\.meshgrid", r"torch\.functional"),
@@ -53,12 +54,12 @@ NOTICES = (
     (r"The given NumPy array is not writable", r"detectron2\.data\.detection_utils"),
 )
 
-# torch forgets an operator together with the Library that defined it, so this one is kept.
+# torch forgets an operator when the Library that defined it is gone, so this one is kept.
 _operators = None
 
 
 def prepare_detectron2():
-    """Makes the detectron2 at hand importable; to be called before any of it is imported.
+    """Makes the detectron2 at hand importable. Call it before any part of detectron2 is imported.
 
     Raises:
         ImportError: There is no detectron2. The message says how to install it.
@@ -87,8 +88,8 @@ def prepare_detectron2():
     ):
         stand_ins["pkg_resources"] = _module("pkg_resources", resource_filename=_resource_filename)
 
-    # The importing modules keep their stand-ins. Nobody else is to find them: whoever asks
-    # whether the real module is there (detectron2's own environment report does) gets the truth.
+    # The importing modules keep their stand-ins. Nobody else finds them, so that who asks whether
+    # the real module is there, as detectron2's environment report does, gets the truth.
     with _importable(stand_ins), without_notices():
         if "detectron2._C" in stand_ins:
             importlib.import_module("detectron2.layers")
@@ -114,8 +115,8 @@ def _uses(root, files, pattern):
 
 
 def _has_extension(spec):
-    """Whether detectron2._C is there: only a finder is asked, since its import would crash a
-    build for another torch here, far from where detectron2 itself would report it."""
+    """Whether detectron2._C is there. It is not imported: an extension that was built for another
+    torch would crash here, far from where detectron2 itself would report it."""
     if "detectron2._C" in sys.modules:
         return True
     return PathFinder.find_spec("detectron2._C", spec.submodule_search_locations) is not None
@@ -138,8 +139,8 @@ def _restore_aliases(root):
 
 
 def _extension_stand_ins():
-    """What stands in for the compiled extension: an error at its use, and for the C++ COCOeval
-    pycocotools' own, which gives the same numbers, only more slowly."""
+    """Stand-ins for the compiled extension: an error when it is used, and pycocotools' COCOeval for
+    the C++ one, which gives the same numbers in more time."""
     from pycocotools.cocoeval import COCOeval
 
     fast_eval_api = "detectron2.evaluation.fast_eval_api"

@@ -15,8 +15,8 @@ PREDICTIONS = ("closed_form", "monte_carlo")
 def add_kn_config(cfg: CN) -> None:
     """Adds the node ``MODEL.KN`` and ``DATASETS.CLASS_NAMES``, with defaults, to a detectron2 config.
 
-    The former's apply to the norms "KN" and "GKN" in the backbones and heads of
-    :mod:`kn_detectron.modeling`. Calling it again leaves values that are already there alone.
+    The keys of ``MODEL.KN`` apply to the norms "KN" and "GKN" in the backbones and heads of
+    :mod:`kn_detectron.modeling`. Calling this again changes no value that is already there.
     """
     if "KN" in cfg.MODEL:
         return
@@ -30,19 +30,20 @@ def add_kn_config(cfg: CN) -> None:
     kn.PREDICTION = "closed_form"
     # Side in pixels of the map that "monte_carlo" samples; 0 is the feature map's own size.
     kn.MONTE_CARLO_SIZE = 0
-    # Initial gain q: the weight of what is measured against what is predicted. With weights from
-    # a calibrated BatchNorm checkpoint 0.02 is better.
+    # Initial gain q: the weight of the measurement against the prediction. With priors that are
+    # calibrated to a BatchNorm checkpoint 0.02 is better.
     kn.GAIN = 0.1
     # Whether the gain of each layer is learned.
     kn.LEARN_GAIN = True
     # The gain falls linearly to 0 between these two fractions of SOLVER.MAX_ITER, so that training
-    # ends with statistics that depend on no batch; the priors are calibrated to the running
-    # statistics first. Off when they are equal; [0.6, 0.9] is a good choice. Priors that cannot be
-    # calibrated (the paper variant's, GKN's) have to fit by themselves.
+    # ends with statistics that depend on no batch. Before it falls, the priors are calibrated to
+    # the running statistics. The priors of the paper variant and of GKN cannot be calibrated and
+    # have to fit by themselves. Off when the fractions are equal; [0.6, 0.9] is a good choice.
     kn.GAIN_ANNEAL = [1.0, 1.0]
     # Whether each layer learns a correction of its prior (b and r, or the paper's R).
     kn.PROCESS_MODEL = True
-    # Whether gradients flow through the prior to the layers below. Most of the gain comes from it.
+    # Whether gradients flow through the prior to the layers below. Most of KN's benefit comes from
+    # these gradients.
     kn.PRIOR_GRADIENT = True
     # Standard deviation of the pixels of the training images, in 0..255 and the channel order of
     # PIXEL_MEAN: the belief about the image, where the chain starts. The default is ImageNet's.

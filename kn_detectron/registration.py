@@ -55,10 +55,10 @@ def get_norm(norm, out_channels):
     ``"GN<n>"`` is GroupNorm with n groups. detectron2's "GN" has 32, which do not divide the widths
     of slim networks.
 
-    A layer that is built here gets no prior from the module that uses it, since that module knows
-    nothing of beliefs: it is the head of its own chain, which is plain BatchNorm (GroupNorm for
-    GKN). The log says so once for each module of detectron2 that asks for such a layer. Layers with
-    a prior are built by the backbones and heads of :mod:`kn_detectron.modeling`.
+    The module that uses such a layer knows nothing of beliefs and passes it no prior. So the layer
+    is the head of its own chain, which is plain BatchNorm (GroupNorm for GKN). The log says so once
+    for each module of detectron2 that asks for one. The backbones and heads of
+    :mod:`kn_detectron.modeling` build layers with a prior.
 
     Args:
         norm (str or callable): as for detectron2's, or "KN", "GKN" or "GN<n>".

@@ -52,7 +52,7 @@ def argument_parser(about=None):
     """
     description, _, examples = (about or "").partition("Examples:\n")
     parser = argparse.ArgumentParser(
-        # The pairs come last: what argparse takes for them, it takes with all that follows.
+        # The pairs come last, since argparse takes all that follows for pairs too.
         usage="%(prog)s --config FILE [options] [KEY VALUE ...]",
         description=description.strip() or None,
         epilog=f"Examples:\n{examples}" if examples else None,
@@ -93,7 +93,7 @@ def load_config(args):
         if not cfg.DATASETS[key]:
             raise InputError(f"DATASETS.{key} is empty: name at least one dataset.")
     make_output_dir(cfg, args)
-    # For what the checks have to say; the processes of the run go on with the same file.
+    # The checks log into the file that the processes of the run go on with.
     setup_logger(cfg.OUTPUT_DIR, args.machine_rank * args.num_gpus, name="kn_detectron")
     _escape_what_the_locale_lacks()
     truths = check_datasets(cfg, keys)
@@ -114,10 +114,10 @@ def _fit_to_folder(cfg, truths):
 
 
 def read_config(args, *extensions):
-    """Reads the config that the arguments name; its datasets are not looked at.
+    """Reads the config that the arguments name, without looking at its datasets.
 
     Without a GPU, MODEL.DEVICE "cuda", which is detectron2's default, becomes "cpu", and mixed
-    precision is switched off; only where the command line asks for "cuda" itself it is refused.
+    precision is switched off. A command line that asks for "cuda" itself is refused.
 
     Args:
         args (argparse.Namespace): of :func:`argument_parser`.
@@ -235,7 +235,7 @@ def _on_rank(main, cfg, args):
 
 
 def _escape_what_the_locale_lacks():
-    """Has the logs escape characters that they cannot encode, as in names of categories."""
+    """Makes the logs escape characters that they cannot encode, as in names of categories."""
     loggers = map(logging.getLogger, ("detectron2", "fvcore", "kn_detectron"))
     for handler in (handler for logger in loggers for handler in logger.handlers):
         if isinstance(getattr(handler, "stream", None), io.TextIOWrapper):
@@ -251,7 +251,7 @@ def launch_ranks(main, cfg, args):
         args (argparse.Namespace): of :func:`argument_parser`.
 
     Raises:
-        InputError: also one that was raised in any of the processes.
+        InputError: one of the processes raised it, or they cannot be started.
     """
     if args.num_gpus * args.num_machines <= 1:
         _on_rank(main, cfg, args)
@@ -289,13 +289,13 @@ def launch_ranks(main, cfg, args):
 
 @contextlib.contextmanager
 def _signals_left_to_children():
-    """Has this process wait for its children when it is told to stop, and tell them."""
+    """Makes this process pass a signal to stop on to its children, and wait for them."""
 
     def forward(signum, frame):
         for child in multiprocessing.active_children():
             child.terminate()
 
-    # A terminal sends Ctrl-C, and that it is closed, to the children by itself.
+    # A terminal sends Ctrl-C to the children by itself, and tells them too when it is closed.
     former = {
         signum: signal.signal(signum, forward if signum == signal.SIGTERM else lambda *_: None)
         for signum in signals_to_take_over()
@@ -308,7 +308,7 @@ def _signals_left_to_children():
 
 
 def run(command):
-    """Runs a command line: a fault of the input is one sentence and exit status 1.
+    """Runs a command line. A fault of the input ends it with one sentence and exit status 1.
 
     Args:
         command (callable): called without arguments.

@@ -56,7 +56,7 @@ def check_test_augmentation(cfg):
     """Checks that detectron2 can do what TEST.AUG.ENABLED asks for.
 
     Raises:
-        InputError: it is True, and the model is none that detectron2 can augment the images of.
+        InputError: it is True, and detectron2 cannot augment the images for this kind of model.
     """
     if not cfg.TEST.AUG.ENABLED:
         return
@@ -80,10 +80,12 @@ def build_coco_evaluator(cfg, dataset_name, folder="inference"):
         folder (str): where in OUTPUT_DIR the results go.
 
     Returns:
-        FullCOCOEvaluator: it writes the detections to OUTPUT_DIR/<folder>/<dataset>; a dataset that is
-        named by the path of its images, as with --dataset, has the last two parts of that path.
+        FullCOCOEvaluator: it writes the detections to OUTPUT_DIR/<folder>/<dataset>. For a dataset
+        that is named by the path of its images, as with --dataset, <dataset> is the last two parts
+        of that path.
     """
-    # Joined to another, an absolute path would stand alone: results beside the user's images.
+    # os.path.join drops what is in front of an absolute path, so the results would lie beside the
+    # user's images.
     place = dataset_name
     if os.path.isabs(dataset_name):
         place = "_".join(dataset_name.split(os.sep)[-2:])
@@ -106,7 +108,7 @@ def write_results(cfg, results):
 
     Args:
         cfg (CfgNode): detectron2's config.
-        results (dict): what ``Trainer.test`` returns; numbers that cannot be had become null.
+        results (dict): what ``Trainer.test`` returns; numbers that are not defined become null.
     """
     path = os.path.join(cfg.OUTPUT_DIR, "inference", "results.json")
     os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -34,9 +34,9 @@ def _unwrap(model):
 class SeedStep(HookBase):
     """Seeds every random number generator before each step, from seed, rank and iteration.
 
-    So the anchors and regions that a step samples are the same in a run that was interrupted
-    before it, and whatever an evaluation draws in between changes nothing. The seed is the
-    trainer's attribute ``seed``.
+    So a step samples the same anchors and regions whether or not the run was interrupted before it,
+    and random numbers that an evaluation draws in between change nothing. The seed is the trainer's
+    attribute ``seed``.
     """
 
     def before_step(self):
@@ -55,13 +55,12 @@ class GainAnneal(HookBase):
     fractions of the trainer's ``max_iter``. When both are equal it is 1 throughout, also where
     the weights come from a checkpoint that was annealed.
 
-    Without measurements a layer is left with its prior, and nothing has made that resemble the
-    features: a network can learn around one that is far off. So before the first step in which the
-    gain is lowered, the priors are calibrated to the running statistics (ours; see
-    :func:`~kn_detectron.checkpoint.calibrate`), which are what inference normalises with. Layers of
-    which that is not possible keep theirs: those of the paper variant, of GKN, or without a process
-    model. At a ``start`` of 0 there are no statistics yet, save those that were loaded and
-    calibrated to then.
+    At gain 0 a layer has only its prior, and a network can learn around a prior that is far from
+    the features. So before the first step in which the gain is lowered, the priors are calibrated
+    to the running statistics, with which inference normalises (ours; see
+    :func:`~kn_detectron.checkpoint.calibrate`). Layers of the paper variant, of GKN and without a
+    process model cannot be calibrated and keep their priors. If ``start`` is 0, the running
+    statistics are those that were loaded, and the loading has calibrated to them.
     """
 
     def __init__(self, start, end):
@@ -110,8 +109,9 @@ class GainAnneal(HookBase):
 def average_running_statistics(model):
     """Makes the running statistics of all norm layers the same on all ranks: their averages.
 
-    Every rank has taken part in every step with the same momentum, so all count the same. The
-    averaged variance is that within a rank's batches, as BatchNorm's is within a batch.
+    Every rank has taken part in every step with the same momentum, so all ranks have the same
+    weight. The averaged variance is the variance within the batches of a rank, just as BatchNorm's
+    is the variance within a batch.
 
     Args:
         model (nn.Module): every rank has to call this with its own.
@@ -137,16 +137,16 @@ def average_running_statistics(model):
 class AverageRunningStatistics(HookBase):
     """Averages the running statistics over ranks where they are about to be used.
 
-    Evaluation shares the images among the ranks and only the main one saves its state: without
-    this, an AP mixes the statistics of all ranks and belongs to no checkpoint. To be placed after
+    Evaluation divides the images among the ranks, and only the main rank saves its state. Without
+    this hook an AP mixes the statistics of all ranks and belongs to no checkpoint. Place it after
     PreciseBN and before the hooks that save and evaluate.
     """
 
     def __init__(self, periods):
         """
         Args:
-            periods (Iterable[int]): the periods of those hooks; 0 is never. They are also
-                averaged after the last step.
+            periods (Iterable[int]): the periods of the hooks that save and evaluate; 0 is never.
+                The statistics are also averaged after the last step.
         """
         self._periods = [period for period in periods if period > 0]
 
@@ -160,7 +160,7 @@ class AverageRunningStatistics(HookBase):
 class PreciseStatistics(hooks.PreciseBN):
     """detectron2's PreciseBN on batches that depend on nothing but the seed and the iteration.
 
-    Its own goes on through a stream that a resumed run would begin anew.
+    detectron2's PreciseBN reads on in a stream of images that a resumed run would begin anew.
     """
 
     def update_stats(self):
@@ -175,18 +175,19 @@ class PreciseStatistics(hooks.PreciseBN):
 class KalmanStatistics(HookBase):
     """Puts the gain and the innovations of every Kalman layer into the event storage.
 
-    Under ``kn/gain/<layer>``, and, as averages of absolute values over the channels,
-    ``kn/innovation_mean/<layer>`` (in standard deviations of the prior) and
-    ``kn/innovation_logvar/<layer>``; ``kn/gain``, ``kn/innovation_mean`` and
-    ``kn/innovation_logvar`` are averages over the layers. Heads of chains have neither.
+    The gain is ``kn/gain/<layer>``. The innovations are ``kn/innovation_mean/<layer>``, in standard
+    deviations of the prior, and ``kn/innovation_logvar/<layer>``, both as averages of absolute
+    values over the channels. ``kn/gain``, ``kn/innovation_mean`` and ``kn/innovation_logvar`` are
+    averages over the layers. Heads of chains have neither gain nor innovation.
 
-    The layers are measured a second time for it, in the logged steps only. For the main process.
+    For this the layers are measured a second time, in the logged steps only. Only the main process
+    needs this hook.
     """
 
     def __init__(self, period=20):
         """
         Args:
-            period (int): iterations between two entries, best that of the writers.
+            period (int): iterations between two entries; the period of the writers is best.
         """
         self._period = period
         self._handles = []

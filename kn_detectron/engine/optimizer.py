@@ -11,12 +11,12 @@ __all__ = ["exempt_filters_from_decay"]
 def exempt_filters_from_decay(optimizer: Optimizer, model: nn.Module) -> None:
     """Takes gains and process models out of the weight decay.
 
-    Decay pulls a gain's logit to 0, which is a gain of 0.5, and a process model to that of a fresh
-    layer, which undoes a calibration. detectron2 decays them as it does norms, by
+    Decay pulls the logit of a gain to 0, which is a gain of 0.5. It pulls a process model to that
+    of a fresh layer, which undoes a calibration. detectron2 decays both as it decays norms, by
     SOLVER.WEIGHT_DECAY_NORM.
 
     Args:
-        optimizer: of the model's parameters. Groups of theirs are added to it.
+        optimizer: of the model's parameters. It gets additional groups, without decay.
         model: holds the KN and GKN layers.
     """
     filters = {

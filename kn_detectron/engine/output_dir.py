@@ -1,4 +1,4 @@
-"""The folder that a run writes to: that it can be written to, and that no other run does."""
+"""The folder that a run writes to: it has to be writable, and no other run may use it."""
 
 import os
 import tempfile
@@ -15,7 +15,7 @@ def make_output_dir(cfg, args):
     """Creates OUTPUT_DIR, tries to write there, and keeps it from other runs.
 
     Two runs in one folder would replace each other's checkpoints and mix their logs. The lock is on
-    the folder itself, and ends with this process, whatever ends that.
+    the folder itself, and ends with this process, however the process ends.
 
     Args:
         cfg (CfgNode): detectron2's config.

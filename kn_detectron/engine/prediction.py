@@ -1,4 +1,4 @@
-"""Detections on photographs: which of them a picture shows, and their form in COCO's results."""
+"""Detections on photographs: which ones a picture shows, and their form in COCO's results."""
 
 from typing import Dict, List
 
@@ -13,7 +13,7 @@ _SAME_OBJECT = 0.6
 
 
 def shown(instances: Instances, min_score: float) -> Instances:
-    """Those detections that a picture shows: one for each object.
+    """Selects the detections that a picture shows: one for each object.
 
     A detector suppresses boxes of one class that overlap. Boxes of two classes on one object stay
     in its output, as COCO's evaluation wants it, and look like a mistake in a picture.
@@ -38,8 +38,8 @@ def coco_results(instances: Instances, file_name: str, classes: List[str]) -> Li
         classes: what the classes are called; without names they are numbers.
 
     Returns:
-        list[dict]: each with ``file_name``, ``category``, ``score``, ``bbox`` (x, y, width, height in
-        pixels) and, from a detector with masks, ``segmentation`` (COCO's run-length encoding).
+        list[dict]: each with ``file_name``, ``category``, ``score``, ``bbox`` (x, y, width, height
+        in pixels) and, from a detector with masks, ``segmentation`` (COCO's run-length encoding).
     """
     results = instances_to_coco_json(instances, 0)
     for result in results:

@@ -1,8 +1,8 @@
-"""What a resumed run takes from its config where that is another one than before.
+"""Resuming with a config that has changed.
 
-The state of an optimizer and of a schedule holds settings beside what was learned, and loading it
-would bring back those of before. What the config says is put in force, and what it cannot decide
-any more is said.
+The state of an optimizer and of a schedule holds settings beside what was learned, so loading it
+brings the former settings back. Here the settings of the new config are put in force, and the log
+says which of its keys no longer decide anything.
 """
 
 import logging
@@ -16,12 +16,12 @@ __all__ = ["optimizer_settings", "plain", "report_changes", "set_optimizer_setti
 
 _logger = logging.getLogger(__name__)
 
-# What the checkpoint decides.
+# Keys that the checkpoint decides, with the reason.
 _NOT_IN_FORCE = {
     "MODEL.KN.GAIN": "the gains are those of the checkpoint",
     "MODEL.WEIGHTS": "the weights are those of the checkpoint",
 }
-# The trainer speaks of the seed itself, since the config may leave it to chance; a folder may move.
+# The trainer reports the seed itself, since the config may leave it to chance. A folder may move.
 _UNREPORTED = ("SEED", "OUTPUT_DIR")
 
 
@@ -36,7 +36,7 @@ def report_changes(before: Dict[str, Any], now: Dict[str, Any], iteration: int) 
     Args:
         before: the config that the checkpoint was written with, by :func:`plain`.
         now: that of the resumed run.
-        iteration: with which it goes on.
+        iteration: the first one of the resumed run.
     """
     changed = dict(_changes(before, now))
     in_force = [
@@ -81,10 +81,10 @@ def set_optimizer_settings(optimizer: Optimizer, scheduler, settings: List[Dict[
     """Puts the settings of a new optimizer in force in one whose state was loaded.
 
     Args:
-        optimizer: it keeps its momentum.
-        scheduler (LRMultiplier): of the optimizer, where the run goes on. The learning rate becomes
-            that of its multiplier there, times the initial one of the settings.
-        settings: of :func:`optimizer_settings`, after the scheduler had been built.
+        optimizer: with loaded state; it keeps its momentum.
+        scheduler (LRMultiplier): of the optimizer, at the iteration where the run goes on. The
+            learning rate becomes its multiplier there times the initial rate of the settings.
+        settings: from :func:`optimizer_settings`, taken after the scheduler had been built.
     """
     for group, setting in zip(optimizer.param_groups, settings):
         group.update(setting)

@@ -1,4 +1,4 @@
-"""The config of a run that was, for other scripts."""
+"""The config of a finished run, for other scripts."""
 
 import argparse
 import os

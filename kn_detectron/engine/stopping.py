@@ -22,7 +22,7 @@ STOPPING_SIGNALS = tuple(
 
 
 def signals_to_take_over():
-    """STOPPING_SIGNALS but for SIGHUP where it is ignored: under nohup a run is to go on.
+    """STOPPING_SIGNALS, without SIGHUP where it is ignored: under nohup a run goes on.
 
     Returns:
         list[signal.Signals]
@@ -42,10 +42,9 @@ class StopOnSignal(HookBase):
     """Ends the training on SIGINT (Ctrl-C), SIGTERM or SIGHUP when the step is done and saved.
 
     The trainer's ``save_checkpoint()`` writes the checkpoint; then :class:`Stopped` leaves the
-    loop. If any rank got a signal, all of them stop after the same step, for which whatever gets
-    their batches calls :meth:`agree`. A second signal does
-    what it would without this hook. To be placed after the hooks that change the model, and
-    before evaluation.
+    loop. If any rank got a signal, all ranks stop after the same step. For that, the code that
+    fetches their batches calls :meth:`agree`. A second signal does what it would do without this
+    hook. Place the hook after the hooks that change the model, and before evaluation.
     """
 
     def __init__(self):
@@ -81,7 +80,7 @@ class StopOnSignal(HookBase):
             self._former = {signal.SIGCHLD: signal.signal(signal.SIGCHLD, signal.SIG_DFL)}
         if self._at_once:
             raise Stopped(128 + signum)
-        # Not through logging: the signal may have come in the middle of a line of it.
+        # Not through logging: the signal may have interrupted logging in the middle of a line.
         name = signal.Signals(signum).name
         with contextlib.suppress(OSError):  # there may be no terminal any more
             os.write(
@@ -106,9 +105,9 @@ class StopOnSignal(HookBase):
         return Stopped(128 + signum)
 
     def agree(self, trouble):
-        """Tells the other ranks of a signal, and hears of theirs: once a step, by every rank.
+        """Tells the other ranks of a signal, and hears of theirs. Every rank calls it once a step.
 
-        Where there are several, a signal stops the run after the step that begins with this call.
+        With several ranks, a signal stops the run after the step that begins with this call.
 
         Args:
             trouble (int): something else to agree on; 0 is none.
@@ -128,7 +127,7 @@ class StopOnSignal(HookBase):
 
     @contextlib.contextmanager
     def at_once(self):
-        """Within it, a signal raises Stopped where it arrives: there is no step to finish."""
+        """Context in which a signal raises Stopped at once, since there is no step to finish."""
         self._at_once = True
         try:
             if self.requested is not None:

@@ -53,16 +53,17 @@ class Trainer(DefaultTrainer):
     """``DefaultTrainer`` with KN's loaders, checkpointer, evaluator and hooks.
 
     A run that was interrupted and resumed computes what an uninterrupted one computes, to the bit
-    on a CPU: the checkpoint holds the optimizer, the schedule, the loss scaler and the seed, from
-    which the order and augmentation of the images and all sampling within a step follow. Resumed with
-    another config, it has what that says from there on, and the log says what has changed.
+    on a CPU. The checkpoint holds the optimizer, the schedule, the loss scaler and the seed; the
+    order and augmentation of the images and all sampling within a step follow from the seed. If a
+    run is resumed with another config, the new values are in force from there on, and the log says
+    what has changed.
 
     Running statistics are averaged over the ranks before they are evaluated or saved. A signal
     stops the run when its step is saved; see :class:`StopOnSignal`. An image that cannot be used
     raises :class:`~kn_detectron.InputError` on all ranks, after the steps before it were saved.
 
     Attributes:
-        seed (int): cfg.SEED, or one drawn once; a resumed run has that of the run it goes on with.
+        seed (int): cfg.SEED, or a random one; a resumed run keeps the seed of its first part.
     """
 
     def __init__(self, cfg):
@@ -127,7 +128,7 @@ class Trainer(DefaultTrainer):
                 hooks.IterationTimer(),
                 SeedStep(),
                 GainAnneal(*cfg.MODEL.KN.GAIN_ANNEAL),
-                # Before the hooks that run the model: it is to hear the training step only.
+                # Before the hooks that run the model, so that it hears the training step only.
                 KalmanStatistics(_WRITE_PERIOD) if is_main else None,
                 hooks.LRScheduler(),
                 self._build_precise_statistics() if precise else None,
@@ -140,7 +141,7 @@ class Trainer(DefaultTrainer):
                 ),
                 self._stop,
                 hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
-                # Last, to write what the others have stored.
+                # Last, since it writes what the others have stored.
                 hooks.PeriodicWriter(self.build_writers(), _WRITE_PERIOD) if is_main else None,
             )
             if hook is not None
@@ -202,7 +203,7 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def _finish(self):
-        """What remains of a run whose steps are all done: the evaluation."""
+        """Does what remains of a run whose steps are all done: the evaluation."""
         _logger.warning(
             "Nothing is left to train: iteration %d of SOLVER.MAX_ITER %d is done. Evaluating.",
             self.start_iter,
@@ -233,7 +234,7 @@ class Trainer(DefaultTrainer):
             ) from error
 
     def save_checkpoint(self):
-        """Saves the state after iteration ``iter`` if it is not yet; to be called on all ranks."""
+        """Saves the state after iteration ``iter`` unless it is saved; every rank has to call it."""
         average_running_statistics(self.model)
         self._save()
         comm.synchronize()
@@ -257,7 +258,8 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def _evaluation_config(self):
-        """The config, where augmentation, which takes many times longer, is left to the end."""
+        """The config for evaluations during the training, without test-time augmentation, which
+        takes many times longer and is left to the end."""
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.TEST.AUG.ENABLED = cfg.TEST.AUG.ENABLED and self.iter >= self.max_iter
@@ -306,7 +308,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        """Builds the training loader, whose stream of batches can be entered anywhere."""
+        """Builds the training loader, whose stream of batches can begin at any iteration."""
         return build_train_loader(cfg)
 
     @classmethod
@@ -356,10 +358,10 @@ _NO_TROUBLE, _FAULT, _LOADER_GONE = range(3)
 
 
 class _AgreedBatches:
-    """The batches of a loader, which every rank gets or none does.
+    """The batches of a loader: either every rank gets one, or none does.
 
-    A rank that failed alone would leave the others waiting for it in the middle of a step, and
-    nobody could save the steps before.
+    If one rank failed alone, the others would wait for it in the middle of a step, and nobody could
+    save the steps before.
     """
 
     def __init__(self, loader):
