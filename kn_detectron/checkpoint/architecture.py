@@ -16,10 +16,10 @@ _PLAIN_NORMS = {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(1, cha
 def resnet_of(
     tensors: Dict[str, Tensor], norm: str, variant: str, image_var: Optional[Tensor] = None
 ) -> ResNet:
-    """Builds the ResNet that tensors are of: depth, widths and groups are theirs.
+    """Builds the ResNet that has these tensors, with their depth, widths and groups.
 
-    It is for its tensors only, not for images: strides and dilations, which no tensor shows, are
-    those of ResNet-50, and groups of GN and GKN are 1.
+    The network only holds the tensors and is not for images. No tensor shows strides and dilations,
+    so they are those of ResNet-50. GN and GKN have one group.
 
     Args:
         tensors: by detectron2's names without prefix: the stem, and stages from res2 on.
@@ -31,7 +31,8 @@ def resnet_of(
         ResNet: a :class:`~kn_detectron.modeling.KNResNet` for "KN" and "GKN", else detectron2's.
 
     Raises:
-        AssertionError, IndexError, KeyError, ValueError, ZeroDivisionError: they are of none.
+        AssertionError, IndexError, KeyError, ValueError, ZeroDivisionError: the tensors are
+            not those of a ResNet.
     """
     width, in_channels = tensors["stem.conv1.weight"].shape[:2]
     if norm in _PLAIN_NORMS:

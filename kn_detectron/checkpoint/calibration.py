@@ -29,31 +29,33 @@ from ..modeling import (
 
 __all__ = ["calibrate", "fit_process_noise", "is_exact"]
 
-# Of the paper variant: the smallest R, at which layers start anyway, and a gain near BatchNorm.
+# For the paper variant: the smallest R, with which layers start anyway, and a gain near BatchNorm.
 _LEAST_NOISE = math.log1p(math.exp(-5.0))
 _SAFE_GAIN = 0.9
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[str, float]:
-    """Sets b and r of the KN layers of a detector or backbone so that the prior is the statistics.
+    """Sets b and r of the KN layers of a detector or backbone so that priors equal statistics.
 
     For a prediction (m, v) and running statistics (mu, var) the process model becomes (ours)::
 
         b = (mu - m) / sqrt(v)        r = log(var / v)
 
-    so that (m + b sqrt(v), v exp(r)) = (mu, var). With the gain near 0 the model then computes in
-    training what the frozen BatchNorm model computes, at any batch size; and when a filter changes,
-    its prior follows.
+    so that (m + b sqrt(v), v exp(r)) = (mu, var). With a gain near 0 the model then computes in
+    training what the model with frozen BatchNorm computes, at any batch size. When a filter
+    changes, its prior follows.
 
     Args:
-        model: holds :class:`~kn_detectron.modeling.KNResNet`, and maybe an FPN and ROI heads, of
-            the network variant with a process model. Predictions are made in closed form, also where the model
-            samples them.
-        names: the layers to set, all if None. Those of others stay as they are.
+        model: holds a :class:`~kn_detectron.modeling.KNResNet`, and possibly an FPN and ROI heads,
+        of
+            the network variant with a process model. Predictions are made in closed form, even if
+            the model samples them.
+        names: the layers to set; None sets all. Other layers stay as they are.
 
     Returns:
-        dict: by layer, the largest change of log variance or mean (in deviations) that was made.
+        dict: for each layer the largest change of a log variance, or of a mean in standard
+        deviations.
 
     Raises:
         InputError: if a layer has no process model that could be set.
@@ -78,22 +80,22 @@ def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[s
 
 @torch.no_grad()
 def fit_process_noise(model: nn.Module, names: Optional[Iterable[str]] = None) -> int:
-    """Makes the best of BatchNorm weights in KN layers of the paper variant, which is not much.
+    """Fits layers of the paper variant to BatchNorm weights, as far as they allow.
 
-    Their prior is a prediction about un-normalised features, and R can only widen it: it becomes
-    max(var - v, softplus(-5)), so that no prior is narrower than the running variance, with each
-    prediction v made from the running statistics of the layer below. Its mean stays wrong, and so
-    does a variance that is too large. A learned gain is therefore raised to 0.9, where the
-    measurement prevails; a fixed gain is a decision and is left alone.
+    Their prior is a prediction about un-normalised features, and R can only widen it. R becomes
+    max(var - v, softplus(-5)), so that no prior is narrower than the running variance. Each
+    prediction v is made from the running statistics of the layer below. The mean of the prior stays
+    wrong, and so does a variance that is too large. Therefore a learned gain is raised to 0.9,
+    where the measurement prevails. A fixed gain is a decision of the user and is left alone.
 
-    That is far from exact. On the slim ResNet-50 of the tests, two images of 96 pixels in training,
-    the res4 features differ from those of the frozen network by 0.80 of their norm (2-norm), where
-    live BatchNorm differs by 0.90 and the calibrated network variant by 0.23 at gain 0.02 and by
-    6e-6 at gain 0. Without the raised gain, at 0.1, it would be 1.03.
+    This is far from exact. On the slim ResNet-50 of the tests, with two images of 96 pixels in
+    training, the res4 features differ from those of the frozen network by 0.80 of their 2-norm.
+    Live BatchNorm differs by 0.90, and the calibrated network variant by 0.23 at gain 0.02 and by
+    6e-6 at gain 0. With the gain left at 0.1 the paper variant would differ by 1.03.
 
     Args:
         model: as for :func:`calibrate`, of the paper variant.
-        names: the layers to set, all if None.
+        names: the layers to set; None sets all.
 
     Returns:
         int: how many gains were raised.
@@ -126,7 +128,7 @@ def _chosen(model: nn.Module, names: Optional[Iterable[str]]) -> Dict[str, nn.Mo
 
 @contextlib.contextmanager
 def _passing_on_running_statistics(model: nn.Module):
-    """Has the layers of the paper variant pass on their running statistics as their belief."""
+    """Makes the layers of the paper variant pass on their running statistics as their belief."""
 
     def replace(layer, args, output):
         return output[0], Belief(layer.running_mean[None], layer.running_var[None])
@@ -139,12 +141,12 @@ def _passing_on_running_statistics(model: nn.Module):
 
 
 def _pass_beliefs(model: nn.Module) -> None:
-    """Runs the chains on batches of no images, which carry beliefs and change no statistic."""
+    """Runs the chains on empty batches, which carry beliefs and change no statistic."""
     modes = [(module, module.training) for module in model.modules()]
     chains = [(module, module.chain) for module in model.modules() if hasattr(module, "chain")]
     try:
         model.train()
-        for module, chain in chains:  # sampled priors would bring their noise in
+        for module, chain in chains:  # sampled priors would be noisy
             module.chain = dataclasses.replace(chain, transition=ClosedFormTransition())
         _run_chains(model)
     finally:
@@ -175,7 +177,7 @@ def _fit_noise(name: str, layer: KalmanNorm2d, prior: Belief) -> None:
     if not layer.has_process_model:
         return
     noise = (layer.running_var - prior.var[0].to(layer.running_var.dtype)).clamp_min(_LEAST_NOISE)
-    # softplus reversed, in the form that does not overflow.
+    # The inverse of softplus, in the form that does not overflow.
     layer.process_noise.copy_(noise + torch.log(-torch.expm1(-noise)))
 
 

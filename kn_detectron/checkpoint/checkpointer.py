@@ -1,4 +1,4 @@
-"""detectron2's checkpointer, with writes that cannot be half done and loads that must fit."""
+"""detectron2's checkpointer, with atomic writes and with loads that check that everything fits."""
 
 import logging
 import os
@@ -20,19 +20,21 @@ _logger = logging.getLogger(__name__)
 class KNCheckpointer(DetectionCheckpointer):
     """Saves and loads as ``DetectionCheckpointer`` does, but trusts neither disk nor file.
 
-    A checkpoint appears under its name when it is complete, and ``last_checkpoint`` names it only
-    then, so that a killed run goes on from the last whole one.
+    A checkpoint appears under its name when it is complete, and only then ``last_checkpoint`` names
+    it. So a run that was killed goes on from the last complete one.
 
     A checkpoint to start from may be of any kind that :func:`~kn_detectron.checkpoint.read_weights`
-    knows, and must have the whole ResNet. When it is of BatchNorm, what Kalman Normalization adds
-    is fitted to it (:func:`~kn_detectron.checkpoint.calibrate`); what has another shape, like the
-    predictors of another number of classes, is left as initialised with a warning; so is said where
-    the config has other pixels or strides than the weights presuppose. To go on from a checkpoint
-    or to evaluate it, everything must match. A file that does not give that leaves the model as it
-    was and raises :class:`~kn_detectron.InputError`.
+    knows, and must have the whole ResNet. If it has BatchNorm, the priors are calibrated to it
+    (:func:`~kn_detectron.checkpoint.calibrate`). Tensors of another shape, such as the predictors
+    of another number of classes, keep their initial values, with a warning. A warning also says
+    where the config has other pixels or strides than the weights presuppose.
+
+    To resume or evaluate a checkpoint, everything must match. A file that does not fit leaves the
+    model as it was and raises :class:`~kn_detectron.InputError`.
 
     Attributes:
-        saved_iteration (int or None): iteration of the checkpoint that was saved last, if given.
+        saved_iteration (int or None): the iteration of the checkpoint that was saved last, if the
+            caller named one.
     """
 
     def __init__(self, model, save_dir="", *, save_to_disk=None, **checkpointables):
@@ -40,7 +42,7 @@ class KNCheckpointer(DetectionCheckpointer):
         Args:
             model (nn.Module): the model, possibly in DistributedDataParallel.
             save_dir (str): local folder of the checkpoints.
-            save_to_disk (bool or None): whether to write; None is on the main process only.
+            save_to_disk (bool or None): whether to write; None writes on the main process only.
             checkpointables: further objects with a state to save and load.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
@@ -51,7 +53,7 @@ class KNCheckpointer(DetectionCheckpointer):
         self._wanted = ()
 
     def remove_partial_files(self):
-        """Removes what killed writes left in the folder; only for the one who writes there."""
+        """Removes what killed writes left in the folder. Only the process that writes there may."""
         if self.save_dir and self.save_to_disk:
             remove_partial_files(self.save_dir)
 
@@ -93,14 +95,16 @@ class KNCheckpointer(DetectionCheckpointer):
 
         Args:
             path (str): local file or URL; nothing is loaded if empty.
-            checkpointables (list[str] or None): which of the checkpointables to load, all if None.
-            strict (bool or None): whether everything must match; None is if checkpointables is.
+            checkpointables (list[str] or None): which of the checkpointables to load; None loads
+            all.
+            strict (bool or None): whether everything must match. None means strict if
+                checkpointables is None.
 
         Returns:
             dict: what else is in the checkpoint.
 
         Raises:
-            InputError: the checkpoint cannot be had or read, or does not fit.
+            InputError: the checkpoint is not there, cannot be read, or does not fit.
         """
         if not path:
             _logger.info("MODEL.WEIGHTS is empty: the model starts from scratch.")
@@ -119,7 +123,7 @@ class KNCheckpointer(DetectionCheckpointer):
             resume (bool): whether the last checkpoint of the folder, if there is one, goes first.
 
         Raises:
-            InputError: there is nothing to load, or see :meth:`load`.
+            InputError: there is nothing to load, the checkpoint cannot be read, or it does not fit.
         """
         if resume and self.has_checkpoint():
             path = self.get_checkpoint_file()
@@ -150,7 +154,7 @@ class KNCheckpointer(DetectionCheckpointer):
         return {**self._weights.rest, "model": self._weights.state}
 
     def _load_model(self, checkpoint):
-        weights, self._weights = self._weights, None  # a large thing, and of no use after this
+        weights, self._weights = self._weights, None  # it is large, and of no use after this
         lacking = [key for key in self._wanted if key not in checkpoint]
         if lacking:
             raise InputError(
@@ -166,4 +170,4 @@ class KNCheckpointer(DetectionCheckpointer):
                 self._source,
                 ", ".join(clauses),
             )
-        # Nothing is returned, for it would be reported once more.
+        # Nothing is returned, since detectron2 would report it once more.

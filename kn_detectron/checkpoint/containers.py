@@ -1,9 +1,9 @@
 """Reading files of tensors that others wrote, without trusting them.
 
-A pickle can run any code when it is read. Three formats are read here, told apart by their content
-and not by their name, and none of them can: archives of ``torch.save`` with torch's own reader of
-nothing but weights, ``.safetensors``, and plain pickles of numpy arrays. The object that is
-returned is the one that was checked: a file is read once.
+A pickle can run any code when it is read. The readers here run none. They read three formats, told
+apart by their content and not by their name: archives of ``torch.save``, with torch's own reader
+for weights only; ``.safetensors``; and plain pickles of numpy arrays. A file is read once, so the
+object that is returned is the one that was checked.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def read_container(path):
         dict: of tensors, numpy arrays and plain containers; not checked further.
 
     Raises:
-        InputError: the file is damaged, something else, or would run code.
+        InputError: the file is damaged, is of another kind, or would run code.
     """
     with open(path, "rb") as file:
         start = file.read(max(len(_OLD_TORCH), 9))
@@ -68,7 +68,7 @@ def read_container(path):
 
 
 def _allowing_harmless_globals():
-    """Has torch read what training scripts save beside tensors, and what only holds values."""
+    """Lets torch read the plain values that training scripts save beside tensors."""
     if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
         return contextlib.nullcontext()  # torch before 2.6 takes no names, and refuses such a file
     # numpy's arrays and numbers, whose constructors old and new versions of it name differently.
@@ -103,7 +103,7 @@ def _read_torch(path):
 
 
 def _check_archive(path):
-    """Refuses, by its name, a zip archive that is whole but not of torch.save."""
+    """Refuses a zip archive that is complete but not one of torch.save, and says what it is."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:

@@ -1,8 +1,8 @@
-"""What weights presuppose of the images and strides: pixel order, pixel statistics, STRIDE_IN_1X1.
+"""What weights presuppose of images and strides: pixel order, pixel statistics, STRIDE_IN_1X1.
 
-A ResNet computes something else when its images are given in another order or scale, or when the
-stride of its bottleneck blocks sits in another convolution. No tensor shows it, so checkpoints
-written by this package carry it, and that of other sources is known from where they come from.
+A ResNet computes something else when its images come in another order or scale, or when the stride
+of its bottleneck blocks sits in another convolution. No tensor shows this. Checkpoints of this
+package carry it as an entry; for other projects it is known from the project.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ _CONFIG_KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
-    """What weights presuppose. Each may be None: not known, or without meaning for the network.
+    """What weights presuppose. A None means: not known, or without meaning for the network.
 
     Attributes:
         pixel_format: order of the channels, "BGR" or "RGB".
         pixel_mean: what is subtracted from the pixels (0 to 255), per channel in that order.
         pixel_std: what they are then divided by.
         stride_in_1x1: whether bottleneck blocks have their stride in the first 1x1 convolution
-            instead of the 3x3 one. Networks of basic blocks (ResNet-18 and 34) have neither.
+            instead of the 3x3 one. Basic blocks (ResNet-18 and 34) have no such choice.
     """
 
     pixel_format: Optional[str] = None
@@ -46,7 +46,7 @@ class Conventions:
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> "Conventions":
-        """Those of the networks that a detectron2 config describes."""
+        """The conventions of the networks that a detectron2 config describes."""
         bottlenecks = cfg.MODEL.RESNETS.DEPTH >= 50
         return cls(
             pixel_format=cfg.INPUT.FORMAT,
@@ -57,7 +57,7 @@ class Conventions:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> "Conventions":
-        """Those that a built detector or ResNet shows; None for all that it does not."""
+        """The conventions that a built detector or ResNet shows; None where it shows nothing."""
         return cls(
             pixel_format=getattr(model, "input_format", None),
             pixel_mean=cls.statistics(getattr(model, "pixel_mean", None)),
@@ -109,7 +109,7 @@ class Conventions:
 
 
 def differences(source: Conventions, model: Conventions) -> List[str]:
-    """What of a source's conventions a model does not have, as far as both are known.
+    """Lists where a model differs from the conventions of its weights, if both are known.
 
     Args:
         source: of the weights.

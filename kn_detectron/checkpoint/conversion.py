@@ -1,6 +1,6 @@
 """Converting the ResNet of a checkpoint, of any source, to another norm.
 
-What a config does when it loads weights as MODEL.WEIGHTS, once and for all, and without a config:
+This does once what a config does at every start when it loads MODEL.WEIGHTS. It needs no config:
 the architecture is read off the tensors.
 """
 
@@ -36,21 +36,21 @@ def convert_weights(
 ) -> None:
     """Writes the weights of any checkpoint as those of a network with another norm.
 
-    The ResNet, that of a bare backbone or that in a detector (C4, FPN), gets the norm; what is
-    outside of it is carried through. Scales, shifts and filters stay as they are. "KN" gets its
-    process models (:func:`~kn_detectron.checkpoint.calibrate`); gains and process models that the
-    source has for the same priors are kept, and no others: what is not in the file is chosen by the
-    config that loads it, as MODEL.KN.GAIN. Loading ``target`` gives the same model as loading
-    ``source``. Where the source does not tell PIXEL_STD, on which the prior of the stem depends,
-    the stem's process model is left to the loading.
+    The ResNet, bare or in a detector (C4, FPN), gets the norm; everything outside of it is carried
+    through. Scales, shifts and filters stay as they are. "KN" gets calibrated process models
+    (:func:`~kn_detectron.checkpoint.calibrate`). Gains and process models of the source are kept if
+    they are for the same priors. The config that loads the file chooses what is not in it, such as
+    the gains (MODEL.KN.GAIN). Loading ``target`` gives the same model as loading ``source``. The
+    prior of the stem depends on PIXEL_STD; where the source does not tell it, the stem's process
+    model is left to the loading.
 
     Args:
         source: file or address of weights; see :func:`~kn_detectron.checkpoint.read_weights`.
-        target: ``.pth`` file to write or to replace; it is complete or not there.
+        target: ``.pth`` file to write or to replace. It is never left half written.
         norm: "KN", "GKN", "BN" or "GN".
         variant: of "KN", "network" or "paper".
-        half: whether to write filters in float16, for half the file. What belongs to the norms
-            stays as it is: it hardly takes room, and a small variance would become 0.
+        half: whether to write filters in float16, which halves the file. The tensors of the norms
+            stay as they are: they are small, and a small variance would become 0.
 
     Raises:
         InputError: the source cannot be read or converted, or the target cannot be written.
@@ -115,7 +115,7 @@ class _Resnet:
             )
 
     def prefix_of(self, name: str) -> str:
-        """The prefix in the checkpoint of what has this name without it."""
+        """The prefix that the checkpoint puts in front of this name."""
         return self._prefixes[name.partition(".")[0]]
 
 

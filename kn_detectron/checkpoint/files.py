@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and files of others on this machine."""
+"""Writing files that are never half there, and fetching files from elsewhere."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def atomic_write(path):
     """Opens a binary file that gets its name only when it is complete and on the disk.
 
-    Whatever ends the process before that, the file that had the name until then is still there.
+    If the process ends earlier, the file that had the name until then is still there.
 
     Args:
         path (str): local file to write or to replace.
@@ -61,7 +61,7 @@ def remove_partial_files(folder):
 
 @contextlib.contextmanager
 def explained_write_errors(path, advice):
-    """Makes one sentence of what keeps a file from being written.
+    """Context that explains in one sentence why a file cannot be written.
 
     Args:
         path (str): of the file, to be named.
@@ -87,7 +87,7 @@ def is_full_disk(error):
 
 @contextlib.contextmanager
 def explained_full_disk(folder):
-    """Makes one sentence of a disk that takes no more, whoever writes to it.
+    """Context that explains a full disk in one sentence, whoever writes to it.
 
     Args:
         folder (str): where the writing goes, to be named.
@@ -116,7 +116,7 @@ def fetch(path):
         str: local file.
 
     Raises:
-        InputError: there is none, or it cannot be downloaded.
+        InputError: there is no such file, or it cannot be downloaded.
     """
     local = path
     if "://" in path:

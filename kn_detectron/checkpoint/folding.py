@@ -4,8 +4,8 @@ With moving statistics a KN layer computes in evaluation what BatchNorm does, an
 
     y = weight (x - running_mean) / sqrt(running_var + eps) + bias
 
-which is that of detectron2's FrozenBatchNorm2d, with the same names of tensors. Its eps is 1e-5, which
-no config changes, so that of a layer with another eps goes into the scale::
+which is the map of detectron2's FrozenBatchNorm2d, with the same names of tensors. Its eps is 1e-5,
+which no config changes. The eps of a layer that has another goes into its scale::
 
     weight sqrt(running_var + 1e-5) / sqrt(running_var + eps)
 
@@ -59,7 +59,7 @@ def stock_config(cfg):
     Raises:
         InputError: the config is wrong, or the model cannot be folded: GKN and
             MODEL.KN.EVAL_STATISTICS "batch" take statistics of the images at hand, which no
-            constant can replace, and networks of other libraries are none of detectron2's.
+            constant can replace, and detectron2 has no networks of other libraries.
     """
     if "KN" not in cfg.MODEL:
         raise InputError(
@@ -69,8 +69,8 @@ def stock_config(cfg):
     check_config(cfg)
     if cfg.MODEL.BACKBONE.NAME in _NETWORKS:
         raise InputError(
-            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, of whose networks detectron2 has no "
-            "own, so that its models run with this package only."
+            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, and detectron2 has no such network, so "
+            "its models run with this package only: keep using it for inference."
         )
     if {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_HEADS.NAME} & set(_STOCK_NAMES):
         if cfg.MODEL.RESNETS.NORM == "GKN":
@@ -90,7 +90,7 @@ def stock_config(cfg):
 
 
 def _changes(cfg, stock, prefix=""):
-    """What of ``cfg``, in stock names, is not as in ``stock``, as a tree."""
+    """The tree of keys, in stock names, whose values in ``cfg`` are not those in ``stock``."""
     changes = CfgNode()
     for key, default in stock.items():
         value = cfg[key]
@@ -109,8 +109,8 @@ def _stock_norm(norm, key):
     stock = _STOCK_NORMS.get(norm, norm)
     if re.fullmatch(r"GN\d+", stock):
         raise InputError(
-            f'{key} is "{norm}", of which detectron2 by itself has no more than "GN", with 32 '
-            "groups: such a model runs with this package only."
+            f'{key} is "{norm}", but detectron2 by itself has only "GN", with 32 groups, so that '
+            "such a model runs with this package only: keep using it for inference."
         )
     return stock
 
@@ -150,7 +150,7 @@ def fold(cfg, model):
 
 
 def _carry_eps(model, stock, state):
-    """Puts what norms have in another eps than those of the stock model into their scale."""
+    """Puts the difference between a norm's eps and that of the stock model into its scale."""
     for name, layer in stock.named_modules():
         eps = getattr(model.get_submodule(name), "eps", None)
         if eps == getattr(layer, "eps", None):
@@ -192,8 +192,8 @@ def fold_network(network):
     """
     if not isinstance(network, KalmanNetwork):
         raise InputError(
-            f"{type(network).__name__} is no network that convert_kalman_norm made: fold a "
-            "detector with fold(cfg, model)."
+            f"{type(network).__name__} is no network that convert_kalman_norm made: give one, or "
+            "fold a detector with fold(cfg, model)."
         )
     _check_statistics(network)
     for name, layer in network.named_modules():
@@ -216,7 +216,7 @@ def fold_weights(cfg, output):
 
     Args:
         cfg (CfgNode): the config that the model was trained with, and MODEL.WEIGHTS.
-        output (str): path of the two files, with or without a suffix of theirs. The folder is
+        output (str): path of the two files, with or without one of their suffixes. The folder is
             created.
 
     Returns:
@@ -224,7 +224,7 @@ def fold_weights(cfg, output):
 
     Raises:
         InputError: the model cannot be folded, the checkpoint cannot be read or is of another
-            config, or the files cannot be written. Either both are, or none.
+            config, or the files cannot be written. Either both files are written, or none.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -247,7 +247,7 @@ def fold_weights(cfg, output):
 
     stock_cfg.MODEL.WEIGHTS = weights
     default = get_cfg()
-    stock_cfg.MODEL.DEVICE = default.MODEL.DEVICE  # where it runs is no matter of the model
+    stock_cfg.MODEL.DEVICE = default.MODEL.DEVICE  # where it runs does not belong to the model
     changes = _changes(stock_cfg, default)
     changes.VERSION = stock_cfg.VERSION
     content = {

@@ -1,4 +1,4 @@
-"""Bringing weights into a model: they must fit, and the priors are fitted to them."""
+"""Loading weights into a model: they must fit the model, and the priors are fitted to them."""
 
 import copy
 import dataclasses
@@ -25,9 +25,9 @@ _PROCESS_MODELS = {"network": ("mean_offset", "log_var_scale"), "paper": ("proce
 def load_weights(model, weights, name, *, strict=False):
     """Loads weights into a model, reports what became of them, and fits the priors to them.
 
-    Gains and process models of a checkpoint belong to its priors: they are taken if the model's
-    priors are of the same variant and kind, batch or group. Layers that get no process model are
-    calibrated, see :func:`~kn_detectron.checkpoint.calibrate`.
+    Gains and process models of a checkpoint belong to its priors. They are taken if the model has
+    priors of the same variant (network or paper) and kind (batch or group). Layers that get no
+    process model are calibrated (:func:`~kn_detectron.checkpoint.calibrate`).
 
     Args:
         model (nn.Module): detector or backbone.
@@ -89,7 +89,7 @@ def _without_versions_of_batch_norm(state):
 
 
 def _pop_foreign_state(model, state):
-    """Takes gains and process models out that are for other priors than the model's."""
+    """Removes gains and process models that belong to other priors than the model's."""
     names = []
     for prefix, layer in kalman_layers(model).items():
         own = {part for part in KN_STATE if f"{prefix}.{part}" in state}
@@ -103,8 +103,8 @@ def _pop_foreign_state(model, state):
 
 
 def _check_all(model, found, name):
-    # Converted weights have no gains, which are the config's to choose, and process models for all
-    # layers, also those that the config freezes.
+    # Converted weights have no gains, which the config chooses. They have process models for all
+    # layers, even for those that the config freezes.
     frozen = {n for n, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d)}
     missing = [tensor for tensor in found.missing if leaf(tensor) not in GAINS]
     unused = [
@@ -180,15 +180,15 @@ def _warn_of_folded_statistics(found, name):
 
 
 def _loaded_layers(found):
-    """The names of the layers of which the checkpoint has the scale or the filter."""
+    """The names of the layers whose scale or filter is in the checkpoint."""
     return {tensor.rpartition(".")[0] for tensor in found.matched if leaf(tensor) == "weight"}
 
 
 def _fit_priors(model, found, name):
-    """Fits the priors where a checkpoint knows the statistics but nothing of priors.
+    """Fits the priors of layers whose statistics, but not priors, are in the checkpoint.
 
-    Layers that it does not have, such as those of FPN and heads in ImageNet weights, start as they
-    are: their statistics are those of no data.
+    Layers that are not in the checkpoint, such as those of FPN and heads in ImageNet weights, start
+    as they are, since their statistics are not those of any data.
     """
     missing, loaded = set(found.missing), _loaded_layers(found)
     exact, rough, hopeless = [], [], []

@@ -11,7 +11,7 @@ __all__ = ["Match", "RESNET_STAGE", "essential_names", "extra_layers", "leaf", "
 
 # What detectron2's ResNets, and res5 in C4 heads, call their parts.
 RESNET_STAGE = re.compile(r"(?:^|\.)(stem|res[2-5])\.")
-# Counters and constants: older and newer versions of torch and detectron2 differ in having them.
+# Counters and constants, which some versions of torch and detectron2 have and others do not.
 _INDIFFERENT = re.compile(
     r"\.num_batches_tracked$|anchor_generator\.cell_anchors\.|^pixel_(mean|std)$"
 )
@@ -132,9 +132,9 @@ def essential_names(model, with_statistics):
 
 
 def extra_layers(found, state, model_state):
-    """The filters of a checkpoint that stand in stages which the model has, but not in the model.
+    """The filters of a checkpoint that the model lacks, in stages that the model has.
 
-    Such a checkpoint is of a deeper network, or one with further parts.
+    Such a checkpoint is of a deeper network, or of one with further parts.
 
     Args:
         found (Match): of the two.

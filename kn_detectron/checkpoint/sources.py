@@ -1,4 +1,4 @@
-"""Weights of other projects under detectron2's names, and what is known about where they come from.
+"""Weights of other projects under detectron2's names, and what is known about their origin.
 
 =====================  ===========================================================================
 source                 how its tensors are called

@@ -1,9 +1,9 @@
 """What training scripts put around the tensors of a network: entries, and prefixes of their names.
 
-A checkpoint is a dict with the tensors, or one that has that dict under some key beside the state of
-the training. The names of the tensors have the parts that a wrapper of modules adds, at any depth
-and in any order, or one prefix of the script's own in front of all of them. Whatever is taken off
-here changes no tensor, and the log says so.
+A checkpoint is a dict of tensors, or a dict that holds such a dict beside the state of the
+training. Wrappers of modules add parts to the names of the tensors, at any depth and in any order,
+and a script may put one prefix of its own in front of all names. What is taken off here changes no
+tensor, and the log says what it was.
 """
 
 import collections
@@ -25,7 +25,7 @@ _KEYS = ("model", "state_dict", "model_state_dict", "model_state", "blobs")
 # By DistributedDataParallel and AveragedModel, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-# AveragedModel counts what it has averaged, in a tensor that is none of the network.
+# AveragedModel counts what it has averaged, in a tensor that is not part of the network.
 _COUNTER = "n_averaged"
 
 _SCALARS = (bool, int, float, str, type(None), np.generic)
@@ -48,8 +48,8 @@ def unwrapped_content(content: Dict, path: str) -> Tuple[Any, Dict]:
         path: of the file, for the log.
 
     Returns:
-        What ought to be a dict of tensors, not checked, and all other entries. Single numbers and
-        texts beside the tensors count as such.
+        The entry that should be a dict of tensors, not checked, and all other entries. Single
+        numbers and texts beside the tensors count as other entries.
     """
     states = [key for key, value in content.items() if _is_state(value)]
     key = next((key for key in _KEYS if isinstance(content.get(key), dict)), None)
@@ -85,10 +85,10 @@ def _is_state(value) -> bool:
 def unwrapped_names(
     state: Dict[str, torch.Tensor], is_known: Callable[[str], bool], path: str
 ) -> Dict[str, torch.Tensor]:
-    """Takes off the names what wrappers of modules and training scripts have added to them.
+    """Removes from the names what wrappers of modules and training scripts have added to them.
 
-    A prefix that all names have in common is taken off if a name is known without it and none is
-    with it.
+    A prefix that all names have in common is removed if some name is known without it, and none is
+    known with it.
 
     Args:
         state: tensors by name; versions of modules that torch notes in it are kept.

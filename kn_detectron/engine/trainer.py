@@ -234,7 +234,7 @@ class Trainer(DefaultTrainer):
             ) from error
 
     def save_checkpoint(self):
-        """Saves the state after iteration ``iter`` unless it is saved; every rank has to call it."""
+        """Saves the state after iteration ``iter`` unless it is saved. All ranks must call it."""
         average_running_statistics(self.model)
         self._save()
         comm.synchronize()

@@ -30,7 +30,7 @@ def get_config_file(config_path: str) -> str:
         config_path: relative to the folder of configs, such as ``"mask_rcnn_R50_C4_KN.yaml"``.
 
     Raises:
-        InputError: if there is none of that name; the message lists those there are.
+        InputError: there is no config of that name; the message lists the shipped ones.
     """
     path = _CONFIGS / config_path
     if not path.is_file():
@@ -71,8 +71,8 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
 
     Args:
         config_path: as for :func:`get_config_file`.
-        trained: whether MODEL.WEIGHTS is to be the weights that were trained with it, instead of
-            those it starts from.
+        trained: whether MODEL.WEIGHTS is the file of weights that were trained with this config,
+            instead of the weights that a training starts from.
 
     Raises:
         InputError: there is no such config, or no weights were released for it.
@@ -97,7 +97,7 @@ def get(config_path: str, trained: bool = False, device: str = None) -> nn.Modul
         nn.Module: a detectron2 model, in training mode.
 
     Raises:
-        InputError: there is no such config, or its weights cannot be had.
+        InputError: there is no such config, or its weights are missing or do not fit.
     """
     cfg = get_config(config_path, trained)
     if device is not None:

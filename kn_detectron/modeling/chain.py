@@ -50,7 +50,7 @@ class Features(Dict[str, Tensor]):
     """The features of a backbone by name, as detectron2 has them.
 
     Attributes:
-        beliefs (Dict[str, Belief]): the beliefs about those features of which there is one.
+        beliefs (Dict[str, Belief]): the beliefs about the features, where there are any.
     """
 
     def __init__(
@@ -107,11 +107,12 @@ class ChainConfig:
         Args:
             cfg: the config.
             part: the node of MODEL whose NORM the layers are for, such as "FPN". It goes on with
-                the chain of the backbone, and so has the same norm.
+            the
+                chain of the backbone, and so must have the same norm.
 
         Raises:
-            InputError: if a value of MODEL.KN is unknown or out of range, the norm of the backbone
-                is neither "KN" nor "GKN", or that of the part is another.
+            InputError: a value of MODEL.KN is unknown or out of range, the norm of the backbone is
+                neither "KN" nor "GKN", or the norm of the part differs from it.
         """
         check_config(cfg)
         kn = cfg.MODEL.KN
@@ -157,7 +158,7 @@ class ChainConfig:
 
 
 def build_norm(chain: ChainConfig, channels: int, head: bool = False) -> nn.Module:
-    """A KN or GKN layer of a chain; ``head`` makes it one without prior.
+    """Builds a KN or GKN layer of a chain; with ``head`` it has no prior.
 
     Raises:
         InputError: if the groups of GKN do not divide the channels.
@@ -179,17 +180,18 @@ def build_norm(chain: ChainConfig, channels: int, head: bool = False) -> nn.Modu
 class ChainConv2d(Conv2d):
     """detectron2's Conv2d, with its norm, as a link of a chain.
 
-    A tensor goes through it as through any Conv2d. With a :class:`Feature` the belief goes along:
-    the norm gets the prior that is predicted from it, and the belief about the norm's output is
+    A tensor goes through it as through any Conv2d. A :class:`Feature` brings its belief: the norm
+    gets the prior that is predicted from the belief, and the belief about the norm's output is
     handed on. A FrozenBatchNorm2d needs no prior, since its running statistics are the posterior.
-    Where there is no norm, the belief is the prediction. The activation is None or a ReLU.
+    Without a norm, the prediction is the belief that is handed on. The activation is None or a
+    ReLU.
     """
 
     chain: ChainConfig
 
     @classmethod
     def from_conv(cls, conv: Conv2d, chain: ChainConfig) -> "ChainConv2d":
-        """Makes a link of a convolution. It takes over the parameters and the norm.
+        """Makes a link of a chain from a convolution, with its parameters and its norm.
 
         Raises:
             TypeError: if its activation is not a ReLU.
@@ -216,7 +218,7 @@ class ChainConv2d(Conv2d):
         """Convolves and normalises a feature map, with the belief about it or alone.
 
         Raises:
-            TypeError: if something put a norm there that takes no prior.
+            TypeError: the norm was replaced by one that takes no prior.
         """
         if isinstance(x, Tensor):
             return super().forward(x)
@@ -249,13 +251,13 @@ class ChainConv2d(Conv2d):
 
 
 def rectified(x: Feature, transition: Transition) -> Feature:
-    """A feature behind a ReLU, which works in place."""
+    """Applies a ReLU to a feature, in place, and to its belief."""
     value = F.relu_(x.value)
     return Feature(value, None if x.belief is None else transition.relu(x.belief, value))
 
 
 def residual_sum(x: Feature, shortcut: Feature, transition: Transition) -> Feature:
-    """The sum of a residual branch, which is changed in place, and its shortcut."""
+    """Adds the shortcut to a residual branch, in place, and their beliefs."""
     value = x.value
     value += shortcut.value
     if x.belief is None:

@@ -44,8 +44,8 @@ class KNFPN(FPN):
 
     Args:
         chain: what its layers have in common with those of ``bottom_up``.
-        normalize: whether the convolutions have the norm of the chain. Without one the belief that
-            a level hands on is the prediction.
+        normalize: whether the convolutions have the norm of the chain. Without a norm a level hands
+            on the prediction as its belief.
         bottom_up, in_features, out_channels, top_block, fuse_type: as in detectron2's FPN.
     """
 
@@ -70,8 +70,8 @@ class KNFPN(FPN):
 
         Returns:
             Features: the levels by name, as detectron2's FPN returns them, from the finest on.
-            Where beliefs are kept, its ``beliefs`` are those about the levels, shape (1, C) or
-            (N, C); P6 as the subsampled P5 has that of P5, and RetinaNet's P6 and P7 have none.
+            Where beliefs are kept, its ``beliefs`` are about the levels, shape (1, C) or (N, C). A
+            P6 that is subsampled from P5 has the belief of P5; RetinaNet's P6 and P7 have none.
 
         Raises:
             InputError: if beliefs are needed, and there is none about a feature of ``bottom_up``.
@@ -142,8 +142,8 @@ def _build(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
 def build_kn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """An FPN on top of :func:`build_kn_resnet_backbone`, with P6 subsampled from P5.
 
-    With MODEL.FPN.NORM "KN" or "GKN", which has to be that of MODEL.RESNETS.NORM, and with "" it is
-    a :class:`KNFPN`, which hands beliefs on to the heads. With any other norm it is detectron2's.
+    With MODEL.FPN.NORM "KN" or "GKN", which must equal MODEL.RESNETS.NORM, and with "" it is a
+    :class:`KNFPN`, which hands beliefs on to the heads. With any other norm it is detectron2's FPN.
 
     Raises:
         InputError: as for the backbone, and if the two norms differ.

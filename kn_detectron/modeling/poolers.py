@@ -18,16 +18,16 @@ __all__ = ["BeliefPooler"]
 class BeliefPooler(ROIPooler):
     """detectron2's ROIPooler, for features with beliefs.
 
-    A region has the belief of the level, and of the image, that it is pooled from. GKN, which
-    normalises each region by itself, gets exactly that. KN normalises all regions together, so that
-    it needs one belief about the pixels of any of them: the mixture of the levels' beliefs. All
-    levels count alike in it, whatever the regions at hand (ours). Weighted by its regions a prior
-    would differ from step to step and from GPU to GPU, and at gain 0 the running statistics would
-    be those of the last step's regions. That most regions are of fine levels is the process model's
-    to learn.
+    A region has the belief of the level and of the image that it is pooled from. GKN normalises
+    each region by itself and gets exactly this belief. KN normalises all regions together and needs
+    one belief about the pixels of all of them: the mixture of the levels' beliefs. All levels have
+    the same weight in it, whatever the regions at hand (ours). If the regions were the weights,
+    priors would differ from step to step and from GPU to GPU, and at gain 0 the running statistics
+    would be those of the regions of the last step. Most regions come from fine levels; the process
+    model has to learn this.
 
     Args:
-        pooler: the one to take the place of.
+        pooler: detectron2's, which this one replaces.
         chain: of the head that gets the regions.
     """
 

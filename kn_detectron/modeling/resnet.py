@@ -61,7 +61,7 @@ class KNBasicStem(BasicStem):
 
 
 class _KNBlock(CNNBlockBase):
-    """Makes a residual block of detectron2 one of a chain."""
+    """Makes a residual block of detectron2 a part of a chain."""
 
     chain: ChainConfig
     branch: Tuple[str, ...]  # names of the convolutions of the residual branch
@@ -131,8 +131,8 @@ class KNResNet(ResNet):
 
         Returns:
             Features: the output features by name, as detectron2's ResNet returns them. Where
-            beliefs are kept, its ``beliefs`` are those about the outputs of stem and stages, shape
-            (1, C) or (N, C).
+            beliefs are kept, its ``beliefs`` are about the outputs of stem and stages, shape (1, C)
+            or (N, C).
         """
         transition, belief = self.chain.transition, None
         if self.training or self.chain.predicts_in_evaluation:

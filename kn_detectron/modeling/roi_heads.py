@@ -73,7 +73,7 @@ class KNRes5ROIHeads(Res5ROIHeads):
 class _KNPooledHeads:
     """Gives KN box and mask heads of detectron2's ``StandardROIHeads`` their regions' beliefs.
 
-    Heads of other kinds get what they always do.
+    Heads of other kinds get what detectron2 gives them.
     """
 
     @classmethod
