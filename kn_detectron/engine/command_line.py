@@ -6,9 +6,10 @@ import io
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import yaml
@@ -234,6 +235,15 @@ def _on_rank(main, cfg, args):
         main(cfg, args)
 
 
+def _on_one_of_several_ranks(main, cfg, args, sentences):
+    try:
+        _on_rank(main, cfg, args)
+    except InputError as error:
+        # Before this process ends: what the others then fail of is no cause, but may be seen first.
+        Path(sentences, str(comm.get_rank())).write_text(str(error), encoding="utf-8")
+        raise
+
+
 def _escape_what_the_locale_lacks():
     """Makes the logs escape characters that they cannot encode, as in names of categories."""
     loggers = map(logging.getLogger, ("detectron2", "fvcore", "kn_detectron"))
@@ -266,25 +276,24 @@ def launch_ranks(main, cfg, args):
             f"--num-gpus {args.num_gpus} needs GPUs with this version of detectron2: leave it out, "
             "or install a newer detectron2, which can use several processes on a CPU."
         )
-    try:
-        with _signals_left_to_children():
-            launch(
-                _on_rank,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, cfg, args),
-            )
-    except ProcessRaisedException as error:
-        found = re.search(rf"^{InputError.__module__}\.InputError: (.+)$", str(error), re.MULTILINE)
-        if found:
-            raise InputError(found[1]) from None
-        raise
-    except ProcessExitedException as error:
-        if error.exit_code in {128 + signum for signum in STOPPING_SIGNALS}:
-            raise SystemExit(error.exit_code) from None  # stopped, and said so
-        raise
+    with tempfile.TemporaryDirectory() as sentences:
+        try:
+            with _signals_left_to_children():
+                launch(
+                    _on_one_of_several_ranks,
+                    args.num_gpus,
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=(main, cfg, args, sentences),
+                )
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            for path in sorted(Path(sentences).iterdir()):
+                raise InputError(path.read_text(encoding="utf-8")) from None
+            code = getattr(error, "exit_code", None)
+            if code in {128 + signum for signum in STOPPING_SIGNALS}:
+                raise SystemExit(code) from None  # stopped, and said so
+            raise
 
 
 @contextlib.contextmanager

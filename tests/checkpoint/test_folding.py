@@ -200,7 +200,9 @@ def test_another_eps_is_carried(name, models):
         scale = feature.abs().max()
         torch.testing.assert_close(found[level] / scale, feature / scale, rtol=0, atol=1e-5)
         assert (differing[level] - feature).abs().max() > 1e-3 * scale
-    assert_same_detections(detect(model, pictures()), detect(fold(cfg, model)[1], pictures()))
+    detected = detect(fold(cfg, model)[1], pictures())
+    # An eps in the scale rounds differently, and boxes are exponentials of what differs.
+    assert_same_detections(detect(model, pictures()), detected, tolerance=1e-3)
 
 
 # Refusing what cannot be folded.

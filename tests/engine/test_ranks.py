@@ -182,7 +182,7 @@ def _launch_on_cpu(main, num_gpus, num_machines, machine_rank, dist_url, args):
 
 
 def _join(rank, main, *args):
-    _, cfg, _ = args  # as launch_ranks gives them to each process
+    _, cfg, *_ = args  # as launch_ranks gives them to each process
     with two_ranks(rank, cfg.OUTPUT_DIR):
         main(*args)
 
@@ -210,6 +210,23 @@ def _fail(cfg, args):
     threading.Event().wait()  # until it is ended; a collective would fail by itself, maybe first
 
 
+def _fail_late(cfg, args):
+    """The cause is told first, and the process that fails of it ends first."""
+    told = Path(cfg.OUTPUT_DIR, "told")
+    if comm.get_rank() == 1:
+
+        def outlive_the_main_thread():
+            threading.main_thread().join()
+            told.touch()
+            threading.Event().wait()  # until it is ended
+
+        threading.Thread(target=outlive_the_main_thread).start()
+        raise InputError("The image is broken.")
+    while not told.exists():
+        threading.Event().wait(0.01)
+    raise RuntimeError("Connection closed by peer")
+
+
 def _stop(cfg, args):
     raise Stopped(128 + signal.SIGTERM)
 
@@ -224,6 +241,12 @@ def test_launch_ranks_runs_all_of_them(launch, tmp_path):
 def test_launch_ranks_gives_the_sentence_of_the_one_that_fails(launch):
     with pytest.raises(InputError, match=r"^The image is broken\.$"):
         launch(_fail)
+
+
+@on_cpu
+def test_launch_ranks_gives_the_cause_whichever_process_ends_first(launch):
+    with pytest.raises(InputError, match=r"^The image is broken\.$"):
+        launch(_fail_late)
 
 
 @on_cpu
