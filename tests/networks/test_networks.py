@@ -86,7 +86,7 @@ def test_networks_of_libraries(name):
 @pytest.mark.parametrize(
     "name, why",
     [
-        ("resnet17", "There is no network 'resnet17': give one of cifar_resnet32, .*timm/<name>"),
+        ("resnet17", "There is no network 'resnet17': give one of cifar_resnet14, .*timm/<name>"),
         ("timm/resnet17", "timm has no network 'resnet17': .*such as "),
         ("maskrcnn_resnet50_fpn", "There is no network"),
     ],
