@@ -436,11 +436,12 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         """How far the measurement of x is from the prior (after the process model).
 
         Returns:
-            (measured mean - prior mean) / prior std, and log(measured var / prior var), both of
-            shape (C,); averaged over micro-batches.
+            (measured mean - prior mean) / √(prior var + eps), and log((measured var + eps) / (prior
+            var + eps)), both of shape (C,); averaged over micro-batches. With eps, as in the
+            normalisation, a channel that is constant has finite innovations.
         """
         sets = self._spec(x, self._rows(x), measures=True).sets
-        return _innovation(self._processed(prior, statistics_dtype(x)), sets, x)
+        return _innovation(self._processed(prior, statistics_dtype(x)), sets, x, self.eps)
 
 
 class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
@@ -520,12 +521,13 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
     def innovation(self, x: Tensor, prior: Belief) -> Tuple[Tensor, Tensor]:
         """See :meth:`KalmanNorm2d.innovation`; averaged over images, shape (G,)."""
         prior = group_belief(self._processed(prior, statistics_dtype(x)), self.num_groups)
-        return _innovation(prior, self._spec(x, x.shape[0], measures=True).sets, x)
+        return _innovation(prior, self._spec(x, x.shape[0], measures=True).sets, x, self.eps)
 
 
-def _innovation(prior: Belief, sets: Sets, x: Tensor) -> Tuple[Tensor, Tensor]:
+def _innovation(prior: Belief, sets: Sets, x: Tensor, eps: float) -> Tuple[Tensor, Tensor]:
     mean, var = sets.moments(x)
-    return ((mean - prior.mean) / prior.var.sqrt()).mean(0), (var / prior.var).log().mean(0)
+    var, prior_var = var + eps, prior.var + eps
+    return ((mean - prior.mean) / prior_var.sqrt()).mean(0), (var / prior_var).log().mean(0)
 
 
 def kalman_layers(module: nn.Module) -> Dict[str, Union[KalmanNorm2d, GroupKalmanNorm2d]]:

@@ -238,10 +238,18 @@ def test_annealing_to_gain_0_compiles_once_more(graphs):
 
 def test_innovation(x):
     prior = prior_of()
-    mean, logvar = KalmanNorm2d(4).innovation(x, prior)
-    torch.testing.assert_close(mean, (x.mean((0, 2, 3)) - prior.mean[0]) / prior.var[0].sqrt())
-    torch.testing.assert_close(logvar, (x.var((0, 2, 3), unbiased=False) / prior.var[0]).log())
+    mean, logvar = KalmanNorm2d(4, eps=0.25).innovation(x, prior)
+    measured, predicted = x.var((0, 2, 3), unbiased=False) + 0.25, prior.var[0] + 0.25
+    torch.testing.assert_close(mean, (x.mean((0, 2, 3)) - prior.mean[0]) / predicted.sqrt())
+    torch.testing.assert_close(logvar, (measured / predicted).log())
     assert [v.shape for v in make("GKN").innovation(x, prior)] == [(2,), (2,)]
+
+
+def test_a_dead_channel_has_finite_innovations():
+    constant = torch.full((2, 4, 3, 3), 0.5)
+    nothing = Belief(torch.zeros(1, 4), torch.zeros(1, 4))
+    for norm in ("KN", "GKN"):
+        assert all(torch.isfinite(part).all() for part in make(norm).innovation(constant, nothing))
 
 
 # Wrong use.
