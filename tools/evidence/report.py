@@ -82,8 +82,19 @@ def detection_tables(data: Dict) -> str:
         for name, arm in arms.ARMS.items():
             runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, images)]
             if runs:
-                rows.append([arm.label, len(runs), *_average_precisions(runs)])
-        header = ["norm", "seeds", "box AP", "mask AP", "box AP50", "mask AP50", "box APs / m / l"]
+                rates = {run["learning_rate"] for run in runs}
+                rate = ", ".join(map(str, sorted(rates)))
+                rows.append([arm.label, rate, len(runs), *_average_precisions(runs)])
+        header = [
+            "norm",
+            "learning rate",
+            "seeds",
+            "box AP",
+            "mask AP",
+            "box AP50",
+            "mask AP50",
+            "box APs / m / l",
+        ]
         what = f"{images} image{'s' if images > 1 else ''} per step"
         parts.append(f"**{what}**, mean (lowest to highest of the seeds):")
         parts.append(tabulate(rows, header, tablefmt="github"))
@@ -125,6 +136,26 @@ def _difference_rows(differences: List[Dict]) -> List[List]:
     return rows
 
 
+def choice_table(data: Dict) -> str:
+    """Box / mask AP over the learning rate in Markdown, on photographs held out of the training."""
+    rates = sorted({run["learning_rate"] for run in data["runs"]})
+    rows = []
+    for name, arm in arms.ARMS.items():
+        runs = [run for run in data["runs"] if run["arm"] == name]
+        by_rate = {run["learning_rate"]: run["results"] for run in runs}
+        cells = [
+            (
+                " / ".join(f"{by_rate[rate][task]['AP']:.1f}" for task in TASKS)
+                if rate in by_rate
+                else ""
+            )
+            for rate in rates
+        ]
+        if runs:
+            rows.append([arm.label, *(cell or "not run" for cell in cells)])
+    return tabulate(rows, ["norm", *map(str, rates)], tablefmt="github")
+
+
 def classification_table(data: Dict) -> str:
     """Top-1 over images per micro-batch in Markdown, with moving and with online statistics."""
     sizes = sorted({r["micro_batch"] for r in data["runs"] if classification.ARMS[r["arm"]].shares})
@@ -147,7 +178,11 @@ def classification_table(data: Dict) -> str:
 
 
 # What docs/evidence.md has between "<!-- NAME -->" and "<!-- end -->".
-TABLES = {"detection": detection_tables, "classification": classification_table}
+TABLES = {
+    "choice": choice_table,
+    "detection": detection_tables,
+    "classification": classification_table,
+}
 
 
 def with_tables(page: str, folder: Path) -> str:
@@ -172,6 +207,9 @@ def main():
     )
     parser.add_argument("--detection", metavar="FOLDER", help="of the runs of detection.py")
     parser.add_argument("--truth", metavar="FILE", help="annotations that these were evaluated on")
+    parser.add_argument(
+        "--choice", metavar="FOLDER", help="of those of detection.py on hold_out.py's"
+    )
     parser.add_argument("--classification", metavar="FOLDER", help="of those of classification.py")
     args = parser.parse_args()
     folder = DOCS / "evidence"
@@ -180,9 +218,10 @@ def main():
         if not args.truth:
             parser.error("--detection needs --truth FILE")
         _write(folder / "detection.json", collect_detection(Path(args.detection), args.truth))
-    if args.classification:
-        runs = list(read_results(Path(args.classification)).values())
-        _write(folder / "classification.json", {"runs": runs})
+    for name in ("choice", "classification"):
+        if getattr(args, name):
+            runs = list(read_results(Path(getattr(args, name))).values())
+            _write(folder / f"{name}.json", {"runs": runs})
     page = DOCS / "evidence.md"
     page.write_text(with_tables(page.read_text(), folder))
     if (folder / "classification.json").is_file():

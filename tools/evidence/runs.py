@@ -40,8 +40,8 @@ def write_result(folder: Path, result: Dict) -> None:
 
 
 def read_results(output: Path) -> Dict[Path, Dict]:
-    """The results of the runs in a folder, by the folder of each, in the order of their names."""
-    paths: List[Path] = sorted(Path(output).glob(f"*/{_NAME}"))
+    """The results of all runs in a folder and below, by the folder of each, in the order of names."""
+    paths: List[Path] = sorted(Path(output).rglob(_NAME))
     return {path.parent: json.loads(path.read_text()) for path in paths}
 
 

@@ -7,7 +7,13 @@ from evidence import report
 
 def run(arm, images, seed, ap):
     numbers = {"AP": ap, "AP50": 2 * ap, "APs": 1.0, "APm": 2.0, "APl": 3.0}
-    return {"arm": arm, "images": images, "seed": seed, "results": {"bbox": numbers, "segm": numbers}}
+    return {
+        "arm": arm,
+        "images": images,
+        "seed": seed,
+        "learning_rate": 0.01,
+        "results": {"bbox": numbers, "segm": numbers},
+    }
 
 
 def test_a_table_has_means_ranges_and_differences():
@@ -77,3 +83,10 @@ def rle(left):
     image = np.zeros((100, 100), np.uint8, order="F")
     image[10:40, left : left + 30] = 1
     return mask.encode(image)["counts"].decode()
+
+
+def test_learning_rates_are_compared():
+    runs = [run("KN", 2, 1, 3.0), {**run("BN", 2, 1, 1.0), "learning_rate": 0.02}]
+    lines = report.choice_table({"runs": runs}).splitlines()
+    assert "0.01" in lines[0] and "0.02" in lines[0]
+    assert "1.0 / 1.0" in lines[2] and "not run" in lines[2] and "3.0 / 3.0" in lines[3]

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Makes a folder whose validation photographs are every fifth of another's training photographs.
+
+Example:
+    tools/evidence/hold_out.py persons output/persons_held_out
+
+Settings are chosen on it, so that the true validation photographs take no part in the choice. The
+photographs are not copied: train/ and val/ are links.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+EVERY = 5
+
+
+def hold_out(folder: Path, output: Path) -> None:
+    """Splits the training photographs of a folder.
+
+    Args:
+        folder: in COCO's layout, with annotations/instances_train.json and train/.
+        output: to be made, in the same layout.
+    """
+    content = json.loads((folder / "annotations" / "instances_train.json").read_text())
+    held_out = {image["id"] for image in content["images"][::EVERY]}
+    (output / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        part = dict(content)
+        for key, name in (("images", "id"), ("annotations", "image_id")):
+            part[key] = [e for e in content[key] if (e[name] in held_out) == (split == "val")]
+        (output / "annotations" / f"instances_{split}.json").write_text(json.dumps(part))
+        (output / split).symlink_to((folder / "train").resolve(), target_is_directory=True)
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="in COCO's layout")
+    parser.add_argument("output", type=Path, help="folder to be made")
+    args = parser.parse_args()
+    hold_out(args.folder, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
