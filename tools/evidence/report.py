@@ -38,6 +38,9 @@ COMPARED = (
     ("KN", "BN_affine"),
     ("KN", "BN"),
     ("KN", "KN_gain0"),
+    ("KN_gain0", "BN_frozen"),
+    ("KN_gain0", "BN_affine"),
+    ("KN_gain0", "BN"),
     ("BN_affine", "BN_frozen"),
 )
 
@@ -181,6 +184,7 @@ def classification_table(data: Dict) -> str:
 TABLES = {
     "choice": choice_table,
     "detection": detection_tables,
+    "own_rate": detection_tables,
     "classification": classification_table,
 }
 
@@ -206,6 +210,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--detection", metavar="FOLDER", help="of the runs of detection.py")
+    parser.add_argument(
+        "--own-rate", metavar="FOLDER", help="the same, with a learning rate for each arm"
+    )
     parser.add_argument("--truth", metavar="FILE", help="annotations that these were evaluated on")
     parser.add_argument(
         "--choice", metavar="FOLDER", help="of those of detection.py on hold_out.py's"
@@ -214,10 +221,12 @@ def main():
     args = parser.parse_args()
     folder = DOCS / "evidence"
     folder.mkdir(exist_ok=True)
-    if args.detection:
-        if not args.truth:
-            parser.error("--detection needs --truth FILE")
-        _write(folder / "detection.json", collect_detection(Path(args.detection), args.truth))
+    for name in ("detection", "own_rate"):
+        if getattr(args, name):
+            if not args.truth:
+                parser.error("detectors need --truth FILE")
+            data = collect_detection(Path(getattr(args, name)), args.truth)
+            _write(folder / f"{name}.json", data)
     for name in ("choice", "classification"):
         if getattr(args, name):
             runs = list(read_results(Path(getattr(args, name))).values())
