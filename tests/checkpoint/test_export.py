@@ -103,16 +103,16 @@ class Features(nn.Module):
 )
 def test_statistics_of_the_images_are_exported_with_open_sizes(norm, options, tmp_path):
     slim = dict(MODEL__RESNETS__DEPTH=18, MODEL__RESNETS__RES2_OUT_CHANNELS=64)
-    slim["MODEL__RESNETS__OUT_FEATURES"] = ["res3"]
+    slim["MODEL__RESNETS__OUT_FEATURES"] = ["res2"]
     model = Features(randomize(build_backbone(resnet_cfg(norm, **slim, **options)))).eval()
     program, path = _exported(model), str(tmp_path / "backbone.onnx")
     with torch.no_grad():
-        torch.onnx.export(program, (), path, input_names=["x"], output_names=["res3"])
+        torch.onnx.export(program, (), path, input_names=["x"], output_names=["res2"])
     exported = program.module()
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for x in _batches():
         with torch.no_grad():
-            expected, found = model(x)["res3"], exported(x)["res3"]
+            expected, found = model(x)["res2"], exported(x)["res2"]
         of_onnx = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
         scale = expected.abs().max()
         for feature in (found, of_onnx):

@@ -1,7 +1,5 @@
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,17 +23,13 @@ def prepare(monkeypatch, *arguments):
     return tool.prepare(args), args
 
 
-def test_benchmark_measures_prints_and_writes(tmp_path):
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    environment = {**os.environ, "PYTHONPATH": path}
+def test_benchmark_measures_prints_and_writes(tmp_path, process):
     options = ["--preset", "quick", "--what", "layer", "size", "--rounds", "1"]
     options += ["--norms", "BN", "KN", "SyncBN", "--threads", "1", "--output", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, str(TOOL), *options], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert "**layer: 2x32x8x8, float32, contiguous, cpu**" in done.stdout
-    assert "threads 1" in done.stdout and "- SyncBN: not run: " in done.stdout
+    status, out, err = process("benchmark", *options)
+    assert status == 0, err
+    assert "**layer: 2x32x8x8, float32, contiguous, cpu**" in out
+    assert "threads 1" in out and "- SyncBN: not run: " in out
     result = json.loads((tmp_path / "benchmark.json").read_text())
     assert [group["what"] for group in result["groups"]] == ["layer", "size", "size"]
     assert result["machine"]["threads"] == 1 and result["arguments"]["preset"] == "quick"

@@ -1,22 +1,13 @@
-import importlib.util
 import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from kn_detectron.checkpoint import KNCheckpointer
-from kn_detectron.engine.command_line import run
 
 from ..checkpoint import formats
-from ..engine.conftest import fresh_logs  # noqa: F401
 from ..models import build_backbone, build_rcnn, randomize, rcnn_cfg, resnet_cfg
-
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "convert_weights.py"
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +17,13 @@ def resnet():
     return randomize(backbone).state_dict()
 
 
-def convert(*arguments):
-    """Runs the command in a process of its own."""
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    environment = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_it_converts_and_says_what_became_of_the_tensors(tmp_path, resnet):
+def test_it_converts_and_says_what_became_of_the_tensors(tmp_path, resnet, command):
     source, target = formats.write(tmp_path, formats.msra(resnet), "R-50.pkl"), tmp_path / "kn.pth"
-    result = convert(source, target)
-    assert result.returncode == 0, result.stderr
-    assert "265 loaded" in result.stdout and "KN process models" in result.stdout
-    assert "priors of 53 Kalman layers were set" in result.stdout
-    assert result.stdout.strip().splitlines()[-1] == f"Written: {target}"
+    status, out, err = command("convert_weights", source, target)
+    assert status == 0, err
+    assert "265 loaded" in out and "KN process models" in out
+    assert "priors of 53 Kalman layers were set" in out
+    assert out.strip().splitlines()[-1] == f"Written: {target}"
     models = [build_rcnn(rcnn_cfg("KN")) for _ in range(2)]
     for model, path in zip(models, (source, str(target))):
         KNCheckpointer(model).load(path, [])
@@ -48,8 +31,8 @@ def test_it_converts_and_says_what_became_of_the_tensors(tmp_path, resnet):
         assert torch.equal(value, models[1].state_dict()[name]), name
 
     back = tmp_path / "bn.pth"
-    result = convert(target, back, "--norm", "BN")
-    assert result.returncode == 0, result.stderr
+    status, out, err = command("convert_weights", target, back, "--norm", "BN")
+    assert status == 0, err
     state = torch.load(back, weights_only=True)["model"]
     for name, value in resnet.items():
         assert "num_batches" in name or torch.equal(state[name], value), name
@@ -92,24 +75,19 @@ def _group_norm(path, resnet):
         (lambda path, resnet: None, "does not exist"),
     ],
 )
-def test_bad_input_is_a_sentence_and_no_file(
-    tmp_path, resnet, write, pattern, monkeypatch, capsys, fresh_logs  # noqa: F811
-):
+def test_bad_input_is_a_sentence_and_no_file(tmp_path, resnet, write, pattern, command):
     source, target = tmp_path / "in.pth", tmp_path / "out.pth"
     write(source, resnet)
-    spec = importlib.util.spec_from_file_location("convert_weights", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.setattr(sys, "argv", ["convert_weights.py", str(source), str(target)])
-    assert run(tool.main) == 1
-    error = capsys.readouterr().err.strip()
+    status, out, err = command("convert_weights", source, target)
+    assert status == 1
+    error = err.strip()
     assert error.startswith("error: ") and str(source) in error and pattern in error
     assert "\n" not in error
     assert set(os.listdir(tmp_path)) <= {"in.pth"}
 
 
-def test_the_exit_status_is_that_of_the_process(tmp_path):
-    result = convert(tmp_path / "in.pth", tmp_path / "out.pth")
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in result.stderr
+def test_the_exit_status_is_that_of_the_process(tmp_path, process):
+    status, out, err = process("convert_weights", tmp_path / "in.pth", tmp_path / "out.pth")
+    assert status == 1
+    # Before it comes what torch and detectron2 warn of when they are imported.
+    assert err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err

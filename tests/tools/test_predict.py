@@ -1,23 +1,18 @@
 """tools/predict.py on images of the generated shapes, with released weights and with a run's."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from kn_detectron.data import ShapesSpec, generate_shapes
-from kn_detectron.engine.command_line import run
 from kn_detectron.model_zoo import get_config_file
 
 from ..engine import tiny
-from ..engine.conftest import datasets, fresh_logs, plain  # noqa: F401
+from ..engine.conftest import datasets, plain  # noqa: F401
 
-TOOL = Path(__file__).parents[2] / "tools" / "predict.py"
 RELEASED = "mask_rcnn_slim_R50_C4_KN"
 
 
@@ -28,27 +23,13 @@ def photos(tmp_path_factory):
     return folder / "shapes" / "val"
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("predict", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
-        status = run(tool.main)
-        return (status, *capsys.readouterr())
-
-    return call
-
-
 def released():
     config = get_config_file(f"shapes/{RELEASED}.yaml")
     return "--config", config, "--opts", "MODEL.WEIGHTS", f"kn://{RELEASED}.pth"
 
 
 def test_a_folder_is_drawn_and_written_down(photos, tmp_path, command):
-    status, out, _ = command(photos, "--output", tmp_path, *released())
+    status, out, _ = command("predict", photos, "--output", tmp_path, *released())
     assert status == 0 and "detections in 3 photos" in out
     results = json.loads((tmp_path / "detections.json").read_text())
     assert {r["file_name"] for r in results} == {str(p) for p in photos.iterdir()}
@@ -67,7 +48,9 @@ def test_a_run_is_enough(photos, tmp_path, plain, command):  # noqa: F811
     folder, _ = plain
     (folder / "config.yaml").write_text(tiny.config(folder).dump())
     photo = next(photos.iterdir())
-    status, out, _ = command(photo, "--config", folder / "config.yaml", "--output", tmp_path)
+    status, out, _ = command(
+        "predict", photo, "--config", folder / "config.yaml", "--output", tmp_path
+    )
     assert status == 0 and "in 1 photos" in out
 
 
@@ -76,7 +59,9 @@ def test_an_image_that_cannot_be_read_does_not_cost_the_others(photos, tmp_path,
     shutil.copytree(photos, mixed)
     (mixed / "000000.jpg").write_bytes(b"no image")
     shutil.copy(next(photos.iterdir()), mixed / "again.png")
-    status, out, error = command(mixed, photos, "--output", tmp_path / "out", *released())
+    status, out, error = command(
+        "predict", mixed, photos, "--output", tmp_path / "out", *released()
+    )
     assert status == 1 and "in 7 photos" in out
     assert "000000.jpg cannot be read (" in error and "Traceback" not in error
     # Photos of the same name in two folders have a picture each.
@@ -91,5 +76,5 @@ def test_what_it_refuses(photos, tmp_path, command):
         ((tmp_path / "empty", *released()), "empty has no images"),
         ((photos, "--config", config), "give MODEL.WEIGHTS FILE"),
     ):
-        status, _, error = command(*arguments)
+        status, _, error = command("predict", *arguments)
         assert status == 1 and sentence in error

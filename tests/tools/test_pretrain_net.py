@@ -1,25 +1,18 @@
 """tools/pretrain_net.py: what it takes, what it refuses, and what it prints."""
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from kn_detectron.engine.command_line import run
 from kn_detectron.layers import KN_STATE
 from kn_detectron.networks import build_network
 
-from ..engine.conftest import fresh_logs  # noqa: F401
 from ..pretraining.conftest import folder, write_images  # noqa: F401
 
 pytestmark = pytest.mark.trains
-
-TOOL = Path(__file__).parents[2] / "tools" / "pretrain_net.py"
 
 DETECTOR = {
     "VERSION": 2,
@@ -41,21 +34,11 @@ ARGUMENTS = ("--epochs", "1", "--batch-size", "8", "--image-size", "64")
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs the tool in this process, and gives its status, stdout and stderr."""
-    spec = importlib.util.spec_from_file_location("pretrain_net", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+def pretrain(tmp_path, command):
+    """Runs the tool with the detector's config, and gives its status, stdout and stderr."""
     config = tmp_path / "detector.yaml"
     config.write_text(yaml.safe_dump(DETECTOR))
-
-    def call(*arguments):
-        arguments = ["--config", config, *arguments]
-        monkeypatch.setattr(sys, "argv", ["pretrain_net.py", *map(str, arguments)])
-        status = run(tool.main)
-        return (status, *capsys.readouterr())
-
-    return call
+    return lambda *arguments: command("pretrain_net", "--config", config, *arguments)
 
 
 def _assert_one_sentence(result, pattern):
@@ -67,10 +50,10 @@ def _assert_one_sentence(result, pattern):
     assert re.search(pattern, sentence), sentence
 
 
-def test_train_resume_and_evaluate(command, folder, tmp_path):  # noqa: F811
+def test_train_resume_and_evaluate(pretrain, folder, tmp_path):  # noqa: F811
     run_folder = tmp_path / "run"
     options = ("--data", folder, *ARGUMENTS, "--norm-batch-size", "2")
-    status, out, err = command(*options, "OUTPUT_DIR", run_folder)
+    status, out, err = pretrain(*options, "OUTPUT_DIR", run_folder)
     assert status == 0, err
     assert "| moving (Option A) |" in out and "KN in groups of 2 on 15 validation images" in out
     results = json.loads((run_folder / "inference" / "results.json").read_text())
@@ -78,21 +61,21 @@ def test_train_resume_and_evaluate(command, folder, tmp_path):  # noqa: F811
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     assert config["SOLVER"]["MAX_ITER"] == 3 and config["PRETRAINING"]["NUM_CLASSES"] == 3
 
-    status, out, err = command(*options, "--resume", "OUTPUT_DIR", run_folder)
+    status, out, err = pretrain(*options, "--resume", "OUTPUT_DIR", run_folder)
     assert status == 0 and "Nothing is left to train" in out
 
     (run_folder / "inference" / "results.json").unlink()
-    status, out, err = command(*options, "--eval-only", "OUTPUT_DIR", run_folder)
+    status, out, err = pretrain(*options, "--eval-only", "OUTPUT_DIR", run_folder)
     assert status == 0, err
     assert json.loads((run_folder / "inference" / "results.json").read_text()) == results
 
 
 @pytest.mark.parametrize("norm", ["BN", "KN"])
-def test_another_network(command, folder, tmp_path, norm):  # noqa: F811
+def test_another_network(pretrain, folder, tmp_path, norm):  # noqa: F811
     run_folder = tmp_path / "run"
     options = ("--data", folder, "--epochs", "1", "--batch-size", "8", "--image-size", "32")
     options += ("--network", "cifar_resnet32", "--norm", norm, "--norm-batch-size", "2")
-    status, out, err = command(*options, "OUTPUT_DIR", run_folder)
+    status, out, err = pretrain(*options, "OUTPUT_DIR", run_folder)
     assert status == 0, err
     assert f"Pre-training cifar_resnet32 with {norm}" in out
     results = json.loads((run_folder / "inference" / "results.json").read_text())
@@ -100,17 +83,17 @@ def test_another_network(command, folder, tmp_path, norm):  # noqa: F811
     assert build_network("cifar_resnet32", 3).load_state_dict(
         {name: v for name, v in state.items() if name.rpartition(".")[2] not in KN_STATE}
     )
-    status, out, err = command(*options, "--resume", "OUTPUT_DIR", run_folder)
+    status, out, err = pretrain(*options, "--resume", "OUTPUT_DIR", run_folder)
     assert status == 0 and "Nothing is left to train" in out
-    status, out, err = command(*options, "--eval-only", "OUTPUT_DIR", run_folder)
+    status, out, err = pretrain(*options, "--eval-only", "OUTPUT_DIR", run_folder)
     assert status == 0, err
     assert json.loads((run_folder / "inference" / "results.json").read_text()) == results
 
 
-def test_another_network_is_annealed_and_watched(command, folder, tmp_path):  # noqa: F811
+def test_another_network_is_annealed_and_watched(pretrain, folder, tmp_path):  # noqa: F811
     options = ("--data", folder, "--epochs", "1", "--batch-size", "8", "--image-size", "32")
     options += ("--network", "cifar_resnet32", "--norm", "KN", "OUTPUT_DIR", tmp_path)
-    status, out, err = command(*options, "MODEL.KN.GAIN_ANNEAL", "[0.3, 0.6]")
+    status, out, err = pretrain(*options, "MODEL.KN.GAIN_ANNEAL", "[0.3, 0.6]")
     assert status == 0, err
     assert "calibrated the priors of 31 layers" in out
     last = {}
@@ -120,9 +103,9 @@ def test_another_network_is_annealed_and_watched(command, folder, tmp_path):  # 
     assert "kn/innovation_mean/backbone.blocks.3.bn1" in last
 
 
-def test_key_value_pairs_win(command, folder, tmp_path):  # noqa: F811
+def test_key_value_pairs_win(pretrain, folder, tmp_path):  # noqa: F811
     options = ("MODEL.KN.GAIN", "0.3", "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", tmp_path / "run")
-    status, out, err = command("--data", folder, *ARGUMENTS, "--lr", "0.2", *options)
+    status, out, err = pretrain("--data", folder, *ARGUMENTS, "--lr", "0.2", *options)
     assert status == 0, err
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["MODEL"]["KN"]["GAIN"] == 0.3
@@ -130,10 +113,10 @@ def test_key_value_pairs_win(command, folder, tmp_path):  # noqa: F811
 
 
 def test_output_is_a_folder_inside_the_detectors(
-    command, folder, tmp_path, monkeypatch
+    pretrain, folder, tmp_path, monkeypatch
 ):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    status, out, err = command("--data", folder, *ARGUMENTS, "--norm", "GN4")
+    status, out, err = pretrain("--data", folder, *ARGUMENTS, "--norm", "GN4")
     assert status == 0, err
     assert (tmp_path / "output" / "pretraining_GN4" / "backbone.pth").exists()
 
@@ -152,15 +135,15 @@ def test_output_is_a_folder_inside_the_detectors(
         (["--eval-only"], "There are no weights to evaluate"),
     ],
 )
-def test_bad_options(command, folder, tmp_path, arguments, sentence):  # noqa: F811
+def test_bad_options(pretrain, folder, tmp_path, arguments, sentence):  # noqa: F811
     if "OUTPUT_DIR" not in arguments:
         arguments = [*arguments, "OUTPUT_DIR", tmp_path / "run"]
-    _assert_one_sentence(command("--data", folder, *ARGUMENTS, *arguments), sentence)
+    _assert_one_sentence(pretrain("--data", folder, *ARGUMENTS, *arguments), sentence)
 
 
-def test_broken_image(command, tmp_path):
+def test_broken_image(pretrain, tmp_path):
     data = write_images(tmp_path / "images")
     for path in (data / "train" / "green").iterdir():
         path.write_bytes(b"no image")
-    result = command("--data", data, *ARGUMENTS, "OUTPUT_DIR", tmp_path / "run")
+    result = pretrain("--data", data, *ARGUMENTS, "OUTPUT_DIR", tmp_path / "run")
     _assert_one_sentence(result, r"train/green/\d.png cannot be read")
