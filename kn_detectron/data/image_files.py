@@ -1,5 +1,6 @@
 """What is wrong with an image file, in one sentence."""
 
+import logging
 import os
 
 from detectron2.data import detection_utils
@@ -11,11 +12,17 @@ from .pixels import check_mode
 
 __all__ = ["check_headers", "fault_of_image"]
 
+_logger = logging.getLogger(__name__)
+
 _ORIENTATION = ExifTags.Base.Orientation
+# These mirror an image, or turn it by half: its sides do not tell whether its annotations do too.
+_KEEPS_SIZE = (2, 3, 4)
 
 
 def check_headers(records, image_root):
     """Opens images, without decoding them, and compares their sizes with the annotated ones.
+
+    Where an EXIF orientation mirrors images or turns them by half, a warning says how many.
 
     Args:
         records (Iterable[dict]): the images of an annotation file.
@@ -24,11 +31,21 @@ def check_headers(records, image_root):
     Raises:
         InputError: naming the first one that a run could not use.
     """
+    turned = []
     for record in records:
         path = os.path.join(image_root, record["file_name"])
-        fault = fault_of_image(path, (record["width"], record["height"]), decode=False)
+        fault, orientation = _look_at(path, (record["width"], record["height"]), decode=False)
         if fault:
             raise InputError(fault)
+        if orientation in _KEEPS_SIZE:
+            turned.append(path)
+    if turned:
+        _logger.warning(
+            "%d images have an EXIF orientation that mirrors them or turns them by half, the first "
+            "is %s. They are used as that says: check that their annotations are of the turned "
+            "images, or remove the tag.",
+            *(len(turned), turned[0]),
+        )
 
 
 def fault_of_image(path, annotated_size=None, decode=True):
@@ -42,6 +59,12 @@ def fault_of_image(path, annotated_size=None, decode=True):
     Returns:
         str or None: a sentence, or None for an image that can be used.
     """
+    fault, _ = _look_at(path, annotated_size, decode)
+    return fault
+
+
+def _look_at(path, annotated_size, decode):
+    """What is wrong with an image, or None, and its EXIF orientation."""
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             check_mode(image)
@@ -55,25 +78,28 @@ def fault_of_image(path, annotated_size=None, decode=True):
             reason = "no such file"
         else:
             reason = f"{error}".replace("\n", " ") or type(error).__name__
-        return (
+        fault = (
             f"Image {path} of the dataset cannot be read ({reason}): expected an intact image "
             "file, replace it or remove it from the annotations."
         )
+        return fault, None
     # detectron2 turns an image as its EXIF orientation says; from 5 on its sides change places.
     seen = stored[::-1] if orientation >= 5 else stored
     if annotated_size in (None, seen):
-        return None
+        return None, orientation
     wanted, there, turned = (f"{w} x {h}" for w, h in (annotated_size, stored, seen))
     if wanted == there:
-        return (
+        fault = (
             f"Image {path} of the dataset is stored as {there} pixels, as its annotation says, but "
             f"its EXIF orientation {orientation} has it turned to {turned}: remove that tag, or "
             "annotate the turned image."
         )
-    return (
-        f"Image {path} of the dataset is {turned} pixels, but its annotation says {wanted}: replace "
-        "the image or correct the annotation."
-    )
+    else:
+        fault = (
+            f"Image {path} of the dataset is {turned} pixels, but its annotation says {wanted}: "
+            "replace the image or correct the annotation."
+        )
+    return fault, orientation
 
 
 def _orientation_of(image):

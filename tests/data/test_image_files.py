@@ -1,0 +1,36 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from kn_detectron import InputError
+from kn_detectron.data.image_files import check_headers
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """Writes an image with an EXIF orientation, and gives its record."""
+
+    def write(name, orientation=None):
+        image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+        exif = image.getexif()
+        if orientation:
+            exif[274] = orientation
+        image.save(tmp_path / name, exif=exif)
+        return {"file_name": name, "width": 30, "height": 20}
+
+    return write
+
+
+def test_images_that_are_turned_and_keep_their_size_are_counted(photo, tmp_path, kn_log):
+    check_headers([photo("plain.jpg"), photo("upright.jpg", 1)], str(tmp_path))
+    assert not kn_log.records
+    records = [photo(f"{orientation}.jpg", orientation) for orientation in (1, 2, 3, 4)]
+    check_headers(records, str(tmp_path))
+    (warning,) = kn_log.messages
+    assert "3 images have an EXIF orientation" in warning and "2.jpg" in warning
+
+
+def test_the_first_image_of_another_size_is_named(photo, tmp_path):
+    wide = {**photo("wide.jpg"), "width": 31}
+    with pytest.raises(InputError, match="wide.jpg .* 30 x 20 pixels, .* says 31 x 20"):
+        check_headers([photo("plain.jpg"), wide], str(tmp_path))
