@@ -1,6 +1,7 @@
 """Two processes agree."""
 
 import copy
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from torch import nn
 
@@ -195,13 +197,24 @@ def launch(tmp_path, monkeypatch):
         monkeypatch.setattr(comm, "create_local_process_group", None, raising=False)
         monkeypatch.setattr(command_line, "launch", _launch_on_cpu)
     args = SimpleNamespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
-    return lambda main: command_line.launch_ranks(
-        main, CfgNode(dict(OUTPUT_DIR=str(tmp_path))), args
-    )
+
+    def call(main, cfg=CfgNode(dict(OUTPUT_DIR=str(tmp_path)))):
+        command_line.launch_ranks(main, cfg, args)
+
+    return call
 
 
 def _write_rank(cfg, args):
     Path(cfg.OUTPUT_DIR, f"{comm.get_rank()} of {comm.get_world_size()}").touch()
+
+
+def _write_areas(cfg, args):
+    command_line.set_up(cfg, command_line.argument_parser().parse_args([]))
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        truth = json.loads(Path(MetadataCatalog.get(name).json_file).read_text())
+        areas = [annotation["area"] for annotation in truth["annotations"]]
+        split = Path(name).name
+        Path(cfg.OUTPUT_DIR, f"areas_{split}_{comm.get_rank()}.json").write_text(json.dumps(areas))
 
 
 def _fail(cfg, args):
@@ -235,6 +248,27 @@ def _stop(cfg, args):
 def test_launch_ranks_runs_all_of_them(launch, tmp_path):
     launch(_write_rank)
     assert {path.name for path in tmp_path.glob("* of *")} == {"0 of 2", "1 of 2"}
+
+
+@on_cpu
+def test_all_processes_read_the_annotations_that_were_mended(launch, datasets, tmp_path):
+    folder, output = tmp_path / "own", tmp_path / "run"
+    shutil.copytree(datasets / "shapes", folder)
+    areas = {}
+    for split in ("train", "val"):
+        path = folder / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        areas[split] = [annotation.pop("area") for annotation in content["annotations"]]
+        path.write_text(json.dumps(content))
+    config = str(tiny.write_config(tmp_path / "tiny.yaml"))
+    arguments = ["--config", config, "OUTPUT_DIR", str(output)]
+    arguments = command_line.argument_parser().parse_args(arguments)
+    arguments.dataset = str(folder)
+    launch(_write_areas, command_line.load_config(arguments))
+    for split, expected in areas.items():
+        for rank in (0, 1):
+            found = json.loads((output / f"areas_{split}_{rank}.json").read_text())
+            assert found == pytest.approx(expected)
 
 
 @on_cpu
