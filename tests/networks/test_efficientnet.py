@@ -31,7 +31,11 @@ def test_blocks_that_a_shorter_network_lacks_are_left_out():
 def test_squeeze_excitation_has_timms_names():
     network = timm.create_model("tf_efficientnet_b0").state_dict()
     names = timm_names(
-        ["_blocks.0._se_reduce.bias", "_blocks.1._expand_conv.weight", "_blocks.1._se_expand.weight"],
+        [
+            "_blocks.0._se_reduce.bias",
+            "_blocks.1._expand_conv.weight",
+            "_blocks.1._se_expand.weight",
+        ],
         network,
     )
     assert list(names.values()) == [

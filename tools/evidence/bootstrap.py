@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -22,32 +22,71 @@ class MatchedRun:
 
     def __init__(self, truth: COCO, detections: Sequence[Dict], task: str):
         with contextlib.redirect_stdout(io.StringIO()):
-            self._eval = COCOeval(truth, truth.loadRes(list(detections)), task)
-            self._eval.params.areaRng = [[0, 1e10]]
-            self._eval.params.areaRngLbl = ["all"]
-            self._eval.params.maxDets = [100]
-            self._eval.evaluate()
-        params = self._eval.params
-        # One row for each category, one column for each photo.
-        self._matches = np.empty((len(params.catIds), len(params.imgIds)), dtype=object)
-        self._matches.ravel()[:] = self._eval.evalImgs
-
-    @property
-    def num_photos(self) -> int:
-        """How many photographs the truth has."""
-        return self._matches.shape[1]
+            evaluation = COCOeval(truth, truth.loadRes(list(detections)), task)
+            evaluation.params.areaRng = [[0, 1e10]]
+            evaluation.params.areaRngLbl = ["all"]
+            evaluation.params.maxDets = [100]
+            evaluation.evaluate()
+        params = evaluation.params
+        self.num_photos = len(params.imgIds)
+        self._recalls = params.recThrs
+        by_category = np.array(evaluation.evalImgs, dtype=object)
+        by_category = by_category.reshape(len(params.catIds), self.num_photos)
+        self._categories = [_Category(matches) for matches in by_category]
 
     def average_precision(self, sample: np.ndarray) -> float:
         """COCO's AP, in percent, on some of the photographs.
 
         Args:
-            sample: indices of as many photographs as there are; one may come several times.
+            sample: indices of photographs; one may come several times.
         """
-        self._eval.evalImgs = self._matches[:, sample].ravel().tolist()
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._eval.accumulate()
-        precision = self._eval.eval["precision"]
-        return 100 * float(precision[precision > -1].mean())
+        counts = np.bincount(sample, minlength=self.num_photos)
+        found = [category.precisions(counts, self._recalls) for category in self._categories]
+        return 100 * float(np.mean([p for p in found if p is not None]))
+
+
+class _Category:
+    """The matches of one category, the best detection first.
+
+    Args:
+        matches: of pycocotools, for each photo; None where there is nothing to match.
+    """
+
+    def __init__(self, matches: Sequence[Optional[Dict]]):
+        matches = [(photo, m) for photo, m in enumerate(matches) if m is not None]
+        self._objects = {photo: np.sum(np.equal(m["gtIgnore"], 0)) for photo, m in matches}
+        photos = [np.full(len(m["dtScores"]), photo) for photo, m in matches]
+        scores = np.concatenate([np.array(m["dtScores"], dtype=float) for _, m in matches])
+        order = np.argsort(-scores, kind="mergesort")
+        self._photos = np.concatenate(photos)[order].astype(int)
+        hit = np.concatenate([m["dtMatches"] for _, m in matches], axis=1)[:, order] > 0
+        counted = ~np.concatenate([m["dtIgnore"] for _, m in matches], axis=1)[:, order].astype(
+            bool
+        )
+        self._right, self._wrong = hit & counted, ~hit & counted
+
+    def precisions(self, counts: np.ndarray, recalls: np.ndarray) -> Optional[np.ndarray]:
+        """Precision at each threshold of the overlap and each recall, as COCO interpolates it.
+
+        Args:
+            counts: how often each photo was drawn.
+            recalls: rising.
+
+        Returns:
+            np.ndarray or None: None if nothing is to be found.
+        """
+        objects = sum(number * counts[photo] for photo, number in self._objects.items())
+        if not objects:
+            return None
+        drawn = np.repeat(np.arange(len(self._photos)), counts[self._photos])
+        right = self._right[:, drawn].cumsum(1).astype(float)
+        wrong = self._wrong[:, drawn].cumsum(1)
+        precision = right / (right + wrong + np.spacing(1))
+        # The best that is reached at this recall or at a higher one.
+        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        precision = np.pad(precision, ((0, 0), (0, 1)))  # a recall that is not reached
+        places = [np.searchsorted(row, recalls, side="left") for row in right / objects]
+        return np.take_along_axis(precision, np.array(places), axis=1)
 
 
 def paired_bootstrap(

@@ -2,7 +2,7 @@
 """Makes a folder whose validation photographs are every fifth of another's training photographs.
 
 Example:
-    tools/evidence/hold_out.py persons output/persons_held_out
+    python tools/evidence/hold_out.py persons output/persons_held_out
 
 Settings are chosen on it, so that the true validation photographs take no part in the choice. The
 photographs are not copied: train/ and val/ are links.

@@ -1,4 +1,4 @@
-"""Top-1 over the number of images that share statistics."""
+"""The pictures of docs/evidence.md."""
 
 from pathlib import Path
 from statistics import mean
@@ -9,9 +9,33 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  # after the choice of the backend
 
+from . import arms  # noqa: E402
 from .classification import ARMS  # noqa: E402
 
-__all__ = ["draw_classification"]
+__all__ = ["draw_classification", "draw_detection"]
+
+
+def draw_detection(data: Dict, path: Path) -> None:
+    """Draws the box and mask AP of each run, one row for each arm, and the means as bars.
+
+    Args:
+        data: ``runs`` of tools/evidence/detection.py.
+        path: of the picture.
+    """
+    runs_of = {name: [r for r in data["runs"] if r["arm"] == name] for name in arms.ARMS}
+    names = [name for name in reversed(runs_of) if runs_of[name]]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.9 + 0.45 * len(names)), sharey=True)
+    for axis, (task, title) in zip(axes, (("bbox", "box AP"), ("segm", "mask AP"))):
+        for row, name in enumerate(names):
+            values = [run["results"][task]["AP"] for run in runs_of[name]]
+            axis.barh(row, mean(values), color="C0" if name.startswith("KN") else "0.75")
+            axis.plot(values, [row] * len(values), "o", color="black", markersize=4)
+        axis.set(title=title, xlim=(0, None))
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), [arms.ARMS[name].label for name in names])
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def draw_classification(data: Dict, path: Path) -> None:

@@ -3,7 +3,7 @@
 
 Examples:
     python tools/evidence/report.py --detection output/evidence --truth persons/annotations/instances_val.json
-    python tools/evidence/report.py --classification output/cifar
+    python tools/evidence/report.py --choice output/choice --classification output/cifar
     python tools/evidence/report.py
 
 What is read from runs is kept in docs/evidence/*.json, from which the tables are written; without
@@ -27,7 +27,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from evidence import arms, classification  # noqa: E402  # beside this file, not installed
 from evidence.bootstrap import MatchedRun, paired_bootstrap  # noqa: E402
-from evidence.picture import draw_classification  # noqa: E402
+from evidence.picture import draw_classification, draw_detection  # noqa: E402
 from evidence.runs import read_results  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -106,7 +106,7 @@ def detection_tables(data: Dict) -> str:
             parts.append(f"Differences at {what}, in AP, with the 95% interval over photographs:")
             header = ["", "seeds", "box", "mask"]
             parts.append(tabulate(rows, header, tablefmt="github"))
-    return "\n\n".join(parts)
+    return _escaped("\n\n".join(parts))
 
 
 def _average_precisions(runs: List[Dict]) -> List[str]:
@@ -139,6 +139,23 @@ def _difference_rows(differences: List[Dict]) -> List[List]:
     return rows
 
 
+def summary_table(data: Dict) -> str:
+    """One line for each arm in Markdown, for README."""
+    rows = []
+    for name, arm in arms.ARMS.items():
+        runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, 2)]
+        if runs:
+            box, mask, *_ = _average_precisions(runs)
+            rows.append([arm.label, runs[0]["learning_rate"], len(runs), box, mask])
+    header = ["norm in the backbone", "learning rate", "seeds", "box AP", "mask AP"]
+    return _escaped(tabulate(rows, header, tablefmt="github"))
+
+
+def _escaped(table: str) -> str:
+    """A table in which the star of BN* is no sign of Markdown."""
+    return table.replace("BN*", r"BN\*")
+
+
 def choice_table(data: Dict) -> str:
     """Box / mask AP over the learning rate in Markdown, on photographs held out of the training."""
     rates = sorted({run["learning_rate"] for run in data["runs"]})
@@ -156,7 +173,7 @@ def choice_table(data: Dict) -> str:
         ]
         if runs:
             rows.append([arm.label, *(cell or "not run" for cell in cells)])
-    return tabulate(rows, ["norm", *map(str, rates)], tablefmt="github")
+    return _escaped(tabulate(rows, ["norm", *map(str, rates)], tablefmt="github"))
 
 
 def classification_table(data: Dict) -> str:
@@ -180,13 +197,15 @@ def classification_table(data: Dict) -> str:
     return tabulate(rows, header, tablefmt="github")
 
 
-# What docs/evidence.md has between "<!-- NAME -->" and "<!-- end -->".
+# What a page has between "<!-- NAME -->" and "<!-- end -->": the file that it is made of, and how.
 TABLES = {
-    "choice": choice_table,
-    "detection": detection_tables,
-    "own_rate": detection_tables,
-    "classification": classification_table,
+    "choice": ("choice", choice_table),
+    "detection": ("detection", detection_tables),
+    "own_rate": ("own_rate", detection_tables),
+    "summary": ("own_rate", summary_table),
+    "classification": ("classification", classification_table),
 }
+PAGES = (DOCS / "evidence.md", DOCS.parent / "README.md")
 
 
 def with_tables(page: str, folder: Path) -> str:
@@ -194,11 +213,11 @@ def with_tables(page: str, folder: Path) -> str:
 
     Args:
         page: Markdown with marks.
-        folder: of the JSON files, one for each table.
+        folder: of the JSON files.
     """
-    for name, table in TABLES.items():
-        path = folder / f"{name}.json"
-        if path.is_file():
+    for name, (file, table) in TABLES.items():
+        path = folder / f"{file}.json"
+        if path.is_file() and f"<!-- {name} -->" in page:
             text = f"<!-- {name} -->\n\n{table(json.loads(path.read_text()))}\n\n<!-- end -->"
             page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: text, page, flags=re.DOTALL)
     return page
@@ -231,11 +250,11 @@ def main():
         if getattr(args, name):
             runs = list(read_results(Path(getattr(args, name))).values())
             _write(folder / f"{name}.json", {"runs": runs})
-    page = DOCS / "evidence.md"
-    page.write_text(with_tables(page.read_text(), folder))
-    if (folder / "classification.json").is_file():
-        data = json.loads((folder / "classification.json").read_text())
-        draw_classification(data, folder / "classification.png")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(), folder))
+    for name, draw in (("own_rate", draw_detection), ("classification", draw_classification)):
+        if (folder / f"{name}.json").is_file():
+            draw(json.loads((folder / f"{name}.json").read_text()), folder / f"{name}.png")
 
 
 def _write(path: Path, data: Dict) -> None:

@@ -1,8 +1,13 @@
 """The tables of docs/evidence.md are those of the runs."""
 
 import json
+import re
 
+import numpy as np
+import pytest
 from evidence import report
+from evidence.picture import draw_detection
+from PIL import Image
 
 
 def run(arm, images, seed, ap):
@@ -14,6 +19,17 @@ def run(arm, images, seed, ap):
         "learning_rate": 0.01,
         "results": {"bbox": numbers, "segm": numbers},
     }
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_the_pages_have_the_tables_of_the_files(page):
+    text = page.read_text()
+    assert report.with_tables(text, report.DOCS / "evidence") == text
+    marks = re.findall(r"<!-- (\w+) -->", text)
+    for name in set(marks) - {"end"}:
+        file, _ = report.TABLES[name]
+        assert (report.DOCS / "evidence" / f"{file}.json").is_file()
+    assert marks.count("end") == len(marks) / 2 > 0
 
 
 def test_a_table_has_means_ranges_and_differences():
@@ -90,3 +106,17 @@ def test_learning_rates_are_compared():
     lines = report.choice_table({"runs": runs}).splitlines()
     assert "0.01" in lines[0] and "0.02" in lines[0]
     assert "1.0 / 1.0" in lines[2] and "not run" in lines[2] and "3.0 / 3.0" in lines[3]
+
+
+def test_the_pictures_show_every_run(tmp_path):
+    few = {"runs": [run("BN_frozen", 2, 1, 10.0)]}
+    more = {"runs": [*few["runs"], run("KN", 2, 1, 13.0)]}
+    heights = []
+    for name, data in (("few", few), ("more", more)):
+        draw_detection(data, tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            heights.append(picture.height)
+            pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
+        blue = ((pixels[:, 2] - pixels[:, 0]) > 80).any()
+        assert blue == (name == "more")  # the bar of KN
+    assert heights[0] < heights[1]
