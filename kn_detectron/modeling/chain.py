@@ -7,7 +7,7 @@ same modules do the rest.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple, Union
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -28,6 +28,7 @@ __all__ = [
     "Features",
     "build_norm",
     "feature_of",
+    "link_convolutions",
     "rectified",
     "residual_sum",
 ]
@@ -248,6 +249,29 @@ class ChainConv2d(Conv2d):
         if self.chain.variant == "network":
             return normalized(self.norm.weight, self.norm.bias)
         return Belief(self.norm.running_mean[None], self.norm.running_var[None])
+
+
+def link_convolutions(
+    module: nn.Module, convs: Iterable[Conv2d], chain: ChainConfig
+) -> List[ChainConv2d]:
+    """Makes links of a chain of a module's own convolutions, in place and under the same names.
+
+    Args:
+        module: whose children the convolutions are.
+        convs: detectron2's convolutions, with their norms.
+        chain: what the links have in common.
+
+    Returns:
+        the links, in the order of ``convs``.
+
+    Raises:
+        TypeError: if an activation is not a ReLU.
+    """
+    links = {conv: ChainConv2d.from_conv(conv, chain) for conv in convs}
+    for name, child in list(module.named_children()):
+        if child in links:
+            setattr(module, name, links[child])
+    return list(links.values())
 
 
 def rectified(x: Feature, transition: Transition) -> Feature:

@@ -17,11 +17,11 @@ from ..errors import InputError
 from ..layers.belief import scale
 from .chain import (
     ChainConfig,
-    ChainConv2d,
     Feature,
     Features,
     build_norm,
     feature_of,
+    link_convolutions,
     residual_sum,
 )
 from .network import build_kn_network_backbone
@@ -53,15 +53,8 @@ class KNFPN(FPN):
         norm = functools.partial(build_norm, chain) if normalize else ""
         super().__init__(*args, norm=norm, **kwargs)
         self.chain = chain
-        links = {
-            conv: ChainConv2d.from_conv(conv, chain)
-            for conv in (*self.lateral_convs, *self.output_convs)
-        }
-        for name, module in list(self.named_children()):
-            if module in links:
-                setattr(self, name, links[module])
-        self.lateral_convs = [links[conv] for conv in self.lateral_convs]
-        self.output_convs = [links[conv] for conv in self.output_convs]
+        self.lateral_convs = link_convolutions(self, self.lateral_convs, chain)
+        self.output_convs = link_convolutions(self, self.output_convs, chain)
 
     def forward(self, x: Tensor) -> Features:
         """

@@ -13,7 +13,7 @@ from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
 from torch import Tensor
 
-from .chain import ChainConfig, ChainConv2d, Feature, build_norm
+from .chain import ChainConfig, Feature, build_norm, link_convolutions
 
 __all__ = ["KNFastRCNNConvFCHead", "KNMaskRCNNConvUpsampleHead"]
 
@@ -25,11 +25,7 @@ class _KNHead:
 
     def _link(self, chain: ChainConfig) -> None:
         self.chain = chain
-        links = {conv: ChainConv2d.from_conv(conv, chain) for conv in self.conv_norm_relus}
-        for name, module in list(self.named_children()):
-            if module in links:
-                setattr(self, name, links[module])
-        self.conv_norm_relus = list(links.values())
+        self.conv_norm_relus = link_convolutions(self, self.conv_norm_relus, chain)
 
     def _run(self, x: Union[Tensor, Feature]) -> Tensor:
         if isinstance(x, Tensor):
