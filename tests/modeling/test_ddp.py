@@ -9,7 +9,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kn_detectron.layers import set_gain_scale
 
-from ..models import build_backbone, build_rcnn, images, rcnn_cfg, rcnn_inputs, resnet_cfg
+from ..models import (
+    build_backbone,
+    build_rcnn,
+    fpn_rcnn_cfg,
+    images,
+    rcnn_cfg,
+    rcnn_inputs,
+    resnet_cfg,
+)
 from ..ranks import spawn_two, two_ranks
 
 pytestmark = pytest.mark.trains
@@ -17,22 +25,22 @@ pytestmark = pytest.mark.trains
 
 def step(backbone, x, optimizer):
     optimizer.zero_grad()
-    loss = backbone(x.double())["res4"].square().mean()
+    loss = sum(feature.square().mean() for feature in backbone(x.double()).values())
     loss.backward()
     optimizer.step()
     return loss.item()
 
 
-def build(gain_scale):
+def build(config, gain_scale):
     # In double precision, since the differences of rounding grow from step to step.
-    backbone = build_backbone(resnet_cfg("KN")).double()
+    backbone = build_backbone(config("KN")).double()
     set_gain_scale(backbone, gain_scale)
     return backbone, torch.optim.SGD(backbone.parameters(), lr=1e-3, momentum=0.9)
 
 
-def same_step(rank, path, gain_scale):
+def same_step(rank, path, config, gain_scale):
     with two_ranks(rank, path):
-        backbone, optimizer = build(gain_scale)
+        backbone, optimizer = build(config, gain_scale)
         model = DistributedDataParallel(backbone, broadcast_buffers=False)
         for k in range(3):
             step(model, images(2, seed=k)[rank : rank + 1], optimizer)
@@ -40,18 +48,19 @@ def same_step(rank, path, gain_scale):
             torch.save(backbone.state_dict(), os.path.join(path, "two.pth"))
 
 
+@pytest.mark.parametrize("config", [resnet_cfg, fpn_rcnn_cfg], ids=["C4", "FPN"])
 @pytest.mark.parametrize("gain_scale", [0.0, 1.0])
-def test_two_processes_take_the_step_of_one(gain_scale, tmp_path):
+def test_two_processes_take_the_step_of_one(gain_scale, config, tmp_path):
     """At gain 0 no statistic depends on the batch, so splitting it changes nothing.
 
     With a gain each process measures its own image, and the step must differ: as with BatchNorm.
     """
-    spawn_two(same_step, str(tmp_path), gain_scale)
+    spawn_two(same_step, str(tmp_path), config, gain_scale)
     two = torch.load(tmp_path / "two.pth")
-    backbone, optimizer = build(gain_scale)
+    backbone, optimizer = build(config, gain_scale)
     for k in range(3):
         step(backbone, images(2, seed=k), optimizer)
-    start_of_run = build(gain_scale)[0].state_dict()
+    start_of_run = build(config, gain_scale)[0].state_dict()
     error = moved = 0.0
     for name, p in backbone.named_parameters():
         error += (p - two[name]).square().sum().item()
@@ -63,8 +72,8 @@ def test_two_processes_take_the_step_of_one(gain_scale, tmp_path):
 def no_unused_parameters(rank, path):
     steps = 0
     with two_ranks(rank, path):
-        for norm, options in VARIANTS:
-            model = build_rcnn(rcnn_cfg(norm, **options))
+        for config, norm, options in MODELS:
+            model = build_rcnn(config(norm, **options))
             model = DistributedDataParallel(model, broadcast_buffers=False)
             # A parameter that gets no gradient makes the step after it fail. Rank 1 has no ground
             # truth in the first one; the last two are those of an annealed gain.
@@ -78,8 +87,9 @@ def no_unused_parameters(rank, path):
         f.write(str(steps))
 
 
-VARIANTS = [
-    (norm, dict(MODEL__KN__VARIANT=variant, MODEL__KN__PREDICTION=prediction))
+MODELS = [
+    (config, norm, dict(MODEL__KN__VARIANT=variant, MODEL__KN__PREDICTION=prediction))
+    for config in (rcnn_cfg, fpn_rcnn_cfg)  # C4, and FPN with norms in the FPN and both heads
     for norm in ("KN", "GKN")
     for variant, prediction in (
         ("network", "closed_form"),
@@ -92,7 +102,7 @@ VARIANTS = [
 def test_no_parameter_is_unused(tmp_path):
     spawn_two(no_unused_parameters, str(tmp_path))
     for rank in range(2):
-        assert (tmp_path / f"rank{rank}").read_text() == str(4 * len(VARIANTS))
+        assert (tmp_path / f"rank{rank}").read_text() == str(4 * len(MODELS))
 
 
 @pytest.mark.parametrize("variant", ["network", "paper"])

@@ -2,6 +2,7 @@ import pytest
 import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
 
 from kn_detectron import Belief, InputError
 from kn_detectron.checkpoint import calibrate
@@ -95,6 +96,28 @@ def test_training_step_and_inference(norm, variant, heads):
         assert p.grad is not None, name
     for out in detections(model, rcnn_inputs()):
         assert len(out) > 0 and out.pred_masks.shape == (len(out), 96, 96)
+
+
+@NORM_AND_VARIANT
+def test_mixed_precision_training_step(norm, variant):
+    model, given = build_rcnn(fpn_rcnn_cfg(norm, MODEL__KN__VARIANT=variant)), {}
+    for name, layer in kalman_layers(model).items():
+        layer.register_forward_pre_hook(
+            lambda m, args, kwargs, name=name: given.update({name: (args[0], kwargs.get("prior"))}),
+            with_kwargs=True,
+        )
+    with EventStorage(), torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(rcnn_inputs())
+    assert set(given) == set(kalman_layers(model))
+    for name, (x, prior) in given.items():
+        assert x.dtype == torch.bfloat16, name
+        if kalman_layers(model)[name].needs_prior:
+            assert prior.mean.dtype == prior.var.dtype == torch.float32, name
+    sum(losses.values()).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+    for name, layer in kalman_layers(model).items():
+        assert all(b.isfinite().all() and b.dtype != torch.bfloat16 for b in layer.buffers()), name
 
 
 @HEADS
