@@ -30,6 +30,7 @@ from ..data import (
     use_checked_datasets,
 )
 from ..errors import InputError
+from .logs import full_disk_told_once
 from .output_dir import make_output_dir
 from .stopping import STOPPING_SIGNALS, signals_to_take_over
 
@@ -231,7 +232,7 @@ def _on_rank(main, cfg, args):
     explained = contextlib.nullcontext()
     if isinstance(cfg, CfgNode):  # a run, which can be resumed; a benchmark cannot
         explained = explained_full_disk(f"OUTPUT_DIR {cfg.OUTPUT_DIR}")
-    with explained:
+    with explained, full_disk_told_once():
         main(cfg, args)
 
 
@@ -326,7 +327,7 @@ def run(command):
         int: the exit status.
     """
     try:
-        with without_notices():
+        with without_notices(), full_disk_told_once():
             command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
