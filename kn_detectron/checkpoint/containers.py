@@ -25,6 +25,8 @@ _NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _HARMLESS = {
     ("_codecs", "encode"),
     ("collections", "OrderedDict"),
+    # An enumeration of numbers, in files of proposals.
+    ("detectron2.structures.boxes", "BoxMode"),
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     ("numpy.core.numeric", "_frombuffer"),
