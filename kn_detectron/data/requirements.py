@@ -2,11 +2,12 @@
 
 import logging
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError
 from .annotations import Uses
+from .proposals import check_proposals
 
 __all__ = ["check_requirements", "uses_of"]
 
@@ -164,6 +165,15 @@ def _check_keypoints(cfg, truths):
                 f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {wanted}, but dataset {name} has "
                 f"{len(names)} keypoint_names: give it that number."
             )
+    train, least = truths.get("TRAIN", {}), cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    if train and len(train) == len(cfg.DATASETS.TRAIN):
+        most = max(train.values(), key=lambda truth: truth.most_keypoints)
+        if most.most_keypoints < max(least, 1):
+            raise InputError(
+                f"MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE is {least}, but no image of "
+                f"{most.json_file} has more than {most.most_keypoints} labelled keypoints, so that "
+                "none is left to learn from: give that number if it is not 0, or add keypoints."
+            )
 
 
 def _check_segmentation_heads(cfg, truths):
@@ -200,6 +210,7 @@ def _check_proposals(cfg, truths):
                     f"{path} of DATASETS.PROPOSAL_FILES_{key} does not exist: give a file of "
                     f"proposals for dataset {name}."
                 )
+            check_proposals(path, DatasetCatalog.get(name))
 
 
 def _warn_of_full_images(cfg, truths):

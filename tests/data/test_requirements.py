@@ -89,6 +89,11 @@ def test_what_fits_passes(kn_log):
             "a.pkl of DATASETS.PROPOSAL_FILES_TRAIN does not exist",
         ),
         (
+            ["MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN", (__file__,)],
+            {},
+            "test_requirements.py is no file of proposals",
+        ),
+        (
             ["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"],
             {},
             "LOAD_PROPOSALS is False",
@@ -104,7 +109,18 @@ def test_what_does_not_fit_is_a_sentence(options, truths, pattern):
 def test_keypoints(kn_log):
     for name in ("needs_train", "needs_val"):
         MetadataCatalog.get(name).set(keypoint_names=["a", "b"], keypoint_flip_map=[])
-    _check("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2)
+    on = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2]
+    least = [*on, "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE"]
+    labelled = _other(most_keypoints=3)
+    _check(*on, train=labelled)
+    _check(*least, 3, train=labelled)
+    with pytest.raises(
+        InputError, match="PER_IMAGE is 4, but no image of other.json has more than 3"
+    ):
+        _check(*least, 4, train=labelled)
+    for number in (0, 1):
+        with pytest.raises(InputError, match="no image of some.json has more than 0 labelled"):
+            _check(*least, number)
     with pytest.raises(InputError, match="NUM_KEYPOINTS is 17, .*has 2 keypoint_names"):
         _check("MODEL.KEYPOINT_ON", True)
 

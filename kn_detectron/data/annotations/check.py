@@ -44,6 +44,7 @@ class Truth(NamedTuple):
         has_encoded_masks: whether a segmentation is run-length encoded, crowds aside.
         most_objects: most objects in an image, crowds aside.
         fullest_image: file name of that image, or None.
+        most_keypoints: most labelled keypoints in an image, crowds aside; 0 if none are used.
     """
 
     json_file: str
@@ -55,6 +56,7 @@ class Truth(NamedTuple):
     has_encoded_masks: bool
     most_objects: int
     fullest_image: Optional[str]
+    most_keypoints: int = 0
 
 
 def check_annotations(json_file, image_root, dataset_name, uses):
@@ -88,7 +90,7 @@ def _check_content(content, image_root, dataset_name, uses, report):
     objects = _check_objects(objects, content, uses, report)
     if "annotations" in content:
         content["annotations"] = [annotation for _, annotation in objects]
-    return _truth(content, objects, report)
+    return _truth(content, objects, uses, report)
 
 
 @contextlib.contextmanager
@@ -119,15 +121,17 @@ def _check_objects(objects, content, uses, report):
     return objects
 
 
-def _truth(content, objects, report):
+def _truth(content, objects, uses, report):
     images = {image["id"]: image for image in content["images"]}
-    counts = dict.fromkeys(images, 0)
+    counts, keypoints = dict.fromkeys(images, 0), dict.fromkeys(images, 0)
     without, usable, encoded = [], 0, False
     for index, annotation in objects:
         if annotation["iscrowd"]:
             continue
         image = images[annotation["image_id"]]
         counts[image["id"]] += 1
+        if uses.keypoints:
+            keypoints[image["id"]] += annotation["num_keypoints"]
         usable += has_area(annotation["bbox"], (image["width"], image["height"]))
         segmentation = annotation.get("segmentation")
         if not segmentation:
@@ -144,4 +148,5 @@ def _truth(content, objects, report):
         has_encoded_masks=encoded,
         most_objects=counts[fullest],
         fullest_image=images[fullest]["file_name"] if counts[fullest] else None,
+        most_keypoints=max(keypoints.values()),
     )
