@@ -1,6 +1,6 @@
 """Datasets and loaders.
 
-Importing this registers `shapes_train` and `shapes_val`, and has detectron2 read 16-bit images.
+Importing this registers `shapes_train` and `shapes_val`, and lets detectron2 read 16-bit images.
 """
 
 from .coco_folder import register_coco_folder

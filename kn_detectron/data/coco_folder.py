@@ -1,4 +1,4 @@
-"""A folder of one's own data in COCO's format, without registering it by hand."""
+"""Registering a folder of one's own data in COCO's layout."""
 
 import glob
 import os
@@ -14,13 +14,13 @@ __all__ = ["register_coco_folder"]
 def register_coco_folder(folder):
     """Registers the two splits of a folder that is laid out as COCO is.
 
-    That is ``annotations/instances_train.json`` with its images in ``train/``, and
-    ``annotations/instances_val.json`` with its images in ``val/``; where the file is called
-    ``instances_train2017.json`` the images are in ``train2017/``. They are registered under the
-    absolute paths of their image folders. Doing it again changes nothing.
+    The images of ``annotations/instances_train.json`` are in ``train/``, and those of
+    ``annotations/instances_val.json`` in ``val/``. If the file is called
+    ``instances_train2017.json``, the images are in ``train2017/``. The splits are registered under
+    the absolute paths of their image folders. Doing it again changes nothing.
 
     Args:
-        folder (str): the folder. What is in the files is not looked at.
+        folder (str): the folder. The files are not read.
 
     Returns:
         tuple[str, str]: the names of training and validation.
@@ -44,7 +44,7 @@ def _register_split(folder, split):
         there = f"{len(found)} files" if found else "no file"
         raise InputError(
             f"{folder} has {there} annotations/instances_{split}*.json: expected one, in COCO's "
-            f"format, and its images in a folder named like what follows instances_."
+            f"format, and its images in a folder with the name that follows instances_."
         )
     base = os.path.splitext(os.path.basename(found[0]))[0]
     images = os.path.join(folder, base[len("instances_") :])

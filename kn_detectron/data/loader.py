@@ -1,4 +1,4 @@
-"""Loaders whose stream of images can be taken up exactly where a run was interrupted."""
+"""Loaders whose stream of images goes on exactly where a run was interrupted."""
 
 import itertools
 import logging
@@ -92,11 +92,11 @@ def build_test_loader(cfg, dataset_name):
 class TrainLoader:
     """An endless stream of batches, a function of the seed, the rank and the world size only.
 
-    Batch k is the same whether the stream was started at 0 or at k, whatever the number of
-    workers: which images it holds is decided before any is loaded, and the augmentation of an
-    image is seeded by its position in the stream.
+    Batch k is the same whether the stream starts at 0 or at k, for any number of workers. The
+    images of a batch are chosen before any is loaded, and the position of an image in the stream
+    seeds its augmentation.
 
-    Nothing is started before the first batch is asked for; until then the attributes may be set.
+    The loader starts when the first batch is asked for. Until then the attributes may be set.
 
     Attributes:
         start_iter (int): number of batches of the stream to leave out, 0 at first.
@@ -208,12 +208,12 @@ class _SeededDataset(Dataset):
 
 @contextmanager
 def _seeded(entropy):
-    """Seeds the global generators, and puts them back as they were at the end.
+    """Context that seeds the global generators, and restores them at its end.
 
-    With 0 workers they are those of the training process, which the model draws from.
+    With 0 workers these are the generators of the training process, which the model draws from.
 
     Args:
-        entropy (list[int]): what the seeds derive from, numbers of at least 0.
+        entropy (list[int]): numbers of at least 0, from which the seeds are derived.
     """
     seeds = [int(s) for s in np.random.SeedSequence(entropy).generate_state(3)]
     python_state, numpy_state = random.getstate(), np.random.get_state()

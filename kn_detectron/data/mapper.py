@@ -7,10 +7,10 @@ __all__ = ["CheckedMapper", "first_sentence"]
 
 
 class CheckedMapper:
-    """Calls a mapper; where that fails because of the image, says which image and why.
+    """Calls a mapper. If the mapper fails because of the image, the error says which image and why.
 
-    An image is at fault when it cannot be read, in whole, or when its size is not the one in the
-    annotations. Every other failure of the mapper is passed on as it is.
+    An image is at fault if it cannot be read to its end, or if its size is not the annotated one.
+    Every other failure of the mapper is passed on as it is.
     """
 
     def __init__(self, mapper):
@@ -66,9 +66,10 @@ class CheckedMapper:
 
 
 def first_sentence(error):
-    """Gives the sentence of an InputError, also of one that comes from a worker process.
+    """Gives the sentence of an InputError, even if it comes from a worker process.
 
-    A torch DataLoader puts the worker's whole traceback into the message of what it raises again.
+    When a torch DataLoader raises the error of a worker again, the message holds the worker's whole
+    traceback.
 
     Args:
         error (InputError): the error as it was caught.

@@ -1,4 +1,4 @@
-"""Datasets that a config names by the paths of their image folders, as a run with --dataset writes."""
+"""Datasets that a config names by the paths of their image folders, as --dataset makes it do."""
 
 import os
 
@@ -9,12 +9,12 @@ __all__ = ["register_named_folders"]
 
 
 def register_named_folders(cfg):
-    """Registers the folders among DATASETS.TRAIN and DATASETS.TEST, and what their classes are called.
+    """Registers the folders in DATASETS.TRAIN and DATASETS.TEST, with the names of their classes.
 
-    A name that is an absolute path, ``<folder>/<split>``, is that of a folder of images, whose
-    annotations are ``<folder>/annotations/instances_<split>.json``; see
-    :func:`~kn_detectron.data.register_coco_folder`. The files need not be there: a predictor has no
-    use for them. Other names, and those that are registered, are left alone.
+    A name that is an absolute path, ``<folder>/<split>``, is a folder of images with the
+    annotations ``<folder>/annotations/instances_<split>.json``; see
+    :func:`~kn_detectron.data.register_coco_folder`. The files need not exist, since a predictor
+    does not use them. Other names, and names that are registered, are left alone.
 
     Args:
         cfg (CfgNode): with DATASETS.CLASS_NAMES, which may be empty.

@@ -1,4 +1,4 @@
-"""Generated datasets that are written once, and are whole or not there."""
+"""Writing generated datasets once, and never leaving them half written."""
 
 import json
 import shutil
@@ -14,15 +14,15 @@ _MARKER = "shapes.json"
 
 
 def write_once(root, identity, write, accepts_any=False):
-    """Has a generated dataset written to a folder, unless it is there already.
+    """Writes a generated dataset to a folder, unless it is there already.
 
     The dataset appears under its name only when it is complete. Processes that ask for the same
     folder at the same time wait for the one that writes it.
 
     Args:
-        root (str or Path): folder of the dataset; new or empty, or this dataset's.
-        identity (dict): what the dataset depends on, plain values; its "kind" is the same for all
-            datasets that can stand in for each other. It is kept in the folder.
+        root (str or Path): folder of the dataset: new, empty, or with this dataset in it.
+        identity (dict): plain values that the dataset depends on. Its "kind" is the same for all
+            datasets that can stand in for each other. The identity is kept in the folder.
         write (callable): called with a new folder to write to.
         accepts_any (bool): whether a dataset of the same kind with other parameters will do.
 

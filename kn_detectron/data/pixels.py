@@ -1,4 +1,4 @@
-"""Images of more than 8 bits, which Pillow's conversion to colours would turn white or black."""
+"""Images of more than 8 bits. Pillow's conversion to colours would turn them white or black."""
 
 import functools
 
@@ -22,7 +22,7 @@ def as_eight_bits(image):
         PIL.Image.Image
 
     Raises:
-        ValueError: the pixels are 32-bit numbers, of which nobody knows what is white.
+        ValueError: the pixels are 32-bit numbers, for which no value is known to be white.
     """
     check_mode(image)
     if not _is_16_bits(image):
@@ -54,9 +54,9 @@ def _is_16_bits(image):
 
 
 def scale_deep_images():
-    """Has detectron2's ``read_image`` scale what it converts, wherever it is called from.
+    """Makes detectron2's ``read_image`` scale what it converts, wherever it is called from.
 
-    Without a format it returns pixels as they are stored, which may be labels: still so.
+    Without a format it still returns pixels as they are stored, since they may be labels.
     """
     convert = detection_utils.convert_PIL_to_numpy
 

@@ -18,7 +18,8 @@ def register_shapes(root, spec=None):
 
     Args:
         root (str or Path): folder of the dataset.
-        spec (ShapesSpec or None): its parameters; None takes what is there, else the default.
+        spec (ShapesSpec or None): its parameters. None takes the dataset that is there, or else the
+            default parameters.
 
     Raises:
         InputError: `root` holds something else, or shapes with other parameters.
@@ -30,7 +31,7 @@ def register_shapes(root, spec=None):
 def register_shapes_lazily(root=None, spec=None):
     """Registers `shapes_train` and `shapes_val`, and generates them when they are first used.
 
-    First use is loading the dataset or `prepare_dataset`. Every process may come first: the
+    The first use is loading the dataset, or `prepare_dataset`. Any process may come first; the
     others wait for the one that writes.
 
     Args:
@@ -47,7 +48,7 @@ def register_shapes_lazily(root=None, spec=None):
         # Metadata refuses to change a value, so an earlier registration has to go as a whole.
         DatasetCatalog.pop(name, None)
         MetadataCatalog.pop(name, None)
-        # What `register_coco_instances` does, but for generating before loading.
+        # As `register_coco_instances` does, and with generating before loading.
         DatasetCatalog.register(name, functools.partial(_load, name))
         MetadataCatalog.get(name).set(
             json_file=json_file,

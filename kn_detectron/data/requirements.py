@@ -13,7 +13,7 @@ __all__ = ["check_requirements", "uses_of"]
 
 _logger = logging.getLogger(__name__)
 
-# COCO's metric looks at so many detections of a category in an image.
+# The number of detections of a category in an image that COCO's metric looks at.
 _COCO_MAX_DETECTIONS = 100
 
 # Where each of detectron2's models has the number of classes.
@@ -45,7 +45,7 @@ def check_requirements(cfg, truths):
         truths (dict[str, dict[str, Truth]]): of :func:`~kn_detectron.data.check_datasets`.
 
     Raises:
-        InputError: the config asks for what they have not.
+        InputError: the config asks for something that the datasets do not have.
     """
     for check in _CHECKS:
         check(cfg, truths)

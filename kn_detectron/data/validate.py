@@ -1,8 +1,8 @@
-"""Checks of the datasets of a run, before anything of it is built.
+"""Checks of the datasets of a run, before any model is built.
 
-What is mended is written to a copy of the annotation file in the output folder, and the dataset is
-registered anew with it: the loaders, COCO's evaluation and whoever else looks the dataset up read
-the same truth, in every process. The file of the user is left alone.
+Mended annotations are written to a copy of the annotation file in the output folder, and the
+dataset is registered anew with this copy. So the loaders, COCO's evaluation and all other readers
+of the dataset read the same annotations in every process. The file of the user is left alone.
 """
 
 import difflib
@@ -38,7 +38,8 @@ def check_datasets(cfg, keys=("TRAIN", "TEST")):
         keys (Iterable[str]): of cfg.DATASETS.
 
     Returns:
-        dict[str, dict[str, Truth]]: what there is, for each key and dataset in COCO's format.
+        dict[str, dict[str, Truth]]: what the annotations hold, by key and by dataset in COCO's
+        format.
 
     Raises:
         InputError: a dataset cannot be used.
@@ -58,11 +59,11 @@ def check_datasets(cfg, keys=("TRAIN", "TEST")):
 
 
 def check_dataset(name, output_dir, uses=Uses(), open_images=False):
-    """Checks that a dataset can be used; writes it first if it is one that is generated.
+    """Checks that a dataset can be used. A generated dataset is written first.
 
-    It reads the annotation file once and lists the image folder once. For COCO's train2017 most of
-    the time goes into its 450 MB of JSON, so one process is enough.
-    A dataset that is not in COCO's format is only looked up by name.
+    The annotation file is read once, and the image folder is listed once. For COCO's train2017 most
+    of the time goes into its 450 MB of JSON, so one process is enough. A dataset that is not in
+    COCO's format is only looked up by name.
 
     Args:
         name (str): name of the dataset as in DATASETS.TRAIN.
@@ -105,7 +106,7 @@ def check_dataset(name, output_dir, uses=Uses(), open_images=False):
 
 
 def use_checked_datasets(cfg, keys=("TRAIN", "TEST")):
-    """Has this process use what another one has checked, and mended, for the same config.
+    """Makes this process use the annotations that another one has checked for the same config.
 
     Args:
         cfg, keys: as for :func:`check_datasets`.
@@ -119,7 +120,7 @@ def use_checked_datasets(cfg, keys=("TRAIN", "TEST")):
 
 
 def check_datasets_once(cfg, keys=("TRAIN", "TEST")):
-    """Checks what no process of the run has checked yet; to be called by all ranks.
+    """Checks what no process of the run has checked yet. All ranks have to call it.
 
     One rank of each machine does it. Names that are not registered are left to the loaders.
 
@@ -169,7 +170,7 @@ def _is_coco(name):
 
 
 def _source(name):
-    """The file that the user has, also where the dataset has been registered with another."""
+    """The user's own file, even if the dataset was registered anew with a mended copy."""
     metadata = MetadataCatalog.get(name)
     return metadata.get("source_json_file") or metadata.json_file
 

@@ -17,11 +17,11 @@ __all__ = ["NORMS", "add_pretraining_config", "classification_config", "micro_ba
 _BATCH_NORMS = ("BN", "KN", "BRN")
 NORMS = (*_BATCH_NORMS, "GN", "GKN", "LN", "WN")
 
-# Other forms of BatchNorm, for training without one's own statistics or with those of all GPUs.
+# Other forms of BatchNorm, with frozen statistics or with the statistics of all GPUs.
 _OTHER_BATCH_NORMS = ("FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 
-# Taken over, so that the weights fit the detector. The gain and its schedule are not: there they
-# are made for fine-tuning.
+# Keys that are taken over, so that the weights fit the detector. The gain and its schedule are not
+# taken over: a detector's config has values for fine-tuning there.
 _MODEL_KEYS = ("BACKBONE", "RESNETS", "KN", "PIXEL_MEAN", "PIXEL_STD", "DEVICE")
 _SCHEDULE_KEYS = ("GAIN", "GAIN_ANNEAL", "EVAL_STATISTICS")
 
@@ -49,7 +49,7 @@ def add_pretraining_config(cfg: CfgNode) -> None:
 def micro_batch(cfg: CfgNode) -> Optional[int]:
     """How many images are normalised together in training.
 
-    None is all of a process's batch, or each on its own for norms that do not look at the others.
+    None means all of a process's batch, or each image on its own for norms that do so anyway.
     """
     pretraining = cfg.PRETRAINING
     return (pretraining.NORM_BATCH_SIZE or None) if pretraining.NORM in _BATCH_NORMS else None
@@ -77,9 +77,9 @@ def classification_config(
     MODEL.KN.GAIN, GAIN_ANNEAL and EVAL_STATISTICS are the defaults, since a detector's config has
     values for fine-tuning there. OUTPUT_DIR is ``pretraining_<norm>`` inside the detector's.
 
-    The schedule is the usual one of ImageNet: momentum 0.9, a warm-up over the first twentieth,
-    which is 5 epochs of 100, then a cosine down to 0. It evaluates and writes a checkpoint
-    every tenth of the schedule, but not within an epoch.
+    The schedule is the usual one of ImageNet: momentum 0.9, a warm-up over the first twentieth (5
+    epochs of 100), then a cosine down to 0. The trainer evaluates and writes a checkpoint after
+    every tenth of the schedule, but at most once per epoch.
 
     Args:
         detection: config of a detector with a ResNet, with or without FPN.
@@ -92,7 +92,7 @@ def classification_config(
         epochs: passes over the training images; fractions are allowed.
         batch_size: images per step, on all GPUs together.
         lr: learning rate; None is 0.1 per 256 images.
-        weight_decay: of everything but the norms.
+        weight_decay: for all parameters except those of the norms.
         image_size: side in pixels of the square that the model sees.
         network: trained in the place of the ResNet, with the same norms and pixels; see
             :func:`~kn_detectron.networks.build_network`.
@@ -157,7 +157,7 @@ def classification_config(
     solver.WARMUP_ITERS = solver.MAX_ITER // 20
     period = math.ceil(max(solver.MAX_ITER / 10, num_images / batch_size))
     solver.CHECKPOINT_PERIOD = cfg.TEST.EVAL_PERIOD = period
-    # Not the detector's own: whoever resumes in that folder is to find the detector there.
+    # Not the detector's own folder: who resumes there has to find the detector.
     trained = [*network.split("/"), pretraining.NORM] if network else [pretraining.NORM]
     cfg.OUTPUT_DIR = os.path.join(detection.OUTPUT_DIR, "_".join(["pretraining", *trained]))
     return cfg
@@ -195,7 +195,8 @@ def _set_norm(cfg, norm, norm_batch_size, image_size):
     cfg.PRETRAINING.DETECTOR_NORM = model.RESNETS.NORM
     cfg.PRETRAINING.NORM_BATCH_SIZE = norm_batch_size
     if name == "WN":
-        # Nothing makes up for the scale of its input, and no detector gets its weights.
+        # WN does not normalise the scale of its input. The config may be changed, since no detector
+        # gets these weights.
         model.PIXEL_STD = list(model.KN.IMAGE_STD)
     # BRN takes the place of BatchNorm when the model is built; LN is one group.
     model.RESNETS.NORM = {"BRN": "BN", "LN": "GN1", "WN": ""}.get(name, name)

@@ -16,10 +16,11 @@ from .config import micro_batch
 
 __all__ = ["build_eval_loader", "build_train_loader", "open_folders", "training_transform"]
 
-# From here on ImageNet's crops are used. Objects in smaller pictures are small already.
+# The image size from which on ImageNet's crops are used. In smaller images objects are small
+# already.
 _LARGE = 128
 
-# What stands in the place of the label of an image that is there to fill a batch.
+# The label of an image that only fills a batch up.
 IGNORED = -1
 
 
@@ -142,7 +143,7 @@ def build_train_loader(cfg):
 
 
 def batch_size_of_a_process(cfg):
-    """How many images a process gets per step; it can be cut into micro-batches."""
+    """The number of images of a process per step, which micro-batches have to divide."""
     world_size = comm.get_world_size()
     batch_size, remainder = divmod(cfg.SOLVER.IMS_PER_BATCH, world_size)
     together = micro_batch(cfg) or 1
@@ -173,9 +174,9 @@ class _EvalDataset(Dataset):
 def build_eval_loader(cfg):
     """The validation images in a fixed random order, in whole batches of the training's size.
 
-    Statistics of a batch make sense only where a batch is like those of the training: not all of
-    one class, as in the order of the folders, and none that is smaller. What the last batch lacks
-    is filled up with images whose label is :data:`IGNORED`.
+    Statistics of a batch make sense only if the batch is like those of the training: as large, and
+    not all of one class, as it would be in the order of the folders. The last batch is filled up
+    with images whose label is :data:`IGNORED`.
 
     Args:
         cfg (CfgNode): of :func:`~kn_detectron.pretraining.classification_config`.

@@ -20,10 +20,10 @@ _logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def online_statistics(backbone):
-    """Within it, a backbone in evaluation normalises as in training, and tracks nothing.
+    """Context in which a backbone in evaluation normalises as in training, and tracks nothing.
 
-    That is the paper's Option B: BatchNorm uses the statistics of the batch, Kalman Normalization
-    filters them.
+    This is the paper's Option B: BatchNorm uses the statistics of the batch, and Kalman
+    Normalization filters them.
 
     Args:
         backbone (nn.Module): in evaluation.
@@ -49,7 +49,7 @@ def evaluate(cfg, model):
 
     Args:
         cfg (CfgNode): of :func:`~kn_detectron.pretraining.classification_config`.
-        model (ImageClassifier): in any mode, in which it is left.
+        model (ImageClassifier): in any mode; the mode is restored.
 
     Returns:
         dict: ``{"moving": {"top1", "top5"}, "online": {...}}`` in percent. For norms without
@@ -62,7 +62,7 @@ def evaluate(cfg, model):
     modes = {"moving": contextlib.nullcontext}
     if differ:
         modes["online"] = lambda: online_statistics(model.backbone)
-    # Per mode, how many of the images have their label first, and among the first five.
+    # Per mode, the number of images whose label comes first, and is among the first five.
     right = torch.zeros(len(modes), 2, dtype=torch.int64)
     images = 0
     was_training = model.training

@@ -11,14 +11,14 @@ __all__ = ["export_backbone"]
 def export_backbone(state, path, conventions, half=False):
     """Writes the weights of a classifier as those of a detector's ResNet.
 
-    Without prefix, so that stem to res4 and res5 find their places in any detector.
+    The names have no prefix, so that stem to res4 and res5 find their places in any detector.
 
     Args:
         state (dict[str, Tensor]): of an :class:`~kn_detectron.pretraining.ImageClassifier`.
         path (str): file to write or to replace.
         conventions (Conventions): of the config that it was trained with.
-        half (bool): whether to write filters in float16. What belongs to the norms stays as it
-            is: it hardly takes room, and a small variance would become 0.
+        half (bool): whether to write filters in float16. The tensors of the norms stay as they are:
+            they are small, and a small variance would become 0.
     """
     prefix = "backbone."
     model = {}

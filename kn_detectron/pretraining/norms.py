@@ -1,4 +1,4 @@
-"""What the paper compares with and no library has: Batch Renormalization, weight normalization."""
+"""Baselines of the paper that no library has: Batch Renormalization, weight normalization."""
 
 import math
 from typing import Callable, Optional
@@ -36,8 +36,9 @@ class BatchRenorm2d(nn.BatchNorm2d):
     Args:
         num_features: C.
         steps: length of the schedule, in steps.
-        norm_batch_size: images that are normalised together, of which a batch is a multiple; None
-            is all of them. Moving statistics take the average over the groups.
+        norm_batch_size: images that are normalised together; it divides the batch. None is the
+        whole
+            batch. Moving statistics take the average over the groups.
 
     Shape:
         - x: (N, C, H, W); y is like x.
@@ -80,11 +81,11 @@ class BatchRenorm2d(nn.BatchNorm2d):
 
 
 def replace_batch_norms(module: nn.Module, build: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
-    """Puts new layers in the place of all BatchNorms in a module.
+    """Replaces all BatchNorms in a module.
 
     Args:
-        module: what they are in.
-        build: makes the layer that takes the place of one.
+        module: the module that holds them.
+        build: makes the new layer from the BatchNorm that it replaces.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
@@ -96,10 +97,10 @@ def replace_batch_norms(module: nn.Module, build: Callable[[nn.BatchNorm2d], nn.
 def apply_weight_norm(backbone: nn.Module) -> None:
     """Weight normalization (Salimans & Kingma, 2016) of a ResNet without norms.
 
-    Each filter becomes g v / |v| with g and v learned, and gets a bias. g starts so that variances
-    stay about the same from layer to layer, without data: at 1 for the stem, whose images have
-    variance 1, and at sqrt(2) behind a ReLU, divided by sqrt(L) where one of the L residual branches
-    ends, so that the sums over them stay bounded.
+    Each filter becomes g v / |v| with g and v learned, and gets a bias. The start of g needs no
+    data and keeps variances about the same from layer to layer. It is 1 for the stem, whose images
+    have variance 1, and sqrt(2) behind a ReLU. At the end of each of the L residual branches it is
+    divided by sqrt(L), so that the sums over the branches stay bounded.
 
     Args:
         backbone: a detectron2 ResNet that was built with the norm "".

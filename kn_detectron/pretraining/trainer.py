@@ -1,4 +1,4 @@
-"""The detection trainer, for the pre-training."""
+"""The trainer of the pre-training."""
 
 import logging
 import os
@@ -25,8 +25,8 @@ _logger = logging.getLogger(__name__)
 class ClassificationTrainer(Trainer):
     """:class:`~kn_detectron.engine.Trainer` on the images and the model of the pre-training.
 
-    When it is done, OUTPUT_DIR/backbone.pth has the weights for MODEL.WEIGHTS of a detector, or
-    those of the network that was trained in the place of its ResNet.
+    At the end OUTPUT_DIR/backbone.pth has the weights for MODEL.WEIGHTS of a detector, or the
+    weights of the network that was trained in the place of its ResNet.
     """
 
     def train(self):
@@ -66,7 +66,7 @@ class ClassificationTrainer(Trainer):
 
     @classmethod
     def check_datasets(cls, cfg, keys=()):
-        """There are none: the images come from the folder PRETRAINING.DATA."""
+        """Checks nothing: the images come from the folder PRETRAINING.DATA, not from a dataset."""
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -94,7 +94,7 @@ def _unwrap(model):
 
 
 class _ProgressPrinter(EventWriter):
-    """Logs the epoch and the accuracy, beside detectron2's line of losses."""
+    """Logs the epoch and the accuracy after detectron2's line of losses."""
 
     def __init__(self, iterations_per_epoch, max_iter):
         self._iterations_per_epoch = iterations_per_epoch

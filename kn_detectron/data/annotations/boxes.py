@@ -18,7 +18,7 @@ def check_boxes(objects, image_sizes, report):
         report (Report): gets the counts.
 
     Raises:
-        InputError: a box is not, and there is no mask to take it from.
+        InputError: a box is not, and its object has no mask to take a box from.
     """
     corners = _Corners()
     for index, annotation in objects:
@@ -78,7 +78,7 @@ def _box_that_is_meant(annotation, size, index, report):
             return numbers
     if annotation.get("segmentation"):
         report.mended(
-            "a bbox is not four numbers, and becomes that of the segmentation",
+            "a bbox is not four numbers, and becomes the box of the segmentation",
             "annotations",
             index,
         )
@@ -137,7 +137,7 @@ class _Corners:
 
 
 def check_areas(objects, image_sizes, report):
-    """Gives an object the area of its mask, or else of its box, where its own cannot be right.
+    """Gives objects whose area cannot be right the area of their mask, or else of their box.
 
     Args:
         objects, image_sizes, report: as for :func:`check_boxes`, with boxes that were checked.

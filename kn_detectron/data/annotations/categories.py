@@ -13,7 +13,7 @@ def check_categories(categories, report):
         report (Report): gets the counts.
 
     Returns:
-        list[dict]: those that are left.
+        list[dict]: the categories that are left.
 
     Raises:
         InputError: a category has no id or no name, or two have the same id.

@@ -37,7 +37,7 @@ class Truth(NamedTuple):
     Attributes:
         json_file: the file.
         classes: names of the categories, in the order of their ids.
-        has_annotations: whether there are any at all; COCO keeps those of its test sets back.
+        has_annotations: whether there are any at all; COCO does not publish those of its test sets.
         num_objects: number of objects that can be learned: no crowds, with an area.
         num_without_mask: how many of the objects that are no crowds have no segmentation.
         first_without_mask: place of the first of them in the file, or None.
@@ -69,10 +69,11 @@ def check_annotations(json_file, image_root, dataset_name, uses):
         uses (Uses): what the run will use of it.
 
     Returns:
-        tuple[dict, Truth, Report]: the content, what it comes to, and what was found.
+        tuple[dict, Truth, Report]: the content, its summary, and what was found.
 
     Raises:
-        InputError: naming the file, the entry and what to do, where no meaning is clear.
+        InputError: an entry has no clear meaning. The error names the file, the entry and what to
+        do.
     """
     report = Report(json_file)
     with _garbage_left_alone():
@@ -95,7 +96,7 @@ def _check_content(content, image_root, dataset_name, uses, report):
 
 @contextlib.contextmanager
 def _garbage_left_alone():
-    """Keeps the collector, a third of the time, from visiting millions of objects that stay."""
+    """Pauses the garbage collector, which takes a third of the time to visit objects that stay."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -106,7 +107,7 @@ def _garbage_left_alone():
 
 
 def _check_objects(objects, content, uses, report):
-    """Each check may take for granted what those before it have checked."""
+    """Runs the checks. Each may rely on those before it."""
     images, categories = content["images"], content["categories"]
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
     objects = check_references(objects, images, categories, report)

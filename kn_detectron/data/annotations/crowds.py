@@ -1,4 +1,4 @@
-"""Which objects are crowds, neither learned nor counted."""
+"""Crowds: objects that are neither learned nor counted."""
 
 from .values import as_whole
 
@@ -8,16 +8,16 @@ __all__ = ["check_crowds"]
 def check_crowds(objects, report):
     """Makes iscrowd 0 or 1 in all objects, and leaves ``ignore`` out.
 
-    COCO has one flag for what detections may find and need not find. Other formats call it ignore
-    or difficult, and tools that convert them keep that name, which detectron2 refuses and
-    pycocotools does not look at.
+    COCO has one flag for objects that detections may find and need not find. Other formats call it
+    ignore or difficult. Tools that convert these formats keep the name, which detectron2 refuses
+    and pycocotools overlooks.
 
     Args:
         objects (list[tuple[int, dict]]): with their places in the file; changed in place.
         report (Report): gets the counts.
 
     Raises:
-        InputError: a flag is neither.
+        InputError: a flag is neither 0 nor 1.
     """
     for index, annotation in objects:
         found = annotation.get("iscrowd")

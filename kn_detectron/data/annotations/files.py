@@ -1,4 +1,4 @@
-"""Whether the image files of an annotation file are there, under the names it gives them."""
+"""Checks that the images of an annotation file exist under the names that it gives them."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ def _composed(name):
     return unicodedata.normalize("NFC", name)
 
 
-# What sets a listed name apart from that of its file, and what both are alike after.
+# How a listed name may differ from the name of its file, and the function that makes both alike.
 _SPELLINGS = (
     ("backslashes", _with_slashes),
     ("another Unicode normal form", lambda name: _composed(_with_slashes(name))),
@@ -30,8 +30,8 @@ _SPELLINGS = (
 def find_images(images, image_root, dataset_name, report):
     """Looks for all images, by listing each folder once instead of asking for each image.
 
-    A name that differs from that of one file only as systems spell names differently becomes that
-    file's.
+    Systems spell names differently. A name that differs only in such a spelling from the name of
+    one file is replaced by the name of the file.
 
     Args:
         images (list[dict]): of the annotation file; file names are changed in place.
@@ -99,7 +99,7 @@ def _can_name(name):
 
 
 class _Folders:
-    """Which files there are below a folder; each folder is listed when it is first asked for."""
+    """The files below a folder. Each folder is listed when it is first asked for."""
 
     def __init__(self, root):
         self._root = root
@@ -119,7 +119,7 @@ class _Folders:
         return frozenset(PathManager.ls(path))
 
     def find_alike(self, path):
-        """Gives the one file that has the same name but for spelling, and the difference.
+        """Gives the one file whose name differs only in spelling, and the difference.
 
         Args:
             path (str): a name that no file has.

@@ -6,7 +6,7 @@ __all__ = ["References", "settle_ids"]
 
 
 def settle_ids(entries, part, report):
-    """Makes the ids of a list whole numbers, or leaves them text where all are.
+    """Makes the ids of a list whole numbers, or leaves them text if all of them are text.
 
     Args:
         entries (list[dict]): changed in place.
@@ -36,7 +36,7 @@ def settle_ids(entries, part, report):
 
 
 class References:
-    """Finds the entry that an object refers to, also where 7 is written as 7.0 or "7".
+    """Finds the entry that an object refers to, even if 7 is written as 7.0 or "7".
 
     Args:
         ids (Iterable): of the entries.

@@ -7,17 +7,17 @@ __all__ = ["check_images"]
 
 
 def check_images(images, report):
-    """Checks ids, names and sizes; the files are not looked at.
+    """Checks ids, names and sizes, without looking at the files.
 
     Args:
         images (list[dict]): changed in place.
         report (Report): gets the counts.
 
     Returns:
-        list[dict]: those that are left.
+        list[dict]: the images that are left.
 
     Raises:
-        InputError: an image lacks one of them, or two files have the same id.
+        InputError: an image lacks its id, name or size, or two files have the same id.
     """
     settle_ids(images, "images", report)
     by_id, names = {}, set()

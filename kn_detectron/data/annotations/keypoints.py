@@ -10,12 +10,12 @@ def check_keypoints(objects, count, report):
 
     Args:
         objects (list[tuple[int, dict]]): with their places in the file; changed in place.
-        count (int): how many an object has where keypoints are learned; 0 where they are not, and
-            those that cannot be used are taken away.
+        count (int): number of keypoints of an object, if keypoints are learned. 0 if they are not;
+            then keypoints that cannot be used are removed.
         report (Report): gets the counts.
 
     Raises:
-        InputError: keypoints that are to be learned are not.
+        InputError: keypoints that are to be learned are not such triples.
     """
     for index, annotation in objects:
         found = annotation.get("keypoints")
@@ -23,7 +23,7 @@ def check_keypoints(objects, count, report):
             if count:
                 annotation["keypoints"] = [0] * (3 * count)
                 report.mended(
-                    "an object has no keypoints, and all of its are taken as not labelled",
+                    "an object has no keypoints, and all of them are taken as not labelled",
                     "annotations",
                     index,
                 )

@@ -10,7 +10,7 @@ from .values import as_finite
 
 __all__ = ["MaskChecker", "area_of", "box_of", "cover_crowds"]
 
-# So many coordinates are looked at together.
+# The number of coordinates that are looked at together.
 _CHUNK = 1 << 20
 
 _NO_REGION = "a segmentation has no polygon of three points or more"
@@ -19,8 +19,8 @@ _NO_REGION = "a segmentation has no polygon of three points or more"
 class MaskChecker:
     """Checks the segmentations of objects.
 
-    Where the masks are to be used, one without a clear meaning is refused. Where they are not it is
-    taken away, so that the object keeps its box.
+    If the run uses masks, a mask without a clear meaning is refused. If it does not, the mask is
+    removed and the object keeps its box.
     """
 
     def __init__(self, image_sizes, used, report):
@@ -41,10 +41,10 @@ class MaskChecker:
             objects (list[tuple[int, dict]]): with their places in the file; changed in place.
 
         Returns:
-            list[tuple[int, dict]]: those that are left.
+            list[tuple[int, dict]]: the objects that are left.
 
         Raises:
-            InputError: a mask that is used cannot be.
+            InputError: the run uses a mask that cannot be used.
         """
         polygons, dropped, waiting = [], set(), 0
         for index, annotation in objects:
@@ -111,7 +111,7 @@ class MaskChecker:
         self._check_polygons([(index, annotation)])
 
     def _rewrite(self, index, annotation):
-        """Makes COCO's polygons of what is none as it is.
+        """Turns a segmentation that is not written as COCO's polygons into such polygons.
 
         Returns:
             bool: whether the object stays.
@@ -208,7 +208,7 @@ def _points_of(objects):
 
 
 def cover_crowds(objects, report):
-    """Gives a crowd without a mask that of its box, for pycocotools needs one.
+    """Gives a crowd without a mask the mask of its box, since pycocotools needs one.
 
     Args:
         objects (list[tuple[int, dict]]): with boxes that were checked; changed in place.

@@ -1,4 +1,4 @@
-"""An annotation file as Python has it, whatever the encoding of its text."""
+"""Reading an annotation file, whatever the encoding of its text."""
 
 import json
 import locale
@@ -13,8 +13,8 @@ __all__ = ["read_annotations"]
 def read_annotations(json_file, report):
     """Reads a JSON file.
 
-    pycocotools reads text as the locale has it and takes no byte order mark, so a file that this
-    would not do counts as mended: it is to be written anew.
+    pycocotools reads text in the encoding of the locale and takes no byte order mark. A file that
+    it could not read counts as mended, and so is written anew.
 
     Args:
         json_file (str): path that detectron2's path manager knows.

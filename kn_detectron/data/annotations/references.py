@@ -1,4 +1,4 @@
-"""Which image and which category an object belongs to, and its own id."""
+"""The image and the category that an object belongs to, and its own id."""
 
 from .ids import References
 from .values import as_whole
@@ -11,12 +11,12 @@ def check_references(objects, images, categories, report):
 
     Args:
         objects (list[tuple[int, dict]]): with their places in the file; changed in place.
-        images (list[dict]): with ids that are settled.
-        categories (list[dict]): the same.
+        images (list[dict]): with ids that were checked.
+        categories (list[dict]): with ids that were checked.
         report (Report): gets the counts.
 
     Returns:
-        list[tuple[int, dict]]: those whose image is listed.
+        list[tuple[int, dict]]: the objects whose image is listed.
 
     Raises:
         InputError: an object has no image_id, or a category_id that no category has.
@@ -69,8 +69,8 @@ def _fault(key, part, annotation, index, report):
 def check_ids(objects, report):
     """Gives each object a positive number of its own where it has none.
 
-    Nothing refers to these ids, but pycocotools needs them: it loses all but one object of an id,
-    and takes a match with object 0 for none.
+    Nothing refers to these ids, but pycocotools needs them. Of several objects with one id it keeps
+    only one, and it takes a match with object 0 for no match.
 
     Args:
         objects, report: as for :func:`check_references`.

@@ -1,4 +1,4 @@
-"""What the checks of one annotation file say: what was mended, what to know, what is at fault."""
+"""The report on one annotation file: what was mended, what to know, and what is at fault."""
 
 from ...errors import InputError
 
@@ -32,7 +32,7 @@ class Report:
         """Counts an entry that was changed.
 
         Args:
-            what (str): what was found and what was made of it, a main clause.
+            what (str): a main clause: what was found, and what became of it.
             part (str): the list that the entry is in: "images", "annotations" or "categories".
             index (int): its place there.
         """
@@ -47,10 +47,10 @@ class Report:
         """Words what cannot be mended.
 
         Args:
-            what (str): what the file has, in the words after its name.
+            what (str): the words of the sentence between the name of the file and the entry.
             advice (str): what to do; it ends the sentence.
             part, index: as for :meth:`mended`.
-            entry: the entry itself; its id is named, for the index is hard to find in a long file.
+            entry: the entry itself. Its id is named, since an index is hard to find in a long file.
 
         Returns:
             InputError: to be raised.

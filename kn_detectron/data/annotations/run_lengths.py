@@ -1,4 +1,4 @@
-"""Run-length encoded masks, whose lengths pycocotools trusts."""
+"""Checks of run-length encoded masks, whose lengths pycocotools trusts."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ __all__ = ["fault_of_run_lengths"]
 
 
 def fault_of_run_lengths(segmentation, size):
-    """Tells what is wrong with an encoded mask, for pycocotools writes beyond its memory then.
+    """Tells what is wrong with an encoded mask. pycocotools would write beyond its memory.
 
     Args:
         segmentation (dict): with ``size`` and ``counts``, a list or a text.
@@ -31,10 +31,11 @@ def fault_of_run_lengths(segmentation, size):
 
 
 def _decode(text):
-    """Gives the lengths that a text encodes, or None where it ends within a number.
+    """Gives the lengths that a text encodes, or None if the text ends within a number.
 
-    Each character holds five bits, lowest first, and whether more follow; the last one's fifth bit
-    is the sign. From the fourth on, a number is the difference to the last but one before it.
+    Each character holds five bits, lowest first, and whether more follow. The fifth bit of the last
+    character is the sign. From the fourth number on, a number is the difference to the number two
+    places before it.
     """
     try:
         codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48

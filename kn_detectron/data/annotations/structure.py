@@ -19,7 +19,7 @@ def check_structure(content, report):
         report (Report): of the file.
 
     Raises:
-        InputError: it is not.
+        InputError: the file holds no such object, or a list is missing, empty or of other things.
     """
     if not isinstance(content, dict):
         raise _is_no_coco(report, f"holds a JSON {type(content).__name__}")

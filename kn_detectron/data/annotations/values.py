@@ -1,4 +1,4 @@
-"""What the values of a JSON file mean where annotation tools disagree about types."""
+"""What values of a JSON file mean, since annotation tools disagree about types."""
 
 import math
 
@@ -6,7 +6,7 @@ __all__ = ["as_finite", "as_key", "as_whole", "is_plain_number"]
 
 
 def is_plain_number(value):
-    """Tells whether a value is a number as COCO writes it; true and false are none."""
+    """Tells whether a value is a number as COCO writes it; true and false are not numbers."""
     return type(value) is int or type(value) is float
 
 
@@ -36,7 +36,7 @@ def as_whole(value):
 
 
 def as_key(value):
-    """Gives what an id is looked up by: 7, 7.0, "7" and "007" are the same, "a7" is itself."""
+    """Gives the key to look an id up by: 7, 7.0, "7" and "007" are the same, "a7" is itself."""
     whole = as_whole(value)
     return value if whole is None else whole
 

@@ -1,4 +1,4 @@
-"""The generated shapes: as a dataset to detect them in, and one to classify them in."""
+"""The generated shapes: one dataset for detection, and one for classification."""
 
 from .classification import SingleShapesSpec, draw_single_shape, generate_single_shapes
 from .detection import SPLITS, ShapesSpec, draw_image, generate_shapes, shapes_paths

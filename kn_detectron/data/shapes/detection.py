@@ -1,7 +1,7 @@
 """A generated instance segmentation dataset in COCO's format: textured, overlapping shapes.
 
-Five categories that only their shape tells apart; colours, textures and backgrounds are random.
-It stands in for COCO where nothing can be downloaded and where minutes, not days, are to be spent.
+There are five categories, which differ only in their shape; colours, textures and backgrounds are
+random. The dataset stands in for COCO where nothing can be downloaded and time is short.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class ShapesSpec:
 
 
 def shapes_paths(root, split):
-    """Gives where a split of a shapes dataset lies.
+    """Gives the paths of a split of a shapes dataset.
 
     Args:
         root (str or Path): folder of the dataset.

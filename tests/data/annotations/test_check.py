@@ -168,7 +168,7 @@ MENDED = {
     ),
     "bbox is missing": (
         of_object(1, bbox=...),
-        "bbox .* becomes that of the segmentation",
+        "bbox .* becomes the box of the segmentation",
         ("annotations", 1, "bbox", [20, 6, 14, 20]),
     ),
     "bbox is null": (of_object(0, bbox=None), "bbox", ("annotations", 0, "bbox", [4, 5, 12, 10])),
