@@ -194,7 +194,8 @@ class _KalmanFilter(nn.Module):
     def _check_channels(self, x: Tensor, channels: int) -> None:
         if x.dim() != 4:
             raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-        if x.shape[1] != channels:
+        # To torch.jit.trace a size is a tensor, and a comparison a warning.
+        if not torch.jit.is_tracing() and x.shape[1] != channels:
             raise ValueError(
                 f"expected {channels} channels (got an input of shape {tuple(x.shape)})"
             )

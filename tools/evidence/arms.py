@@ -30,19 +30,19 @@ ARMS: Dict[str, Arm] = {
     "BN_frozen": Arm("BN*, frozen", _BN),
     "BN_affine": Arm("BN*, scale and shift trained", _BN, trains_affine=True),
     "BN": Arm("BN, live", _BN, ("MODEL.RESNETS.NORM", "BN")),
-    "KN": Arm("KN, gain 0.02 annealed", _KN),
-    "KN_gain0": Arm(
-        "KN, gain 0",
+    "KN": Arm(
+        "KN, gain 0.02 annealed",
         _KN,
         (
             "MODEL.KN.GAIN",
-            "0.0",
+            "0.02",
             "MODEL.KN.LEARN_GAIN",
-            "False",
+            "True",
             "MODEL.KN.GAIN_ANNEAL",
-            "[1.0, 1.0]",
+            "[0.6, 0.9]",
         ),
     ),
+    "KN_gain0": Arm("KN, gain 0", _KN),
 }
 
 
