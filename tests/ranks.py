@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
@@ -17,6 +18,8 @@ def two_ranks(rank, folder):
         rank: 0 or 1.
         folder: that both see, and where they meet.
     """
+    # The two share the cores; threads beyond their number wait for each other, for minutes.
+    torch.set_num_threads(max(torch.get_num_threads() // 2, 1))
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",

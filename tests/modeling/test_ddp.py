@@ -96,6 +96,8 @@ MODELS = [
         ("paper", "closed_form"),
         ("paper", "monte_carlo"),
     )
+    # How a belief is predicted is the same in both.
+    if not (config is fpn_rcnn_cfg and prediction == "monte_carlo")
 ]
 
 
