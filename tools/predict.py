@@ -19,6 +19,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import tqdm
 from PIL import Image
 
@@ -28,15 +29,11 @@ from kn_detectron.engine.command_line import merge_options, read_config, run
 from kn_detectron.engine.prediction import coco_results, shown
 from kn_detectron.errors import InputError
 
-from detectron2.data import (
-    detection_utils as utils,
-)  # isort: skip  # made importable by kn_detectron
-from detectron2.data import MetadataCatalog  # isort: skip
-from detectron2.data import transforms as T  # isort: skip
+# Behind kn_detectron, which makes old versions of detectron2 importable.
+from detectron2.data import DatasetMapper, MetadataCatalog  # isort: skip
+from detectron2.data.detection_utils import read_image  # isort: skip
 from detectron2.modeling import build_model  # isort: skip
 from detectron2.utils.visualizer import ColorMode, Visualizer  # isort: skip
-
-import torch  # isort: skip
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -98,11 +95,11 @@ def load_model(args):
 
 
 @torch.no_grad()
-def detect(cfg, model, path):
+def detect(mapper, model, path):
     """What a model detects in a photo.
 
     Args:
-        cfg (CfgNode): of the model.
+        mapper (DatasetMapper): reads images for the model, as in an evaluation.
         model (nn.Module): in evaluation mode.
         path (Path): of the photo.
 
@@ -113,20 +110,10 @@ def detect(cfg, model, path):
         InputError: the photo cannot be read.
     """
     try:
-        image = utils.read_image(str(path), format=cfg.INPUT.FORMAT)
+        inputs, image = mapper({"file_name": str(path)}), read_image(str(path), "RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
         raise InputError(f"{path} cannot be read ({error}): give an intact image file.") from error
-    resize = T.ResizeShortestEdge(
-        [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
-    )
-    resized = resize.get_transform(image).apply_image(image)
-    inputs = {
-        "image": torch.as_tensor(resized.astype("float32").transpose(2, 0, 1)),
-        "height": image.shape[0],
-        "width": image.shape[1],
-    }
-    found = model([inputs])[0]["instances"].to("cpu")
-    return (image if cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]), found
+    return image, model([inputs])[0]["instances"].to("cpu")
 
 
 def _free(output, stem, taken):
@@ -156,6 +143,7 @@ def main():
     args = parser.parse_args()
     photos = find_photos(args.photos)
     cfg, model = load_model(args)
+    mapper = DatasetMapper(cfg, is_train=False)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__unused")
     classes = cfg.DATASETS.CLASS_NAMES or metadata.get("thing_classes") or []
     output = Path(args.output)
@@ -163,7 +151,7 @@ def main():
     results, faults, drawn_paths = [], [], set()
     for path in tqdm.tqdm(photos, unit="photo"):
         try:
-            image, found = detect(cfg, model, path)
+            image, found = detect(mapper, model, path)
         except InputError as error:
             faults.append(error)
             continue

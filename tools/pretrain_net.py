@@ -78,8 +78,9 @@ def main():
         "--network",
         default="",
         metavar="NAME",
-        help="in the place of the config's ResNet: cifar_resnet14, cifar_resnet32, cifar_resnet110 (all "
-        "also with _preactivation), small_inception, inception_v2, one of torchvision.models, or timm/NAME",
+        help="in the place of the config's ResNet: cifar_resnet14, cifar_resnet32, cifar_resnet110 "
+        "(all also with _preactivation), small_inception, inception_v2, one of torchvision.models, "
+        "or timm/NAME",
     )
     parser.add_argument("--norm", help="BN, KN, GN, GN<n>, GKN, LN, WN or BRN (the config's)")
     parser.add_argument(

@@ -21,13 +21,27 @@ def released_weights():
     return sorted(path.name for path in _WEIGHTS.glob("*.pth"))
 
 
-class _ReleasedWeightsHandler(PathHandler):
-    """Finds ``kn://<file>`` in the package, for detectron2's PathManager."""
+class _InPackage(PathHandler):
+    """Finds files in a Python package, for detectron2's PathManager, which can read them only."""
 
-    PREFIX = "kn://"
+    PREFIX = ""
 
     def _get_supported_prefixes(self):
         return [self.PREFIX]
+
+    def _exists(self, path, **kwargs):
+        return self._isfile(path)
+
+    def _open(self, path, mode="r", buffering=-1, **kwargs):
+        if "r" not in mode:
+            raise InputError(f"{path} is part of a Python package and cannot be written to.")
+        return open(self._get_local_path(path), mode, buffering, **kwargs)
+
+
+class _ReleasedWeightsHandler(_InPackage):
+    """Finds ``kn://<file>`` in this package."""
+
+    PREFIX = "kn://"
 
     def _get_local_path(self, path, force=False, **kwargs):
         name = path[len(self.PREFIX) :]
@@ -41,52 +55,36 @@ class _ReleasedWeightsHandler(PathHandler):
     def _isfile(self, path, **kwargs):
         return path[len(self.PREFIX) :] in released_weights()
 
-    _exists = _isfile
 
-    def _open(self, path, mode="r", buffering=-1, **kwargs):
-        if "r" not in mode:
-            raise InputError(f"{path} is part of the package and cannot be written to.")
-        return open(self._get_local_path(path), mode, buffering, **kwargs)
-
-
-class _PackageHandler(PathHandler):
+class _PackageHandler(_InPackage):
     """Finds ``package://<name>/<file>`` in an installed Python package, without importing it."""
 
     PREFIX = "package://"
 
-    def _get_supported_prefixes(self):
-        return [self.PREFIX]
-
     def _get_local_path(self, path, force=False, **kwargs):
-        package, _, name = path[len(self.PREFIX) :].partition("/")
-        folders = _folders_of(package)
+        package, folders, name = self._parts(path)
         if not folders:
             raise InputError(
                 f"{path} is in the Python package {package}, which is not installed: install it with "
                 f"pip install {package.replace('_', '-')}."
             )
-        found = [str(folder / name) for folder in folders if (folder / name).is_file()]
-        if not found:
-            raise InputError(
-                f"{path} is not there: the Python package {package} has no file {name}; name another."
-            )
-        return found[0]
+        for folder in folders:
+            if (folder / name).is_file():
+                return str(folder / name)
+        raise InputError(
+            f"{path} is not there: the Python package {package} has no file {name}; name another."
+        )
 
     def _isfile(self, path, **kwargs):
+        _, folders, name = self._parts(path)
+        return any((folder / name).is_file() for folder in folders)
+
+    def _parts(self, path):
+        """The package, the folders that it has, and the file in one of them."""
         package, _, name = path[len(self.PREFIX) :].partition("/")
-        return any((folder / name).is_file() for folder in _folders_of(package))
-
-    _exists = _isfile
-
-    def _open(self, path, mode="r", buffering=-1, **kwargs):
-        if "r" not in mode:
-            raise InputError(f"{path} is part of a Python package and cannot be written to.")
-        return open(self._get_local_path(path), mode, buffering, **kwargs)
-
-
-def _folders_of(package):
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        folders = (spec and spec.submodule_search_locations) or ()
+        return package, [Path(folder) for folder in folders], name
 
 
 for _handler in (_ReleasedWeightsHandler(), _PackageHandler()):

@@ -108,8 +108,7 @@ class ChainConfig:
         Args:
             cfg: the config.
             part: the node of MODEL whose NORM the layers are for, such as "FPN". It goes on with
-            the
-                chain of the backbone, and so must have the same norm.
+                the chain of the backbone, and so must have the same norm.
 
         Raises:
             InputError: a value of MODEL.KN is unknown or out of range, the norm of the backbone is

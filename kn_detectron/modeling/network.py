@@ -29,7 +29,25 @@ STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 _SIDE = 128
 
 
-class KNNetwork(Backbone):
+class _Network(Backbone):
+    """A network that puts out features, as a backbone.
+
+    Args:
+        network: puts them out by name.
+        shapes: channels and stride of each feature.
+    """
+
+    def __init__(self, network: nn.Module, shapes: Dict[str, ShapeSpec]):
+        super().__init__()
+        self.network = network
+        self._shapes = shapes
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        """Channels and stride of each feature."""
+        return dict(self._shapes)
+
+
+class KNNetwork(_Network):
     """A converted network that puts out features, as a backbone.
 
     Args:
@@ -38,10 +56,7 @@ class KNNetwork(Backbone):
         shapes: channels and stride of each feature.
     """
 
-    def __init__(self, network: KalmanNetwork, shapes: Dict[str, ShapeSpec]):
-        super().__init__()
-        self.network = network
-        self._shapes = shapes
+    network: KalmanNetwork
 
     def forward(self, x: Tensor) -> Features:
         """
@@ -54,12 +69,8 @@ class KNNetwork(Backbone):
         features, beliefs = self.network(x)
         return Features(features, {k: v for k, v in beliefs.items() if v is not None})
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
-        """Channels and stride of each feature."""
-        return dict(self._shapes)
 
-
-class PlainNetwork(Backbone):
+class PlainNetwork(_Network):
     """A network with its own norms that puts out features, as a backbone: what KN is compared with.
 
     Args:
@@ -70,9 +81,7 @@ class PlainNetwork(Backbone):
     """
 
     def __init__(self, network: nn.Module, shapes: Dict[str, ShapeSpec], frozen: bool):
-        super().__init__()
-        self.network = network
-        self._shapes = shapes
+        super().__init__(network, shapes)
         self._frozen = [m for m in network.modules() if isinstance(m, _BatchNorm)] if frozen else []
         for norm in self._frozen:
             norm.requires_grad_(False)
@@ -94,10 +103,6 @@ class PlainNetwork(Backbone):
             dict[str, Tensor]: the features by name.
         """
         return self.network(x)
-
-    def output_shape(self) -> Dict[str, ShapeSpec]:
-        """Channels and stride of each feature."""
-        return dict(self._shapes)
 
 
 @BACKBONE_REGISTRY.register()

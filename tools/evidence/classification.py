@@ -12,8 +12,6 @@ give the same command again. tools/evidence/report.py makes a table and a pictur
 
 import argparse
 import itertools
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple, Tuple
@@ -22,7 +20,11 @@ from kn_detectron.engine.command_line import run
 from kn_detectron.model_zoo import get_config_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evidence.runs import run_all, write_result  # noqa: E402  # beside this file, not installed
+from evidence.runs import (
+    run_all,
+    run_apart,
+    write_result,
+)  # noqa: E402  # beside this file, not installed
 
 _CONFIG = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml"  # of which pixels and device are taken
 
@@ -72,10 +74,9 @@ def train(args, name: str, micro_batch: int, seed: int, folder: Path) -> None:
     command += ["--epochs", str(args.epochs), "--batch-size", str(_BATCH_SIZE)]
     command += arm.options
     command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
-    subprocess.run(command, check=True)
-    results = json.loads((folder / "inference" / "results.json").read_text())
+    run_apart(command, folder)
     settings = {"arm": name, "micro_batch": micro_batch, "seed": seed, "epochs": args.epochs}
-    write_result(folder, {**settings, "results": results})
+    write_result(folder, settings)
 
 
 def main():

@@ -10,7 +10,6 @@ what was interrupted goes on: give the same command again. tools/evidence/report
 
 import argparse
 import itertools
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,12 +18,11 @@ import torch
 
 from kn_detectron.engine import Trainer
 from kn_detectron.engine.command_line import argument_parser, load_config, run, set_up
-from kn_detectron.errors import InputError
 from kn_detectron.model_zoo import get_config, get_config_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from evidence.arms import ARMS, solver_options  # noqa: E402  # beside this file, not installed
-from evidence.runs import run_all, write_result  # noqa: E402
+from evidence.runs import run_all, run_apart, write_result  # noqa: E402
 
 
 def trainer_class(arm):
@@ -74,8 +72,8 @@ def train(args, name, images, seed, folder):
     started = time.time()
     trainer = trainer_class(arm)(cfg)
     trainer.resume_or_load(resume=True)
-    results = trainer.train()
-    result = {
+    trainer.train()
+    settings = {
         "arm": name,
         "images": images,
         "seed": seed,
@@ -84,24 +82,15 @@ def train(args, name, images, seed, folder):
         "options": args.opts,
         # Of the last start: a resumed run's is shorter.
         "minutes": round((time.time() - started) / 60, 1),
-        "results": {task: results[task] for task in ("bbox", "segm")},
     }
-    write_result(folder, result)
+    write_result(folder, settings)
 
 
 def train_apart(args, name, images, seed, folder):
-    """The same in a process of its own, which prints into the run's folder.
-
-    Raises:
-        InputError: the run failed.
-    """
+    """The same in a process of its own."""
     command = [sys.executable, __file__, "--dataset", args.dataset, "--output", args.output]
     command += ["--arms", name, "--images", str(images), "--seeds", str(seed)]
-    command += ["--opts", *args.opts] if args.opts else []
-    with open(folder / "printed.txt", "a") as printed:
-        code = subprocess.run(command, stdout=printed, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise InputError(f"The run in {folder} failed: {folder}/printed.txt says why.")
+    run_apart([*command, *(["--opts", *args.opts] if args.opts else [])], folder)
 
 
 def main():

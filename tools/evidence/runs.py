@@ -8,7 +8,10 @@ from typing import Callable, Dict, Iterable, List
 
 import torch
 
-__all__ = ["read_results", "run_all", "write_result"]
+from kn_detectron.checkpoint.files import atomic_write
+from kn_detectron.errors import InputError
+
+__all__ = ["read_results", "run_all", "run_apart", "write_result"]
 
 _NAME = "result.json"
 
@@ -31,12 +34,29 @@ def run_all(folders: Iterable[Path], do: Callable[[Path], None]) -> None:
         print(f"{folder.name} is done; about {left / 60:.0f} min are left.", flush=True)
 
 
-def write_result(folder: Path, result: Dict) -> None:
-    """Notes the result of a run, and what it was made with, in its folder."""
+def run_apart(command: List[str], folder: Path) -> None:
+    """Runs a command in a process of its own, which prints into ``printed.txt`` of a run's folder.
+
+    Raises:
+        InputError: the run failed.
+    """
+    with open(folder / "printed.txt", "a") as printed:
+        code = subprocess.run(command, stdout=printed, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise InputError(f"The run in {folder} failed: {folder}/printed.txt says why.")
+
+
+def write_result(folder: Path, settings: Dict) -> None:
+    """Notes what an evaluation wrote into a run's folder, with the settings and the code of the run.
+
+    Args:
+        folder: of the run, with ``inference/results.json``.
+        settings: that tell the run from others.
+    """
+    results = json.loads((folder / "inference" / "results.json").read_text())
     made_with = {"commit": _commit(), "torch": torch.__version__}
-    partial = folder / f"{_NAME}.partial"
-    partial.write_text(json.dumps({**result, **made_with}, indent=1))
-    partial.rename(folder / _NAME)
+    with atomic_write(str(folder / _NAME)) as file:
+        file.write(json.dumps({**settings, **made_with, "results": results}, indent=1).encode())
 
 
 def read_results(output: Path) -> Dict[Path, Dict]:

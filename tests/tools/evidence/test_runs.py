@@ -8,8 +8,9 @@ import torch
 from detectron2.config import get_cfg
 from evidence import classification, detection
 from evidence.arms import ARMS, solver_options
-from evidence.runs import run_all, write_result
+from evidence.runs import run_all, run_apart, write_result
 
+from kn_detectron import InputError
 from kn_detectron.data import ShapesSpec, generate_shapes
 from kn_detectron.model_zoo import get_config
 
@@ -72,6 +73,8 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
 
     def do(run):
         done.append(run.name)
+        (run / "inference").mkdir()
+        (run / "inference" / "results.json").write_text('{"top1": null}')
         write_result(run, {"of": run.name})
 
     folders[1].mkdir()
@@ -79,4 +82,11 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     run_all(folders, do)
     assert done == ["b", "a", "c"]
     assert "3 runs, of which 1 are done" in capsys.readouterr().out
-    assert json.loads((folders[2] / "result.json").read_text())["of"] == "c"
+    result = json.loads((folders[2] / "result.json").read_text())
+    assert result["of"] == "c" and result["results"] == {"top1": None}
+
+
+def test_a_run_that_fails_says_where_it_is_told_why(tmp_path):
+    with pytest.raises(InputError, match="printed.txt says why"):
+        run_apart([sys.executable, "-c", "print('It is broken.'); exit(3)"], tmp_path)
+    assert (tmp_path / "printed.txt").read_text() == "It is broken.\n"
