@@ -1,15 +1,16 @@
-"""How a belief crosses an activation other than ReLU.
+"""The belief behind an activation (ours): the mean and variance of f(x) for x ~ N(m, v).
 
-For x ~ N(m, v) the mean and variance of f(x). ReLU itself is in :mod:`~kn_detectron.layers.belief`,
-and what is made of straight pieces follows from it in closed form. The mean and variance of any
-other f are one-dimensional integrals, which are computed by Gauss-Legendre quadrature::
+ReLU itself is in :mod:`~kn_detectron.layers.belief`. For an activation that consists of straight
+lines, the moments follow from ReLU's in closed form. For any other f they are one-dimensional
+integrals::
 
     E f(x) = integral of f(m + s z) pdf(z) dz,   s = sqrt(v)
 
-on the pieces between the points at which f bends. Gauss-Hermite quadrature on the whole line would
-need no pieces, but it converges slowly where f has a corner (hard-swish), and not at all where it
-is narrow beside the belief (a sigmoid at s = 30 is a step). The nodes are held fixed in the
-backward pass: the derivative of the integral is the integral of the derivative.
+Gauss-Legendre quadrature computes them on the pieces between the points at which f bends.
+Gauss-Hermite quadrature would need no pieces. But it converges slowly if f has a corner
+(hard-swish), and not at all if f changes within a small part of the belief (at s = 30 a sigmoid is
+a step). The backward pass holds the nodes fixed, because the derivative of the integral is the
+integral of the derivative.
 """
 
 import math
@@ -28,12 +29,12 @@ __all__ = ["ACTIVATIONS", "Activation", "clip", "leaky_relu", "quadrature"]
 def clip(belief: Belief, low: float, high: float) -> Belief:
     """The belief behind min(max(x, low), high): ReLU6, hardtanh.
 
-    With U = relu(x - low) and W = relu(x - high) the result is low + U - W, and since U = W + h
-    wherever W > 0 (h = high - low)::
+    With U = relu(x - low), W = relu(x - high) and h = high - low the result is low + U - W. Since
+    U = W + h wherever W > 0::
 
         mean = low + E U - E W        var = Var U - Var W - 2 E W (h - E U + E W)
 
-    The mirror image is used where m is nearer to the upper bound, so that W is the small one.
+    If m is nearer to the upper bound, the mirror image is computed, so that W stays small.
 
     Args:
         belief: in front of it, any shape.
@@ -56,11 +57,10 @@ def clip(belief: Belief, low: float, high: float) -> Belief:
 def leaky_relu(belief: Belief, slope) -> Belief:
     """The belief behind max(x, 0) + slope min(x, 0): leaky ReLU, PReLU.
 
-    min(x, 0) = -relu(-x), and the two parts are never both different from 0::
+    With x+ = relu(x), x- = relu(-x) and the slope a the result is x+ - a x-. Since one of x+ and x-
+    is always 0::
 
         mean = E x+ - a E x-        var = Var x+ + a^2 Var x- + 2 a E x+ E x-
-
-    where x+ = relu(x), x- = relu(-x) and a is the slope.
 
     Args:
         belief: in front of it, any shape.
@@ -76,7 +76,7 @@ def leaky_relu(belief: Belief, slope) -> Belief:
     return Belief(mean, (above.var + slope * slope * below.var + both).clamp_min(0.0))
 
 
-# Beyond 8 deviations there is 1e-15 of a Gaussian.
+# Only 1e-15 of a Gaussian lies beyond 8 standard deviations.
 _REACH = 8.0
 _POINTS = 32  # per piece
 
@@ -86,7 +86,7 @@ _LEGENDRE = torch.from_numpy(np.stack(np.polynomial.legendre.leggauss(_POINTS)))
 
 @torch.no_grad()
 def _nodes(belief: Belief, std: Tensor, bends: Tuple[float, ...]) -> Tuple[Tensor, Tensor]:
-    """Points z and weights, with the density in them, in a new last dimension."""
+    """The nodes z and their weights, times the density, along a new last dimension."""
     mean = belief.mean
     nodes, weights = _LEGENDRE.to(mean)
     edges = [torch.full_like(mean, -_REACH)]
@@ -103,12 +103,12 @@ def quadrature(
 ) -> Belief:
     """The belief behind any elementwise function that has no jumps.
 
-    Variances below 1e-12 count as 1e-12: where nothing varies there is no slope in the variance.
+    A variance below 1e-12 counts as 1e-12 and gets no gradient.
 
     Args:
         function: takes and returns a tensor of any shape.
         belief: in front of it, any shape.
-        bends: where the function or a derivative of it changes quickly, ascending.
+        bends: the points at which the function or a derivative of it changes quickly, ascending.
 
     Returns:
         Belief: of the same shape.
@@ -126,9 +126,9 @@ class Activation(NamedTuple):
     Attributes:
         function: the activation, of a tensor and its parameters.
         module: its class in torch.nn.
-        parameters: the names of its parameters, of the module and of the function, with torch's
+        parameters: the names of its parameters, which module and function share, with torch's
             defaults, in the order in which ``function`` and ``moments`` take them.
-        moments: of a belief and the parameters, the belief behind it.
+        moments: makes the belief behind the activation from a belief and the parameters.
     """
 
     function: Callable
@@ -153,7 +153,7 @@ def _gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
-# By the name that the function has in torch.
+# The keys are the names of the functions in torch.
 ACTIVATIONS: Dict[str, Activation] = {
     "relu": Activation(F.relu, nn.ReLU, {}, relu),
     "relu6": Activation(F.relu6, nn.ReLU6, {}, lambda belief: clip(belief, 0.0, 6.0)),

@@ -1,9 +1,9 @@
 """Beliefs, and how a belief crosses the operations of a network (closed form).
 
-A *belief* is what is held true about a feature map before looking at it: a mean and a variance per
-channel, taken as independent across channels and pixels. Convolutional networks change features
-with a handful of operations; for each of them this file has the function that changes the belief
-in the same way. Everything is differentiable, and its cost does not depend on the image size.
+A *belief* about a feature map is a mean and a variance per channel. Channels and pixels are taken
+to be independent. For each operation of a convolutional network this file has a function that
+computes the belief behind the operation from the belief in front of it. The functions are
+differentiable, and their cost does not depend on the image size.
 
 =================  ====================================  ==================================
 operation          rule                                  source
@@ -54,18 +54,18 @@ class Belief(NamedTuple):
         mean: shape (1, C), the same for all images of the batch, or (N, C), one per image.
         var: the same shape, non-negative, biased (a population's, not a sample's).
 
-    Both are float32 (float64 where the features are) also under mixed precision.
+    Both are float32, also under mixed precision, and float64 for float64 features.
     """
 
     mean: Tensor
     var: Tensor
 
     def detach(self) -> "Belief":
-        """The same belief, cut off from the graph."""
+        """The same belief without a gradient."""
         return Belief(self.mean.detach(), self.var.detach())
 
 
-# |m| / sqrt(2 v) beyond which a Gaussian is all on one side of 0, in float64 too: exp(-28^2) = 0.
+# If |m| / sqrt(2 v) is larger, all of the Gaussian is on one side of 0: exp(-28^2) = 0 in float64.
 _TAIL = 28.0
 
 
@@ -77,9 +77,9 @@ class Rectify:
         mean = max(m, 0) + s h
         var  = v (cdf(a) - h (t + h))
 
-    which is the textbook m cdf(a) + s pdf(a) and E[x^2] - E[x]^2 rearranged so that next to nothing
-    cancels in either tail. The derivatives are written out because those of |a| are wrong at m = 0,
-    which is where every fresh network starts (its norm biases are 0)::
+    These are the textbook's m cdf(a) + s pdf(a) and E[x^2] - E[x]^2, rearranged so that hardly any
+    digits cancel in either tail. The derivatives are written out, because autograd's derivative of
+    |a| is wrong at m = 0. Every fresh network starts there, since the biases of its norms are 0::
 
         d mean/dm = cdf(a)              d mean/dv = pdf(a) / (2 s)
         d var/dm  = 2 mean cdf(-a)      d var/dv  = cdf(a) - mean pdf(a) / s
@@ -87,12 +87,12 @@ class Rectify:
 
     @staticmethod
     def forward(mean: Tensor, var: Tensor) -> Tuple[Tuple[Tensor, Tensor], Tuple[Tensor, ...]]:
-        """The moments behind the ReLU, and what :meth:`backward` takes in front of their gradients."""
+        """The moments behind the ReLU, and the first arguments of :meth:`backward`."""
         tiny = torch.finfo(var.dtype).tiny
         std = var.sqrt()
-        # With z = t / sqrt(2), of a standard normal: pdf(t) is exp(-z^2) / sqrt(2 pi), its tail
+        # With z = t / sqrt(2) the pdf(t) of a standard normal is exp(-z^2) / sqrt(2 pi), its tail
         # P(> t) is exp(-z^2) erfcx(z) / 2, and h is pdf(t) - t tail. In this form they keep their
-        # relative accuracy however far out t is.
+        # relative accuracy for every t.
         z = mean.abs().div_((std * math.sqrt(2.0)).clamp_min_(tiny)).clamp_max_(_TAIL)
         bell, mills = torch.exp(-z * z), torch.special.erfcx(z)
         h = (1.0 - math.sqrt(math.pi) * z * mills).clamp_min_(0.0) * bell
@@ -102,7 +102,7 @@ class Rectify:
         cdf, cdf_of_minus = torch.where(negative, tail, rest), torch.where(negative, rest, tail)
         out_mean = torch.addcmul(mean.clamp_min(0.0), std, h)
         out_var = (cdf - h * torch.add(h, z, alpha=math.sqrt(2.0))).clamp_min_(0.0).mul_(var)
-        # At v = 0 there is no slope in v where m is not 0, and an infinite one, cut off, where it is.
+        # At v = 0 the slope in v is 0 if m is not 0. If m is 0 it is infinite, and is taken as 0.
         slope = torch.where(var > tiny, bell.mul_(1.0 / math.sqrt(2.0 * math.pi)) / std, 0.0)
         return (out_mean, out_var), (cdf, cdf_of_minus, slope, out_mean)
 
@@ -124,14 +124,14 @@ class Rectify:
 class Convolve:
     """Moments behind a filter W (C_out, C_in / groups, kH, kW): sums of W m and of W^2 v.
 
-    Beliefs have the shape (rows, C_in). The sum over taps and channels is the product of the filter
-    as a matrix with m repeated for each tap. So the filter is read as it is, and no sum over its
-    taps is made or kept. The derivatives are written out because autograd would keep W^2.
+    Beliefs have the shape (rows, C_in). The filter, as a matrix, is multiplied with m, which is
+    repeated for each tap. So the filter is read as it lies in memory, and no sum over its taps is
+    computed or kept. The derivatives are written out, because autograd would keep W^2.
     """
 
     @staticmethod
     def _columns(v: Tensor, weight: Tensor, groups: int) -> Tensor:
-        """(rows, C_in) as the columns that the filters, of each group, are multiplied with."""
+        """(rows, C_in), repeated for each tap, as the columns that the filters multiply."""
         taps = weight.shape[2] * weight.shape[3]
         v = v if taps == 1 else v.repeat_interleave(taps, 1)
         return Convolve._grouped(v, groups)
@@ -214,9 +214,9 @@ class _Convolved(torch.autograd.Function):
 def relu(belief: Belief) -> Belief:
     """The belief behind a ReLU: the first two moments of a rectified Gaussian.
 
-    Sound for any mean/std and for variances of 0 and from 1e-12 to 1e12: in float32 a relative
-    error of some 1e-7 where the ReLU is open, growing to 1e-3 where it is 12 deviations closed. At
-    variance 0 it is the ReLU of the mean.
+    It holds for any mean, and for variances of 0 and from 1e-12 to 1e12. In float32 the relative
+    error is about 1e-7 where the mean is positive, and grows to 1e-3 where the mean is 12 standard
+    deviations below 0. At variance 0 the result is the ReLU of the mean.
 
     Args:
         belief: in front of the ReLU, any shape.
@@ -232,9 +232,9 @@ def conv2d(
 ) -> Belief:
     """The belief behind a convolution (Eq. 7): mean = sum W m, variance = sum W^2 v.
 
-    The sums run over the taps and the input channels of the group. Stride and dilation choose
-    which pixels are read, and so change neither sum. Zero padding is ignored: at the border fewer
-    taps are inside, and a belief that knew about it would depend on the image size.
+    The sums run over the taps and the input channels of the group. Stride and dilation change
+    neither sum. Zero padding is ignored: it matters only at the border, and a belief that included
+    it would depend on the image size.
 
     Args:
         belief: in front of the convolution, shape (1, C_in) or (N, C_in).
@@ -246,7 +246,7 @@ def conv2d(
         Belief: of shape (1, C_out) or (N, C_out).
 
     Raises:
-        ValueError: if the belief's channels are not the filter's.
+        ValueError: the belief and the filter have different numbers of channels.
     """
     if belief.mean.shape[-1] != weight.shape[1] * groups:
         raise ValueError(
@@ -268,7 +268,7 @@ def scale(belief: Belief, factor: float) -> Belief:
 
 
 def mixture(beliefs: Sequence[Belief]) -> Belief:
-    """The belief about pixels that are as likely to be of one feature map as of another.
+    """The belief about a pixel that is from one of several feature maps with equal probability.
 
     Args:
         beliefs: about the feature maps, all of the same shape.
@@ -282,19 +282,20 @@ def mixture(beliefs: Sequence[Belief]) -> Belief:
 
 
 def max_pool2d(belief: Belief) -> Belief:
-    """The belief behind max-pooling: unchanged.
+    """The belief behind max-pooling, which is the belief in front of it (ours).
 
-    The maximum of k independent pixels would be larger, but neighbouring pixels of a feature map
-    are far from independent, so its distribution is close to a pixel's. What is left over is the
-    process model's to learn.
+    The maximum of independent pixels would be larger. But neighbouring pixels of a feature map are
+    far from independent, so their maximum is distributed almost like one pixel. The process model
+    can learn the difference.
     """
     return belief
 
 
 def roi_align(belief: Belief, regions: Sequence[int]) -> Belief:
-    """The belief behind RoIAlign: each region of an image has the image's belief.
+    """The belief behind RoIAlign: each region of an image has the belief of the image (ours).
 
-    Bilinear interpolation averages neighbours, which are alike (see :func:`max_pool2d`).
+    Bilinear interpolation averages neighbouring pixels. These are far from independent, so their
+    average is distributed almost like one pixel.
 
     Args:
         belief: shape (1, C), or (N, C) with one row per image.
@@ -313,8 +314,8 @@ def normalized(weight: Tensor, bias: Tensor) -> Belief:
     """The belief about a feature that was normalised with its own mean and variance.
 
     For x ~ (mu, Sigma), y = weight (x - mu) / sqrt(Sigma) + bias has mean ``bias`` and variance
-    ``weight``^2, whatever mu and Sigma were. (The layers' eps is neglected: it matters only for a
-    channel that hardly varies, and the process model makes up for it.)
+    ``weight``^2, whatever mu and Sigma are (ours). The eps of the layers is neglected. It matters
+    only for channels that hardly vary, and the process model makes up for it.
 
     Args:
         weight, bias: scale and shift, shape (C,).

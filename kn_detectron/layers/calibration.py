@@ -1,8 +1,7 @@
-"""Calibration of one layer: a process model that makes its prior equal to its running statistics.
+"""Calibration of one layer: the process model that makes its prior equal its running statistics.
 
-Which beliefs get to which layer is the business of who runs the chain: of
-:class:`~kn_detectron.layers.KalmanNetwork`, and of :mod:`kn_detectron.checkpoint.calibration` for
-detectors.
+The prior comes from whoever runs the chain. This is :class:`~kn_detectron.layers.KalmanNetwork`,
+or :mod:`kn_detectron.checkpoint.calibration` for detectors.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ from .kalman_norm import KalmanNorm2d
 
 __all__ = ["fit_prior", "is_exact", "on_priors", "removing"]
 
-# Where nothing varies, in the prediction or in the checkpoint, the exact corrections are infinite.
+# If a channel does not vary in the prediction or in the checkpoint, its exact b or r is infinite.
 _LARGEST_OFFSET = 1e6
 _LARGEST_LOG_SCALE = 50.0
 
@@ -34,15 +33,15 @@ def is_exact(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
-    """Sets b and r of a layer so that its prior, processed, is its running statistics.
+    """Sets b and r of a layer so that its processed prior equals its running statistics.
 
     Args:
-        layer: one that :func:`is_exact`.
+        layer: a layer for which :func:`is_exact` is true.
         prior: the belief predicted for it, shape (1, C).
 
     Returns:
-        float: the largest change of log variance or mean (in deviations) that the process model
-        makes.
+        float: the largest change that the process model makes, of a mean in standard deviations or
+        of a log variance.
     """
     mean, var = (v[0].to(layer.running_var.dtype) for v in prior)
     tiny = torch.finfo(var.dtype).tiny
@@ -71,7 +70,7 @@ def on_priors(layers: Dict[str, nn.Module], action: Callable):
 
 @contextlib.contextmanager
 def removing():
-    """A list of handles of hooks, which are removed at the end."""
+    """Gives a list for the handles of hooks, and removes these hooks at the end."""
     handles: List = []
     try:
         yield handles

@@ -1,8 +1,9 @@
 """The Kalman filter of a layer: process model, gate, update (Eq. 7), and the belief behind it.
 
-Plain differentiable torch on small tensors, and the only copy of this arithmetic. It never sees
-features. Beliefs have a row per set of images (:class:`~kn_detectron.layers.sets.Sets`): one row for
-a batch, one per image for GroupNorm's statistics.
+The functions are plain differentiable torch on vectors of channels, and never see features. They
+are the reference for Triton's kernels. A belief has one row for a batch, one row for each
+micro-batch, or one row for each image for GroupNorm's statistics
+(:class:`~kn_detectron.layers.sets.Sets`).
 """
 
 from typing import Callable, NamedTuple, Optional, Tuple, Union
@@ -30,7 +31,7 @@ __all__ = [
     "update",
 ]
 
-# The released code drops a prior whose variance is this many times the measured one.
+# The released code drops a prior whose variance is on average this many times the measured one.
 GATE_LIMIT = 100.0
 
 
@@ -38,11 +39,11 @@ class Vectors(NamedTuple):
     """The small tensors of a layer, all in the dtype of the statistics.
 
     Attributes:
-        prior_mean, prior_var: the prediction, shape (1, C) or (rows, C); None for the head of a
-            chain, which has none of the next five either.
-        gain_logit, gain_scale: the gain is ``gain_scale * sigmoid(gain_logit)``; no dimensions.
-        mean_offset, log_var_scale: the network variant's process model, shape (C,), or None.
-        process_noise: the paper variant's, shape (C,), or None.
+        prior_mean, prior_var: the prediction, shape (1, C) or (rows, C). For the head of a chain
+            these and the next five are None.
+        gain_logit, gain_scale: scalars; the gain is ``gain_scale * sigmoid(gain_logit)``.
+        mean_offset, log_var_scale: process model of the network variant, shape (C,), or None.
+        process_noise: process model of the paper variant, shape (C,), or None.
         weight, bias: scale and shift, shape (C,), or None for 1 and 0.
     """
 
@@ -58,13 +59,13 @@ class Vectors(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What kind of filter a layer is.
+    """The settings of a layer's filter.
 
     Attributes:
         sets: which pixels share statistics.
         eps: added to the variance.
         paper: whether it is the paper variant, with gate and mixture term as released.
-        measures: False takes the prior for the posterior, whatever the features are.
+        measures: whether the features are measured. If not, the posterior is the prior.
     """
 
     sets: Sets
@@ -89,10 +90,11 @@ class Running(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What features are normalised with, y = scale (x - mean) + bias, and the belief to pass on.
+    """The statistics of y = scale (x - mean) + bias, and the belief to pass on.
 
     Attributes:
-        mean, scale: one number for each channel of the unfolded features.
+        mean, scale: one number for each channel of the unfolded features (see
+            :class:`~kn_detectron.layers.sets.Sets`).
         belief: shape (1, C) or (rows, C).
     """
 
@@ -105,10 +107,10 @@ class Gradients(NamedTuple):
     """The derivative of a filter.
 
     Attributes:
-        vectors: the gradients of the vectors, None where there is none.
-        input_pass: the pass that makes dx of dy and x, a function of
-            :mod:`~kn_detectron.layers.passes`; None if nothing was measured.
-        input_vectors: what this function takes behind dy and x.
+        vectors: the gradients of the vectors; None for a vector without a gradient.
+        input_pass: the function of :mod:`~kn_detectron.layers.passes` that computes dx from dy and
+            x; None if nothing was measured.
+        input_vectors: its further arguments.
     """
 
     vectors: Vectors
@@ -130,8 +132,8 @@ def process(
 
     Args:
         prior: shape (1, C) or (N, C).
-        mean_offset, log_var_scale: of the network variant (ours), shape (C,), or None for 0.
-        process_noise: R of the paper (Eq. 7) before the softplus, shape (C,), or None for nothing.
+        mean_offset, log_var_scale: b, r of the network variant (ours), shape (C,), or None for 0.
+        process_noise: R of the paper (Eq. 7) before the softplus, shape (C,), or None for R = 0.
     """
     mean, var = prior
     if process_noise is not None:
@@ -144,19 +146,19 @@ def process(
 
 
 def group_belief(belief: Belief, groups: int) -> Belief:
-    """The belief about a pixel of a group whose channels are believed to be ``belief`` (ours).
+    """The belief about a pixel of a group of channels (ours).
 
     By the law of total variance the group's variance is the mean of its channels' variances plus
     the variance of their means.
 
     Args:
-        belief: shape (N, C) or (1, C).
+        belief: about the channels, shape (N, C) or (1, C).
         groups: G, a divisor of C.
 
     Returns:
         Belief: of shape (N, G) or (1, G).
     """
-    rows, channels = belief.mean.shape  # written out: an empty belief cannot infer a size
+    rows, channels = belief.mean.shape  # torch cannot infer a size of an empty belief
     if groups == channels:
         return belief
     mean, var = (v.reshape(rows, groups, channels // groups) for v in belief)
@@ -164,13 +166,13 @@ def group_belief(belief: Belief, groups: int) -> Belief:
 
 
 def gate(prior: Belief, measured: Belief) -> Tuple[Belief, Tensor]:
-    """Drops a prior that is far too wide (released code): returns the measurement in its place.
+    """Replaces a prior that is far too wide by the measurement (released code).
 
-    A row's prior is dropped if the mean over its channels of var_prior / var_measured reaches
-    :data:`GATE_LIMIT`. The posterior of a dropped prior is the measurement, whatever the gain.
+    A row of the prior is dropped if the mean over its channels of var_prior / var_measured reaches
+    :data:`GATE_LIMIT`. The posterior of this row is then the measurement, whatever the gain is.
 
     Returns:
-        The prior to go on with, and whether it is the given one, of shape (rows, 1).
+        The prior to use, and whether its rows are the given ones, shape (rows, 1).
     """
     ratio = (prior.var / measured.var).detach().mean(1, keepdim=True)
     fits = ~(ratio >= GATE_LIMIT)
@@ -185,12 +187,12 @@ def update(prior: Belief, measured: Belief, gain: Tensor, mixture: bool = False)
         mean = p mean_prior + q mean_measured
         var  = p var_prior  + q var_measured  [+ p q (mean_measured - mean_prior)^2]
 
-    The term in brackets makes ``var`` the variance of the mixture of the two. The paper does not
-    have it, the released code does.
+    The term in brackets makes ``var`` the variance of the mixture of the two. It is in the released
+    code, but not in the paper.
 
     Args:
         prior: shape (1, G) or (N, G).
-        measured: the same shape, or one that broadcasts with it.
+        measured: the same shape, or a shape that broadcasts with it.
         gain: q in [0, 1], a tensor of one element.
         mixture: whether to add the mixture term.
     """
@@ -202,14 +204,15 @@ def update(prior: Belief, measured: Belief, gain: Tensor, mixture: bool = False)
 
 
 class Filtered(NamedTuple):
-    """What the filter of a layer finds.
+    """The result of a layer's filter.
 
     Attributes:
-        posterior: the statistics to normalise with, shape (rows, groups), or (1, groups) if they
-            are the prior's.
-        belief: what to pass on, shape (1, C) or (rows, C).
-        share: how much of the posterior was measured, a number or of shape (rows, 1): the gain, or
-            1 where there is no prior or it was dropped. Without a measurement it means nothing.
+        posterior: the statistics to normalise with, shape (rows, groups), or (1, groups) if nothing
+            was measured and the prior has one row.
+        belief: the belief to pass on, shape (1, C) or (rows, C).
+        share: the weight of the measurement in the posterior, a number or shape (rows, 1). It is
+            the gain, or 1 if there is no prior or the prior was dropped. If nothing was measured,
+            it has no meaning.
     """
 
     posterior: Belief
@@ -218,7 +221,7 @@ class Filtered(NamedTuple):
 
 
 def filter_belief(v: Vectors, measured: Optional[Belief], spec: Spec) -> Filtered:
-    """Eq. 7 of a layer, from the prior and the measurement to the belief that is passed on.
+    """Filters the prior and the measurement of a layer (Eq. 7).
 
     Args:
         v: the layer's vectors.
@@ -240,7 +243,7 @@ def filter_belief(v: Vectors, measured: Optional[Belief], spec: Spec) -> Filtere
                 share = torch.where(fits, gain, 1.0)
             posterior = update(prior, measured, gain, mixture=spec.paper)
         elif v.gain_logit is not None and v.gain_logit.requires_grad:
-            # Its gradient is 0, and not missing: DDP takes that for an unused parameter.
+            # The gain gets a gradient of 0. DDP would take a missing one for an unused parameter.
             posterior = posterior._replace(mean=posterior.mean + 0.0 * v.gain_logit)
     return Filtered(posterior, _belief_behind(posterior, channel_prior, v, spec), share)
 
@@ -251,12 +254,13 @@ def _belief_behind(
     """The belief to pass on.
 
     The paper variant passes on the posterior (Eq. 7). The network variant (ours) carries it through
-    the normalisation itself. Normalised per channel, a feature has mean ``bias`` and variance
-    ``weight``^2. Normalised by groups, channel c of group g keeps a mean and a variance of its own::
+    the normalisation itself. Behind normalisation per channel, the feature has mean ``bias`` and
+    variance ``weight``^2. Behind normalisation by groups, channel c of group g keeps its own mean
+    and variance::
 
         bias_c + weight_c (m_c - mean_g) / sqrt(var_g + eps)      weight_c^2 v_c / (var_g + eps)
 
-    with the prior (m_c, v_c) behind the process model. The head of a chain has no prior; its
+    Here (m_c, v_c) is the prior behind the process model. The head of a chain has no prior, and its
     channels are taken to be alike.
     """
     channels = spec.sets.channels
@@ -284,10 +288,11 @@ def _belief_behind(
 def track(running: Running, filtered: Filtered, measured: Optional[Belief], count: int) -> None:
     """Updates the moving statistics with a posterior, as BatchNorm does with its measurement.
 
-    ``running.var`` takes the measured part of the variance unbiased, n / (n - 1) with n =
-    ``count``, and the predicted part as it is. Of micro-batches it takes the average. Where nothing
-    was measured there is nothing random to average out: the statistics become the posterior. A
-    posterior that is not finite changes nothing, or one bad batch would spoil inference for good.
+    In ``running.var`` the measured part of the variance is unbiased, that is multiplied by
+    n / (n - 1) with n = ``count``. The predicted part is not changed. The posteriors of
+    micro-batches are averaged. If nothing was measured, the posterior is not random, and the
+    statistics are set to it. A posterior that is not finite changes nothing: otherwise one bad
+    batch would spoil inference for good.
     """
     mean, var = filtered.posterior
     rate = running.momentum

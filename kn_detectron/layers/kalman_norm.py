@@ -27,7 +27,7 @@ __all__ = [
 VARIANTS = ("network", "paper")
 EVAL_STATISTICS = ("moving", "batch")
 
-# What a KN layer has in its state_dict beyond BatchNorm's or GroupNorm's.
+# The entries of a KN layer's state_dict that BatchNorm and GroupNorm do not have.
 KN_STATE = ("gain_logit", "gain_scale", "mean_offset", "log_var_scale", "process_noise")
 
 # softplus(-5) = 0.0067: R starts small beside the variance of 1 that normalised features have.
@@ -35,7 +35,7 @@ _INITIAL_PROCESS_NOISE = -5.0
 
 
 class _OutsideAChain:
-    """The default of ``prior``: the layer is called as BatchNorm is, and returns what it does."""
+    """The default of ``prior``: the layer is called like BatchNorm, and returns y alone."""
 
     def __repr__(self) -> str:
         return "<outside a chain>"
@@ -52,10 +52,10 @@ def _logit(gain: float) -> float:
 
 
 class _KalmanFilter(nn.Module):
-    """What the batch and the group version share: gain, process model, and their state.
+    """The gain and the process model, which the batch and the group version share.
 
-    A mixin in front of a torch norm. The gain is ``gain_scale * sigmoid(gain_logit)``, so that it
-    stays in (0, 1) whatever the optimiser does, and can be annealed from outside.
+    It is a mixin for a norm of torch. The gain is ``gain_scale * sigmoid(gain_logit)``: it stays in
+    (0, 1) whatever the optimiser does, and a hook can anneal it.
     """
 
     def _init_filter(
@@ -114,19 +114,19 @@ class _KalmanFilter(nn.Module):
         self._remember_that_it_measures(self.initial_gain > 0.0)
 
     def reset_parameters(self) -> None:
-        """Makes the layer as it was when it was built: the norm, the gain and the process model."""
+        """Sets the norm, the gain and the process model to their initial values."""
         super().reset_parameters()
-        if hasattr(self, "initial_gain"):  # not yet while torch's constructor calls this
+        if hasattr(self, "initial_gain"):  # torch's constructor calls this before it is set
             self._reset_filter()
 
     @property
     def is_head(self) -> bool:
-        """Whether the layer is the head of a chain: without prior, gain and process model."""
+        """Whether the layer is the head of a chain, with no prior, gain and process model."""
         return self.initial_gain is None
 
     @property
     def gain(self) -> Optional[Tensor]:
-        """The gain q in [0, 1] in effect, a tensor of no dimensions; None for a head."""
+        """The effective gain q in [0, 1], a scalar tensor; None for a head."""
         if self.is_head:
             return None
         dtype = torch.promote_types(self.gain_logit.dtype, torch.float32)
@@ -135,8 +135,8 @@ class _KalmanFilter(nn.Module):
     def set_gain_scale(self, scale: float) -> None:
         """Multiplies the gain by ``scale`` in [0, 1], for annealing. At 0 nothing is measured.
 
-        The scale is part of the layer's state, so that a checkpoint of an annealed model stays one.
-        A head has no gain and ignores it.
+        The scale is in the state_dict, so the gain of an annealed model stays annealed in its
+        checkpoints. A head has no gain and ignores the scale.
         """
         if not 0.0 <= scale <= 1.0:
             raise ValueError(f"the scale of a gain lies between 0 and 1, not {scale}")
@@ -145,9 +145,10 @@ class _KalmanFilter(nn.Module):
             self.gain_scale.fill_(scale)
             self._remember_that_it_measures(measures)
 
-    # Whether the gain is 0 decides what forward does, and only the device knows the gain. So the
-    # answer is kept together with the tensors that it is about and their version counters, which
-    # tell whether anything wrote to them since. A learned gain is a sigmoid and never 0 by itself.
+    # What forward does depends on whether the gain is 0. The gain is on the device, and reading it
+    # would wait for the device. So the answer is kept, with the tensors that decide it and their
+    # version counters: these tell whether anything wrote to the tensors since. A learned gain is a
+    # sigmoid, which is never 0 by itself.
 
     @property
     def _learns_gain(self) -> bool:
@@ -158,7 +159,7 @@ class _KalmanFilter(nn.Module):
 
     def _gain_state(self):
         deciding = [self.gain_scale] if self._learns_gain else [self.gain_scale, self.gain_logit]
-        # Tensors made in inference mode have no version: not a number, which equals nothing.
+        # Tensors made in inference mode have no version. NaN equals nothing, so they are read anew.
         return [(t, math.nan if t.is_inference() else t._version) for t in deciding]
 
     def _remember_that_it_measures(self, measures: bool) -> None:
@@ -166,9 +167,9 @@ class _KalmanFilter(nn.Module):
 
     @property
     def measures(self) -> bool:
-        """Whether the layer looks at its features: its gain is not 0, or it is a head.
+        """Whether the layer measures its features: it is a head, or its gain is not 0.
 
-        Asks the device only if something other than :meth:`set_gain_scale` has written the gain.
+        The device is asked only if something other than :meth:`set_gain_scale` wrote the gain.
         """
         if self.is_head:
             return True
@@ -194,14 +195,14 @@ class _KalmanFilter(nn.Module):
     def _check_channels(self, x: Tensor, channels: int) -> None:
         if x.dim() != 4:
             raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-        # To torch.jit.trace a size is a tensor, and a comparison a warning.
+        # Under torch.jit.trace a size is a tensor, and comparing it gives a warning.
         if not torch.jit.is_tracing() and x.shape[1] != channels:
             raise ValueError(
                 f"expected {channels} channels (got an input of shape {tuple(x.shape)})"
             )
 
     def _process_model(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-        """The arguments of :func:`~.filter.process` behind the prior."""
+        """The arguments of :func:`~.filter.process` that follow the prior."""
         if not self.has_process_model:
             return None, None, None
         if self.variant == "network":
@@ -224,7 +225,7 @@ class _KalmanFilter(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         own = [name for name in KN_STATE if getattr(self, name, None) is not None]
         if not any(prefix + name in state_dict for name in own):
-            # A checkpoint of the norm that this one derives from: the filter keeps its values.
+            # The checkpoint is BatchNorm's or GroupNorm's: the filter keeps its values.
             state_dict.update({prefix + name: getattr(self, name).detach() for name in own})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -256,22 +257,23 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
     model* corrects the prior, per channel:
 
     - ``variant="network"`` (ours): :math:`\mu_{prior} + b \sqrt{\Sigma_{prior}}` and
-      :math:`\Sigma_{prior} e^r`, with b and r learned from 0. The belief passed on is that about
-      y, exactly :math:`(\beta, \gamma^2)`.
+      :math:`\Sigma_{prior} e^r`, with b and r learned from 0. The belief passed on is the belief
+      about y, which is exactly :math:`(\beta, \gamma^2)`.
     - ``variant="paper"``: :math:`\Sigma_{prior} + R`, with R = softplus(``process_noise``). The
-      belief passed on is :math:`(\mu, \Sigma)`, that about the un-normalised x. As in the released
-      code :math:`\Sigma` has the term :math:`q (1 - q) (\bar x - \mu_{prior})^2`, and a prior whose
-      variance is 100 times the measured one, or more, is dropped for that step.
+      belief passed on is :math:`(\mu, \Sigma)`, the belief about the un-normalised x. As in the
+      released code, :math:`\Sigma` also has the term :math:`q (1 - q) (\bar x - \mu_{prior})^2`. A
+      prior is dropped for the step if the mean over the channels of :math:`\Sigma_{prior} / S` is
+      100 or more.
 
-    Moving averages of the posterior are kept for inference like BatchNorm's: ``running_var`` has
-    the measured part of the variance unbiased (n / (n - 1)), the predicted part as it is. At gain 0
-    nothing is measured, the posterior does not depend on the batch, and the running statistics are
-    set to it instead of averaged.
+    Moving averages of the posterior are kept for inference, as in BatchNorm. In ``running_var`` the
+    measured part of the variance is unbiased (multiplied by n / (n - 1)), and the predicted part is
+    not changed. At gain 0 nothing is measured, and the posterior does not depend on the batch. The
+    running statistics are then set to the posterior.
 
-    It is a :class:`torch.nn.BatchNorm2d` in all other respects: ``momentum``, ``affine``,
-    ``track_running_stats``, BatchNorm state dicts. It differs where BatchNorm would do harm: an
-    empty batch changes no statistic, nor does one with non-finite values, and one value per channel
-    is enough where there is a prior. Second derivatives through it raise an error.
+    In all other respects the layer is a :class:`torch.nn.BatchNorm2d`, and it loads BatchNorm's
+    state dicts. There are three exceptions. An empty batch changes no statistic. A batch with
+    non-finite values changes no statistic. With a prior, one value per channel is enough in
+    training. Second derivatives through the layer raise an error.
 
     With :func:`set_norm_batch_size` it treats a batch as several micro-batches, as the released
     code does.
@@ -279,20 +281,19 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
     Args:
         num_features: C.
         eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`.
-        gain: the initial gain q. None makes the layer the head of a chain: it has no prior, no
-            filter parameters, and is BatchNorm. 0 and 1 are allowed if the gain is not learned.
+        gain: the initial gain q. 0 and 1 are allowed if the gain is not learned. None makes the
+            layer the head of a chain, which is BatchNorm: it has no prior and no parameters of KN.
         learn_gain: whether q is a parameter (a scalar, as in the paper) or fixed (released code).
         variant: ``"network"`` or ``"paper"``.
         process_model: whether to learn the correction of the prior.
         prior_gradient: whether gradients flow through the prior to the layers below.
-        eval_statistics: ``"moving"`` averages at inference (Option A of the paper) or those of the
-            ``"batch"`` at hand, filtered as in training (Option B).
+        eval_statistics: the statistics at inference. ``"moving"`` takes the moving averages (Option
+            A of the paper). ``"batch"`` measures and filters as in training (Option B).
         device, dtype: of the parameters, as in :class:`torch.nn.BatchNorm2d`.
 
     Shape:
         - x: (N, C, H, W), any floating dtype and memory format; y is like x.
-        - prior: mean and var of shape (1, C), in float32 or better; with micro-batches also one
-          row for each.
+        - prior: mean and var of shape (1, C), or one row for each micro-batch.
 
     Examples::
 
@@ -339,7 +340,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
 
     @property
     def needs_prior(self) -> bool:
-        """Whether forward, in the present mode, has to be given a prior."""
+        """Whether forward needs a prior in the present mode."""
         return not self.is_head and not self._uses_moving_statistics()
 
     def _uses_moving_statistics(self) -> bool:
@@ -353,17 +354,18 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
 
         Args:
             x: features, shape (N, C, H, W).
-            prior: the predicted belief about x, before this layer's process model. None for the
-                head of a chain, and in evaluation with moving statistics where no belief is kept.
+            prior: the predicted belief about x, before this layer's process model. It is None for
+                the head of a chain, and may be None in evaluation with moving statistics.
 
         Returns:
-            y, and in a chain the belief to pass on as well. It is None only in evaluation with
-            moving statistics and without a prior.
+            y alone without the argument ``prior``, else y and the belief to pass on. The belief is
+            None only in evaluation with moving statistics and ``prior=None``.
 
         Raises:
-            ValueError: if x is not 4-dimensional or has other channels, a head is given a prior,
-                any other layer is not given the one it needs, a head is to measure one value per
-                channel, or the batch is not a multiple of ``norm_batch_size``.
+            ValueError: x is not 4-dimensional or has a wrong number of channels; a head is given a
+                prior, or another layer lacks the prior that it needs; the prior has a wrong number
+                of rows; a head in training has one value per channel; or the batch is not a
+                multiple of ``norm_batch_size``.
         """
         self._check_channels(x, self.num_features)
         if self._uses_moving_statistics():
@@ -380,7 +382,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         return y if prior is _OUTSIDE else (y, belief)
 
     def _running_vectors(self, x: Tensor) -> Vectors:
-        """Those of a layer that takes its moving statistics for the posterior."""
+        """The vectors of a layer whose posterior is its moving statistics."""
         dtype = statistics_dtype(x)
         if self.track_running_stats:
             mean, var = self.running_mean[None].to(dtype), self.running_var[None].to(dtype)
@@ -438,8 +440,8 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
 
         Returns:
             (measured mean - prior mean) / √(prior var + eps), and log((measured var + eps) / (prior
-            var + eps)), both of shape (C,); averaged over micro-batches. With eps, as in the
-            normalisation, a channel that is constant has finite innovations.
+            var + eps)), both of shape (C,) and averaged over micro-batches. With eps the values of
+            a constant channel are finite.
         """
         sets = self._spec(x, self._rows(x), measures=True).sets
         return _innovation(self._processed(prior, statistics_dtype(x)), sets, x, self.eps)
@@ -450,11 +452,11 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
 
     The measurement is the mean and biased variance of each image and group of channels. The prior,
     a belief per channel, is corrected by the process model (see :class:`KalmanNorm2d`) and turned
-    into the belief about a pixel of the group: the mean of the channels' means, and the mean of
-    their variances plus the variance of their means. Like GroupNorm it has no moving statistics: it
-    measures and filters in evaluation too, and so needs its prior there.
+    into the belief about a pixel of the group (ours): the mean of the channels' means, and the mean
+    of their variances plus the variance of their means. Like GroupNorm, the layer has no moving
+    statistics. It measures and filters in evaluation too, and needs its prior there.
 
-    Behind group normalisation the channels keep means and variances of their own. With the prior
+    Behind group normalisation each channel keeps its own mean and variance. From the prior
     :math:`(m_c, v_c)` behind the process model and the group's posterior :math:`(\mu_g, \Sigma_g)`
     the network variant passes on :math:`\beta + \gamma (m_c - \mu_g) / \sqrt{\Sigma_g + \epsilon}`
     and :math:`\gamma^2 v_c / (\Sigma_g + \epsilon)`, for each image (ours).
@@ -501,7 +503,17 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
     def forward(self, x: Tensor, prior: Prior = _OUTSIDE) -> Union[Tensor, Tuple[Tensor, Belief]]:
         """Normalises x: ``y = norm(x)`` outside a chain, ``y, belief = norm(x, prior=...)`` in one.
 
-        See :meth:`KalmanNorm2d.forward`.
+        Args:
+            x: features, shape (N, C, H, W).
+            prior: the predicted belief about x, before this layer's process model. It is None for
+                the head of a chain.
+
+        Returns:
+            y alone without the argument ``prior``, else y and the belief to pass on.
+
+        Raises:
+            ValueError: x is not 4-dimensional or has a wrong number of channels, a head is given a
+                prior, or another layer is given none.
         """
         self._check_channels(x, self.num_channels)
         self._check_prior(prior)
@@ -520,7 +532,7 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
 
     @torch.no_grad()
     def innovation(self, x: Tensor, prior: Belief) -> Tuple[Tensor, Tensor]:
-        """See :meth:`KalmanNorm2d.innovation`; averaged over images, shape (G,)."""
+        """:meth:`KalmanNorm2d.innovation` of each group, averaged over images, shape (G,)."""
         prior = group_belief(self._processed(prior, statistics_dtype(x)), self.num_groups)
         return _innovation(prior, self._spec(x, x.shape[0], measures=True).sets, x, self.eps)
 
@@ -532,7 +544,7 @@ def _innovation(prior: Belief, sets: Sets, x: Tensor, eps: float) -> Tuple[Tenso
 
 
 def kalman_layers(module: nn.Module) -> Dict[str, Union[KalmanNorm2d, GroupKalmanNorm2d]]:
-    """The KN and GKN layers of a model that have a gain, by name; heads of chains are left out."""
+    """The KN and GKN layers of a model by name, without the heads of chains, which have no gain."""
     return {
         name: layer
         for name, layer in module.named_modules()
@@ -549,19 +561,20 @@ def set_gain_scale(module: nn.Module, scale: float) -> None:
 def set_norm_batch_size(module: nn.Module, images: Optional[int]) -> None:
     """Makes every KN layer of a model normalise micro-batches of ``images`` images on their own.
 
-    In training, and in evaluation with batch statistics, each group of that many consecutive images
-    is measured, filtered and normalised as if it were the batch, while the gradient is that of the
-    whole batch: small batches can be studied at the speed of large ones. Running statistics take
-    the average over the groups, as averaging over GPUs would have it (the released code takes the
-    first group's). GKN, which normalises each image on its own anyway, ignores it, and so do other
-    norms. It is no part of the state_dict.
+    In training, and in evaluation with batch statistics, each run of ``images`` consecutive images
+    is measured, filtered and normalised as if it were the batch. The gradient is still the gradient
+    of the whole batch. So small batches can be studied at the speed of large ones. The running
+    statistics take the average over the micro-batches, as an average over GPUs would be (ours; the
+    released code takes the statistics of the first micro-batch). GKN and other norms ignore the
+    setting. It is not in the state_dict.
 
     Args:
         module: the model.
-        images: m, of which every batch must be a multiple; None for the whole batch at once.
+        images: the size of a micro-batch, which must divide every batch. None normalises the whole
+            batch together.
 
     Raises:
-        ValueError: if ``images`` is not None and below 1.
+        ValueError: ``images`` is below 1.
     """
     if images is not None and images < 1:
         raise ValueError(f"a micro-batch has 1 image or more, or is None, not {images}")

@@ -1,7 +1,7 @@
-"""Features through the filter of a layer: measured, filtered and normalised in one node of the graph.
+"""One autograd node that measures, filters and normalises features.
 
-Composed of torch's own nodes the same computation keeps several tensors of the size of the features,
-and passes over them three times more in the backward.
+Composed of torch's own nodes, the same computation would keep several tensors of the size of the
+features, and would pass over them three times more in the backward.
 """
 
 from typing import Optional, Tuple
@@ -47,7 +47,7 @@ class Filter:
             track(running, filtered, measured, count)
         posterior, belief, _ = filtered
         mean = spec.sets.spread(posterior.mean)
-        # Cloned: it may be one of the tensors that came in.
+        # Cloned, because the belief may be one of the inputs.
         return Statistics(mean, _scale(posterior, v, spec), Belief(*(b.clone() for b in belief)))
 
     @staticmethod
@@ -59,11 +59,11 @@ class Filter:
         d_belief: Tuple[Optional[Tensor], Optional[Tensor]],
         count: int,
     ) -> Gradients:
-        """The gradients of the vectors, and through the measurement that of the features.
+        """The gradients of the vectors, and the pass that computes dx.
 
-        In y = scale (x - mean) + bias, ``sum_dy_xmu`` is the gradient of the scale, ``sum_dy`` that
-        of the bias and -scale ``sum_dy`` that of the mean. From there autograd goes on to whatever
-        they, and the belief, are made of.
+        In y = scale (x - mean) + bias the gradients of scale, bias and mean are ``sum_dy_xmu``,
+        ``sum_dy`` and -scale ``sum_dy``. From these and from the gradient of the belief, autograd
+        goes on to the vectors and to the measurement.
 
         Args:
             v, measured, spec, count: as in :meth:`forward`.
@@ -173,7 +173,7 @@ def filter_and_normalize(
 def _composed(
     x: Tensor, v: Vectors, spec: Spec, running: Optional[Running]
 ) -> Tuple[Tensor, Belief]:
-    """:func:`filter_and_normalize` for a tracer, which sees what is computed and fuses it."""
+    """:func:`filter_and_normalize` by torch's own nodes, which a compiler sees and fuses."""
     sets = spec.sets
     values, measured = x.to(passes.statistics_dtype(x)), None
     if spec.measures:

@@ -1,15 +1,16 @@
 """The passes over a feature map that a normalisation makes, each by torch's own operators.
 
-A layer is bound by the memory that it reads and writes. BatchNorm reads x and writes nothing
-(:func:`moments`), reads x and writes y (:func:`transform`), reads x and dy (:func:`gradient_sums`),
-and reads x and dy and writes dx (:func:`input_gradient`). These are the same passes, by SyncBatchNorm's
-kernels on a GPU and by BatchNorm's and GroupNorm's on a CPU. The last one needs a dy + b x + c, for
-which torch has no operator: it takes two, which write and read dx once more.
-:func:`batch_norm_gradient` is the case for which a GPU has one.
+A norm is memory-bound: its time is the time to read and write features. BatchNorm makes four
+passes. It reads x (:func:`moments`), reads x and writes y (:func:`transform`), reads x and dy
+(:func:`gradient_sums`), and reads x and dy and writes dx (:func:`input_gradient`). The functions
+here make the same passes, by SyncBatchNorm's kernels on a GPU, and by BatchNorm's and GroupNorm's
+on a CPU. The last pass computes a dy + b x + c. torch has no operator for it, so it takes two
+operators, which write and read dx once more. For BatchNorm's own gradient a GPU has one operator
+(:func:`batch_norm_gradient`).
 
-Vectors have one number per channel, in float32 (float64 for float64 features). They bear torch's
+Vectors have one number per channel, in float32 (float64 for float64 features). They have torch's
 names: ``mean``, ``invstd`` = 1 / sqrt(var + eps), ``weight``, ``bias``; ``scale`` is weight invstd.
-Features stay in their own dtype and memory format. None is copied to float32.
+Features stay in their own dtype and memory format, and are not copied to float32.
 """
 
 from typing import Optional, Tuple, Union
@@ -30,38 +31,39 @@ __all__ = [
     "transform",
 ]
 
-# Numbers in features for which several calls take longer than one that is slow.
+# If features have fewer numbers, several fast calls take longer than one slow call.
 _FEW = 2**15
 
-# Bytes of a piece: many enough for a call of an operator to be nothing beside it.
+# Bytes of a piece, which is large enough that the cost of calling an operator does not matter.
 _PIECE = 2**21
 
-# Pixels of a channel for which a CPU's loop over half precision is too short to be fast.
+# If a channel has fewer pixels, a CPU's loop over half precision is too short to be fast.
 _SMALL_PLANE = 2**7
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the statistics of features ``x``: float32, or float64 if they are."""
+    """The dtype of the statistics of features ``x``: float32, or float64 for float64 features."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """``channels_last`` if x is that and not contiguous too, else ``contiguous_format``."""
+    """``channels_last`` if x has it and is not contiguous too, else ``contiguous_format``."""
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:
-    """dy in the memory format of x, which is dense: what the kernels of a GPU read fast."""
+    """dy in the memory format of x, and dense, as the kernels of a GPU read it fast."""
     return dy.contiguous(memory_format=memory_format(x))
 
 
 def _row_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and biased variance of each row of x (rows, n), contiguous and on a CPU.
+    """Mean and biased variance of each row of x (rows, n), which is contiguous and on a CPU.
 
-    By GroupNorm, whose moments are several times faster than BatchNorm's, but which normalises too.
-    In pieces, each gets the memory of the last one for that, still in a cache.
+    GroupNorm computes moments several times faster than BatchNorm, but also writes the normalised
+    features. So it gets x in pieces: each piece writes to the memory of the last one, which is
+    still in a cache.
     """
     rows, n = x.shape
     at_once = max(1, _PIECE // x.element_size() // n)
@@ -76,7 +78,7 @@ def _row_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 def pooled_moments(
     mean: Tensor, var: Tensor, dim: Union[int, Tuple[int, ...]]
 ) -> Tuple[Tensor, Tensor]:
-    """Mean and variance of equally large parts together, by the law of total variance."""
+    """Mean and variance of the union of equally large parts, by the law of total variance."""
     together = mean.mean(dim, keepdim=True)
     return together.squeeze(dim), (var + (mean - together).square()).mean(dim)
 
@@ -85,7 +87,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance per channel of x (N, C, H, W), of shape (C,)."""
     if x.is_cuda:
         return torch.batch_norm_update_stats(_like(x, x), None, None, 0.0)
-    if x.dtype != statistics_dtype(x):  # they come in the dtype of the running statistics
+    if x.dtype != statistics_dtype(x):  # the moments get the dtype of the running statistics
         unused = x.new_zeros(2, x.shape[1], dtype=statistics_dtype(x))
         return torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
     if not x.is_contiguous() or x.numel() < _FEW:
@@ -108,7 +110,7 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
     """``sum_dy`` and ``sum_dy_xmu``: the sums of dy and of dy (x - mean), of shape (C,)."""
     if x.is_cuda:
         x = _like(x, x)
-        # The mean stands in for a factor of sums that are not asked for.
+        # The second mean stands in for invstd, which only sums that are not asked for need.
         sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
             _like(dy, x), x, mean, mean, None, True, False, False
         )
@@ -123,7 +125,7 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
 def frozen_gradient(
     dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """scale dy, which is dx where ``mean`` and ``scale`` are constants, and :func:`gradient_sums`."""
+    """scale dy, which is dx if ``mean`` and ``scale`` do not depend on x, and the gradient sums."""
     if x.is_cuda:
         return transform(dy, torch.zeros_like(mean), scale, None), *gradient_sums(dy, x, mean)
     dx, sum_dy_xmu, sum_dy = torch.ops.aten.native_batch_norm_backward(
@@ -135,14 +137,15 @@ def frozen_gradient(
 def input_gradient(
     dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, d_mean: Tensor, d_var: Tensor, count: int
 ) -> Tensor:
-    """dx where the moments of x, each over ``count`` values, have gradients too.
+    """dx if the moments of x, each over ``count`` values, have gradients too.
 
     ::
 
         dx = scale dy + d_mean / count + 2 d_var (x - mean) / count
 
-    In half precision on a CPU ``scale`` is rounded to the dtype of the features, as autocast rounds
-    filters: the first term has a relative error of up to 2^-8 in bfloat16, 2^-11 in float16.
+    In half precision on a CPU, ``scale`` is rounded to the dtype of the features, as autocast
+    rounds filters. The first term then has a relative error of up to 2^-8 in bfloat16 and 2^-11 in
+    float16.
 
     Args:
         mean: the measured mean of x.
@@ -167,11 +170,11 @@ def batch_norm_gradient(
     sum_dy_xmu: Tensor,
     count: Tensor,
 ) -> Tensor:
-    """dx as BatchNorm has it: weight invstd (dy - sum_dy / n - invstd^2 (x - mean) sum_dy_xmu / n).
+    """BatchNorm's dx: weight invstd (dy - sum_dy / n - invstd^2 (x - mean) sum_dy_xmu / n).
 
-    This is what :func:`input_gradient` becomes for d_mean = -scale sum_dy and d_var =
-    -1/2 scale invstd^2 sum_dy_xmu, so where nothing else depends on the moments. A GPU has an
-    operator for it, which reads and writes everything once.
+    It is :func:`input_gradient` for d_mean = -scale sum_dy and d_var = -1/2 scale invstd^2
+    sum_dy_xmu, which are the gradients if only y depends on the moments. A GPU has an operator for
+    it, which reads dy and x once and writes dx once.
 
     Args:
         count: n, an int32 tensor of one element.

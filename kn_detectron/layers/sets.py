@@ -12,14 +12,14 @@ __all__ = ["Sets"]
 
 
 class Sets(NamedTuple):
-    """How the pixels of features (N, C, H, W) fall into sets with statistics of their own.
+    """Divides the pixels of features (N, C, H, W) into sets, each with its own statistics.
 
-    The images form ``rows`` runs of consecutive images and the channels ``groups`` runs of
-    consecutive channels. A set is a run of each. BatchNorm has (1, C) sets, GroupNorm has (N,
-    groups). Numbers of sets have the shape (rows, groups).
+    A set consists of N / ``rows`` consecutive images and C / ``groups`` consecutive channels.
+    BatchNorm has (1, C) sets, and GroupNorm has (N, groups). Statistics have one number per set and
+    the shape (rows, groups).
 
-    Unless the sets are BatchNorm's, the passes of :mod:`~kn_detectron.layers.passes` are made over
-    the features *unfolded*: every channel of every image counts as a channel, and vectors have N C
+    If the sets are not BatchNorm's, the passes of :mod:`~kn_detectron.layers.passes` run over the
+    *unfolded* features: every channel of every image counts as a channel, and vectors have N C
     numbers instead of C.
 
     Attributes:
@@ -44,7 +44,7 @@ class Sets(NamedTuple):
             mean, var = passes.moments(x)
             return mean[None], var[None]
         if self.rows == self.images and passes.memory_format(x) != torch.channels_last:
-            # The channels of a group follow each other: one plane.
+            # The channels of a group are adjacent in memory, and form one plane.
             planes = x.contiguous().view(1, self.images * self.groups, -1, 1)
             mean, var = passes.moments(planes)
             return mean.view(self.images, self.groups), var.view(self.images, self.groups)
@@ -56,11 +56,11 @@ class Sets(NamedTuple):
         return v.view(self.rows, per_row, self.groups, per_group)
 
     def repeat(self, v: Tensor) -> Tensor:
-        """A vector over C as one over the channels of the unfolded features."""
+        """Repeats a vector over C for the channels of the unfolded features."""
         return v if self.is_batch else v.repeat(self.images)
 
     def spread(self, v: Tensor) -> Tensor:
-        """Numbers of sets, (rows, groups) or (1, groups), as a vector over the unfolded channels."""
+        """Statistics (rows, groups) or (1, groups) as a vector over the unfolded channels."""
         if self.is_batch:
             return v.view(-1)
         per_row, per_group = self.images // max(self.rows, 1), self.channels // self.groups
@@ -79,8 +79,8 @@ class Sets(NamedTuple):
                 None or numbers.
 
         Returns:
-            What the pass returns: features in the memory format of the first ones that were given,
-            and vectors over the unfolded channels.
+            What the pass returns: features in the memory format of ``features[0]``, and vectors
+            over the unfolded channels.
         """
         x = features[0]
         if self.is_batch or self.images == 1:
@@ -91,7 +91,7 @@ class Sets(NamedTuple):
         def fold(v):
             if v.dim() != 4:
                 return v
-            # Not a view for autograd, which would not let it be changed in place.
+            # Autograd must not take it for a view, which could not be changed in place.
             v = torch.ops.aten._unsafe_view(v, x.shape)
             return v.contiguous(memory_format=passes.memory_format(x))
 
@@ -100,7 +100,7 @@ class Sets(NamedTuple):
         return fold(result) if isinstance(result, Tensor) else tuple(fold(v) for v in result)
 
     def _run_by_image(self, a_pass, features, vectors):
-        """Image by image, since a CPU is slow at changing the memory format."""
+        """:meth:`run` image by image, because a CPU is slow at changing the memory format."""
 
         def parts(v: Optional[Tensor]):
             return v.split(self.channels) if isinstance(v, Tensor) else [v] * self.images

@@ -1,8 +1,8 @@
-"""Transitions: what carries the belief about one layer's features to the next.
+"""Transitions: they carry the belief about the features of one layer to the next layer.
 
-A transition is a value without state: the blocks of a network share one. Between two normalised
-layers it is ``transition.conv(transition.relu(belief, x), conv)``. What lies between the two calls is
-a *source*, from which several convolutions may be predicted: a belief, or a map sampled from one.
+A transition has no state, so the blocks of a network share one. Between two normalised layers the
+prior is ``transition.conv(transition.relu(belief, x), conv)``. The inner call returns a *source*,
+which is a belief or a feature map sampled from it. Several convolutions can read the same source.
 """
 
 from typing import Union
@@ -21,18 +21,21 @@ Source = Union[Belief, Tensor]
 
 
 class ClosedFormTransition:
-    """Moments are computed (:mod:`kn_detectron.layers.belief`): exact, and free of image size."""
+    """Computes the moments in closed form (:mod:`kn_detectron.layers.belief`).
+
+    They have no noise, and the cost does not depend on the image size.
+    """
 
     def start(self, belief: Belief, x: Tensor) -> Belief:
-        """A belief that no ReLU follows, such as that about the image, ready for :meth:`conv`."""
+        """The source if there is no activation in between, as behind the image."""
         return belief
 
     def relu(self, belief: Belief, x: Tensor) -> Belief:
-        """The belief behind the ReLU that made the features ``x``, ready for :meth:`conv`."""
+        """The source behind the ReLU that made the features ``x``."""
         return closed_form.relu(belief)
 
     def activation(self, belief: Belief, x: Tensor, name: str, *parameters) -> Belief:
-        """:meth:`relu` for any activation in :data:`~kn_detectron.layers.activations.ACTIVATIONS`."""
+        """The source behind any of :data:`~kn_detectron.layers.activations.ACTIVATIONS`."""
         return ACTIVATIONS[name].moments(belief, *parameters)
 
     def conv(self, source: Belief, conv: nn.Conv2d) -> Belief:
@@ -40,7 +43,7 @@ class ClosedFormTransition:
         return closed_form.conv2d(source, conv.weight, conv.bias, conv.groups)
 
     def moments(self, source: Belief) -> Belief:
-        """The belief about what :meth:`start` or :meth:`relu` returned."""
+        """The belief that a source stands for, which is the source itself."""
         return source
 
     def __repr__(self) -> str:
@@ -48,10 +51,10 @@ class ClosedFormTransition:
 
 
 class MonteCarloTransition:
-    """Moments are measured on a sampled feature map (Sec. 3.2): y ~ N(mean, var), ReLU, conv.
+    """Measures the moments on a sampled feature map (Sec. 3.2): y ~ N(mean, var), ReLU, conv.
 
     One map is drawn per row of the belief, from torch's global generator. It costs one more
-    convolution per layer, and the prior is as noisy as the map is small.
+    convolution per layer. The smaller the map, the noisier the prior.
 
     Args:
         size: side of the sampled map in pixels; 0 for the feature map's own height and width, as
@@ -91,7 +94,7 @@ class MonteCarloTransition:
         return self.moments(y)
 
     def moments(self, source: Source) -> Belief:
-        """Mean and biased variance per row and channel of a sampled map; of a belief, itself."""
+        """Mean and biased variance per row and channel of a sampled map; a belief as it is."""
         if isinstance(source, Belief):
             return source
         var, mean = torch.var_mean(source, dim=(2, 3), unbiased=False)

@@ -13,11 +13,11 @@ class About:
     """What is known about a feature.
 
     Attributes:
-        channels: the sizes of its dimensions between batch and height: one, but where the code has
-            split the channels into groups.
-        belief: the node that makes the belief.
-        source: the node that makes what a convolution reads (a sampled feature map where priors
-            are sampled). One of the two may be missing, and is made where it is needed.
+        channels: the sizes of the dimensions between batch and height. There is one such dimension,
+            unless the code has split the channels into groups.
+        belief: the node that makes the belief, or None if it was not needed yet.
+        source: the node that makes the transition's source, or None if it was not needed yet. At
+            least one of ``belief`` and ``source`` is a node.
     """
 
     channels: Tuple[int, ...]
@@ -26,10 +26,12 @@ class About:
 
 
 class End(Exception):
-    """The end of a chain: why nothing is known about a feature, and which node's it was first.
+    """The end of a chain: nothing is known about a feature.
 
-    A feature whose statistics nobody expects to know, such as the image in the paper variant, has
-    no reason.
+    Attributes:
+        why: the reason. It is empty if there is nothing to know, as about the image in the paper
+            variant.
+        node: the first node about whose output nothing is known.
     """
 
     def __init__(self, why: str = ""):

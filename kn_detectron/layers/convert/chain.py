@@ -1,4 +1,4 @@
-"""What a converted network asks for the beliefs beside its features."""
+"""The module that computes the beliefs in a converted network."""
 
 import copy
 from typing import NamedTuple, Optional, Sequence, Tuple, Union
@@ -15,7 +15,7 @@ __all__ = ["Chain", "ConvArguments"]
 
 
 class ConvArguments(NamedTuple):
-    """A convolution that is no module: what a transition reads of one."""
+    """The arguments of a functional convolution, named as the attributes of a module."""
 
     weight: Tensor
     bias: Optional[Tensor] = None
@@ -26,17 +26,17 @@ class ConvArguments(NamedTuple):
 
 
 class Chain(nn.Module):
-    """Carries beliefs from norm to norm; the methods are called from the generated code.
+    """Carries beliefs from norm to norm. The generated code calls its methods.
 
-    A belief has the shape of its feature without height and width: (1, C) or (N, C), and one more
-    dimension where the code has split the channels into groups. Where no beliefs are needed, which
-    is in evaluation with moving statistics, :meth:`start` returns None, and of None every method
-    makes None.
+    A belief has the shape of its feature without height and width: (1, C) or (N, C), with one more
+    dimension if the code has split the channels into groups. Evaluation with moving statistics
+    needs no beliefs. :meth:`start` then returns None, and all methods pass None on.
 
     Args:
-        image_mean, image_std: of the images as the network gets them, C numbers each.
+        image_mean, image_std: mean and standard deviation of the images that the network gets, C
+            numbers each.
         transition: how a belief crosses activations and convolutions.
-        variant: of the layers, ``"network"`` or ``"paper"``.
+        variant: the variant of the layers, ``"network"`` or ``"paper"``.
         in_evaluation: whether the layers need priors in evaluation too.
     """
 
@@ -52,13 +52,13 @@ class Chain(nn.Module):
         self.transition = transition
         self.variant = variant
         self.in_evaluation = in_evaluation
-        # Of the data, not of the weights: out of the checkpoint.
+        # They belong to the data and not to the weights, so they are not in the checkpoint.
         self.register_buffer("image_mean", torch.tensor([image_mean]).float(), persistent=False)
         image_var = torch.tensor([image_std]).float().square()
         self.register_buffer("image_var", image_var, persistent=False)
 
     def in_closed_form(self) -> "Chain":
-        """The same, always on, without sampling: for calibration."""
+        """A copy for calibration, which always computes beliefs, and without sampling."""
         chain = copy.copy(self)
         chain.transition = ClosedFormTransition()
         chain.in_evaluation = True
@@ -89,12 +89,14 @@ class Chain(nn.Module):
         return closed_form.normalized(norm.weight, norm.bias)
 
     def behind_head(self, belief: Optional[Belief], norm: nn.Module) -> Optional[Belief]:
-        """The belief behind the head of a chain, also where it is in evaluation in a network that
-        is not, and so has none."""
+        """The belief behind the head of a chain.
+
+        A head in evaluation returns none if its network is in training. It then counts as frozen.
+        """
         return self.frozen(norm) if belief is None else belief
 
     def nothing(self, channels: int) -> Tensor:
-        """Features of no images."""
+        """The features of an empty batch."""
         return self.image_var.new_zeros(0, channels, 1, 1)
 
     def of_batch(self, belief: Optional[Belief]) -> Optional[Belief]:
@@ -106,76 +108,76 @@ class Chain(nn.Module):
     # Through the transition.
 
     def source(self, belief: Optional[Belief], x: Tensor):
-        """What :meth:`conv` reads, of a belief about x that no activation made."""
+        """The transition's source for the belief about x, if no activation made x."""
         return None if belief is None else self.transition.start(belief, x)
 
     def activation(self, belief: Optional[Belief], x: Tensor, name: str, *parameters):
-        """What :meth:`conv` reads behind the activation that made x."""
+        """The transition's source behind the activation that made x."""
         if belief is None:
             return None
         return self.transition.activation(belief, x, name, *parameters)
 
     def moments(self, source) -> Optional[Belief]:
-        """The belief in what :meth:`source` or :meth:`activation` returned."""
+        """The belief that a source stands for."""
         return None if source is None else self.transition.moments(source)
 
     def conv(self, source, conv: nn.Module) -> Optional[Belief]:
-        """Behind a convolution."""
+        """The belief behind a convolution, given as a module."""
         return None if source is None else self.transition.conv(source, conv)
 
     def conv2d(self, source, *arguments) -> Optional[Belief]:
-        """Behind a convolution that is no module."""
+        """The belief behind a convolution, given by its arguments."""
         return self.conv(source, ConvArguments(*arguments))
 
-    # The same in all variants.
+    # The same for every transition.
 
     def add(self, a: Optional[Belief], b: Optional[Belief]) -> Optional[Belief]:
-        """Behind a sum of two features, held to be independent."""
+        """The belief behind a sum of two features, which are taken to be independent."""
         return None if a is None or b is None else closed_form.add(a, b)
 
     def scale(self, belief: Optional[Belief], factor) -> Optional[Belief]:
-        """Behind a product with a constant: a number, or a tensor of one value per channel."""
+        """The belief behind a product with a number, or with a tensor of one value per channel."""
         if belief is None:
             return None
         factor = self._constant(factor)
         return Belief(belief.mean * factor, belief.var * (factor * factor))
 
     def shift(self, belief: Optional[Belief], offset) -> Optional[Belief]:
-        """Behind a sum with a constant: a number, or a tensor of one value per channel."""
+        """The belief behind a sum with a number, or with a tensor of one value per channel."""
         if belief is None:
             return None
         return belief._replace(mean=belief.mean + self._constant(offset))
 
     @staticmethod
     def _constant(value):
-        # As it is added to a feature: (C, 1, 1) or (1, C, 1, 1), or (1, ..., 1).
+        # Its shape fits a feature: (C, 1, 1), (1, C, 1, 1) or (1, ..., 1).
         if isinstance(value, Tensor) and value.dim() > 2:
             return value[..., 0, 0]
         return value
 
     def cat(self, beliefs: Sequence[Optional[Belief]]) -> Optional[Belief]:
-        """Behind a concatenation of channels."""
+        """The belief behind a concatenation of channels."""
         if any(belief is None for belief in beliefs):
             return None
         rows = max(belief.mean.shape[0] for belief in beliefs)
         return Belief(*(torch.cat([v.expand(rows, -1) for v in vs], 1) for vs in zip(*beliefs)))
 
     def pad(self, belief: Optional[Belief], channels: Sequence[int]) -> Optional[Belief]:
-        """Behind channels of zeros in front of the others and behind them."""
+        """The belief behind a padding with channels of zeros before and after the others."""
         if belief is None:
             return None
         return Belief(*(nn.functional.pad(v, tuple(channels)) for v in belief))
 
     def index(self, belief: Optional[Belief], index: tuple) -> Optional[Belief]:
-        """Behind a choice of channels."""
+        """The belief behind a selection of channels."""
         return None if belief is None else Belief(*(v[index] for v in belief))
 
     def reshape(self, belief: Optional[Belief], channels: Sequence[int]) -> Optional[Belief]:
-        """Behind a split of the channels into groups, or a merge."""
+        """The belief behind a split of the channels into groups, or behind a merge."""
         if belief is None:
             return None
         return Belief(*(v.reshape(v.shape[0], *channels) for v in belief))
 
     def permute(self, belief: Optional[Belief], order: Sequence[int]) -> Optional[Belief]:
-        """Behind a change of the order of the dimensions between batch and height."""
+        """The belief behind a new order of the dimensions between batch and height."""
         return None if belief is None else Belief(*(v.permute(order) for v in belief))

@@ -1,4 +1,4 @@
-"""Rules for what splits, chooses, orders and joins channels; see :mod:`.rules`."""
+"""Rules for operations that split, select, reorder and join channels; see :mod:`.rules`."""
 
 import math
 from typing import Any, Optional, Sequence, Tuple
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def one_channel_dimension(about: About) -> int:
-    """The number of channels of a feature in which they are not split into groups."""
+    """The number of channels of a feature, whose channels must not be split into groups."""
     if len(about.channels) != 1:
         raise End("the channels are split into groups")
     return about.channels[0]
@@ -70,7 +70,7 @@ def narrow(walk, x, dim, start, length) -> About:
     _channel_dim(dim, about, "cuts")
     start, length = numbers(walk, (start, length))
     if start is None or length is None:
-        raise End("it cuts at a place that is computed")
+        raise End("it cuts at an index that is computed")
     return _slice(walk, about, start, start + length)
 
 
@@ -108,7 +108,7 @@ def _bounds(walk, index: Any) -> Any:
 
 
 def numbers(walk, values: Any) -> Tuple[Optional[int], ...]:
-    """Arguments that are sizes or dimensions, one or several; None where one cannot be told."""
+    """One or several sizes or dimensions, with None for each that is not known."""
     values = values if isinstance(values, (tuple, list)) else (values,)
     return tuple(walk.size(value) for value in values)
 
@@ -150,7 +150,7 @@ def permute(walk, x, *order) -> About:
     order = numbers(walk, order[0] if len(order) == 1 else order)
     rank = len(about.channels) + 3
     if None in order or len(order) != rank:
-        raise End("it changes the order of dimensions that are computed")
+        raise End("the order of its dimensions is computed")
     order = [d % rank for d in order]
     if order[0] != 0 or order[-2:] != [rank - 2, rank - 1]:
         raise End("what it returns is no feature map")

@@ -36,41 +36,43 @@ def convert_kalman_norm(
     transition: Transition = ClosedFormTransition(),
     return_beliefs: bool = False,
 ) -> KalmanNetwork:
-    """Makes the BatchNorm2d of a network KN and its GroupNorm GKN, each with its prior.
+    """Replaces the BatchNorm2d of a network by KN and its GroupNorm by GKN, with priors (ours).
 
-    The network is traced by torch.fx, and beside what makes a feature goes what makes the belief
-    about it: through convolutions, activations, sums, concatenations, pooling and what else the
-    rules in :mod:`~kn_detectron.layers.convert.rules` know. Where there is no rule, as for the
-    product of two features in a squeeze-excitation block, the chain ends, and the next norm is the
-    head of a new one, which is BatchNorm (GroupNorm). One warning says where.
+    torch.fx traces the network. Beside each operation that makes a feature goes an operation that
+    makes the belief about this feature. The rules in :mod:`~kn_detectron.layers.convert.rules` know
+    convolutions, activations, sums, concatenations, pooling and more. If there is no rule, as for
+    the product of two features in a squeeze-excitation block, the chain ends. The next norm is then
+    the head of a new chain, which is BatchNorm (GroupNorm). One warning lists these places.
 
-    Statistics, scale and shift are taken over. Where the statistics are not those of a fresh
-    network, the priors are calibrated to them at once (network variant, KN).
+    Statistics, scale and shift are taken over. If the statistics are not the initial ones, the
+    priors of KN are calibrated to them at once (network variant only).
 
     Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` it works in place: the result has the
     modules of ``network``, whose norms are replaced. Use the result and not ``network``.
 
     Args:
-        network: with BatchNorm2d, SyncBatchNorm or GroupNorm, of a forward function that torch.fx
-            can trace; its first input is the image. Frozen BatchNorm stays, and the chain goes
-            through it. Arguments of forward that have a default keep it.
-        image_mean, image_std: of the images per channel, as the network gets them: normalised with
-            their own mean and deviation, 0 and 1.
+        network: has BatchNorm2d, SyncBatchNorm or GroupNorm, and a forward function that torch.fx
+            can trace and whose first input is the image, shape (N, C, H, W). Frozen BatchNorm
+            stays, and the chain goes through it. Arguments of forward that have a default keep it.
+        image_mean, image_std: mean and standard deviation per channel of the images that the
+            network gets. The defaults fit images that are normalised with their mean and standard
+            deviation.
         gain, learn_gain, variant, process_model, prior_gradient, eval_statistics: see
             :class:`~kn_detectron.layers.KalmanNorm2d`. In the variant ``"paper"`` the first norm is
             the head of the chain.
-        transition: how priors are predicted; :class:`~kn_detectron.layers.MonteCarloTransition` as
-            the paper does it.
-        return_beliefs: whether forward returns, with its output, the beliefs about it in the same
-            form: a Belief for a feature, or None where nothing is known about it or no beliefs are
+        transition: how priors are predicted. The paper does it by
+            :class:`~kn_detectron.layers.MonteCarloTransition`.
+        return_beliefs: whether forward returns its output and the beliefs about it, in the same
+            form: a Belief for a feature, or None if nothing is known about it or no beliefs are
             computed.
 
     Returns:
-        KalmanNetwork: its ``state_dict`` is that of ``network`` and KN's own entries.
+        KalmanNetwork: its ``state_dict`` has the entries of ``network`` and those of KN.
 
     Raises:
-        InputError: the network has no norm that could be converted, has three-dimensional or
-            Kalman norms, cannot be traced, or takes other images.
+        InputError: the network has no norm that could be converted, three-dimensional layers,
+            Kalman layers, or hooks that would be lost; or it cannot be traced, or takes images with
+            another number of channels.
     """
     _check(network)
     channels = len(image_std) if variant == "network" else None
@@ -117,7 +119,7 @@ def _check(network: nn.Module) -> None:
     name = type(network).__name__
     if any(isinstance(m, (KalmanNorm2d, GroupKalmanNorm2d)) for m in network.modules()):
         raise InputError(
-            f"{name} has Kalman layers already: convert the network that it was made of."
+            f"{name} has Kalman layers already: convert the network that it was made from."
         )
     for path, module in network.named_modules():
         if isinstance(module, (nn.BatchNorm3d, nn.Conv3d, nn.ConvTranspose3d)):
@@ -138,7 +140,7 @@ def _check(network: nn.Module) -> None:
 
 
 def _heads(walks: Iterable[Walk]) -> Dict[str, End]:
-    """The norms that have no prior, at least at one place, and why."""
+    """The norms that have no prior in at least one call, and why."""
     calls = [call for walk in walks for call in walk.norms]
     return {call.node.target: call.end for call in calls if call.end is not None}
 
@@ -165,7 +167,7 @@ def _layer(norm: nn.Module, gain: Optional[float], eval_statistics: str, options
 
 
 def _warn(ends: Dict[str, End], norms: int, network: nn.Module) -> None:
-    """Says where chains end, each kind of place once."""
+    """Warns where chains end, with one line for each kind of place."""
     places: Dict[str, List[str]] = {}
     without_prior = 0
     for end in ends.values():
@@ -183,7 +185,7 @@ def _warn(ends: Dict[str, End], norms: int, network: nn.Module) -> None:
         for what, where in places.items()
     ]
     logger.warning(
-        "%d of the %d norms have no prior, which makes them BatchNorm (GroupNorm for GKN), since the "
+        "%d of the %d norms have no prior and work as BatchNorm (GroupNorm for GKN), because the "
         "chain of beliefs ends in front of them:\n  %s",
         without_prior,
         norms,
@@ -192,7 +194,7 @@ def _warn(ends: Dict[str, End], norms: int, network: nn.Module) -> None:
 
 
 def _place(node: fx.Node, network: nn.Module) -> Tuple[str, str]:
-    """In which module a node is, and what it is, with the line of code."""
+    """The name of the module that a node is in, and what the node is, with its line of code."""
     if node.op == "call_module":
         return node.target, type(network.get_submodule(node.target)).__name__
     name = node.target if isinstance(node.target, str) else node.target.__name__

@@ -1,4 +1,4 @@
-"""Memory: which features change where one of them is changed in place."""
+"""Memory: which features change if one of them is changed in place."""
 
 import operator
 from typing import Dict, List, Optional, Tuple
@@ -13,19 +13,19 @@ _PERHAPS_VIEW_MODULES = (nn.Dropout, nn.Dropout2d, nn.Flatten, nn.ChannelShuffle
 
 
 class Memory:
-    """The features that share memory, as far as the nodes up to the present one tell."""
+    """The features that share memory, as far as the nodes noted so far tell."""
 
     def __init__(self, network: nn.Module):
         self._network = network
-        # The node whose memory it was first, and whether it is the very same feature.
+        # For each node, the node that its memory comes from, and whether both are the same feature.
         self._origin: Dict[fx.Node, Tuple[fx.Node, bool]] = {}
 
     def note(self, node: fx.Node) -> Tuple[List[fx.Node], List[fx.Node]]:
         """Notes a node, in the order of the graph.
 
         Returns:
-            The other nodes that are from now on the same feature as this one, since it was made in
-            place of them, and those that are changed in a way that is not known.
+            The nodes that are now the same feature as this one, because it was computed in their
+            place, and the nodes that it changed in an unknown way.
         """
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         sharing = _sharing(node, self._network)
@@ -43,8 +43,8 @@ class Memory:
 
 
 def _sharing(node: fx.Node, network: nn.Module) -> Optional[str]:
-    """Whether a node "changes" its first argument in place, is the "same", "perhaps" is a view of
-    it, or neither (None)."""
+    """How a node shares memory with its first argument: it "changes" it in place, is the "same", is
+    "perhaps" a view of it, or shares nothing (None)."""
     if node.op == "call_module":
         module = network.get_submodule(node.target)
         if getattr(module, "inplace", False):

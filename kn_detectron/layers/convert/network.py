@@ -1,4 +1,4 @@
-"""What a converted network is: the modules of the original, and code that was written for them."""
+"""A converted network: the modules of the original, and generated code that calls them."""
 
 import copy
 import itertools
@@ -21,7 +21,7 @@ _numbers = itertools.count()
 
 
 class Program:
-    """A function that was made from a graph. It is copied and pickled as its source."""
+    """A function that was generated from a graph. It is copied and pickled as its source."""
 
     def __init__(self, source: str):
         self.source = source
@@ -34,7 +34,7 @@ class Program:
 
     @classmethod
     def of_graph(cls, graph: fx.Graph) -> "Program":
-        """The function that does what a graph says, of a module and the graph's inputs."""
+        """The function of a module and the graph's inputs that computes a graph."""
         code = graph.python_code("self")
         words = set(re.findall(r"\w+", code.src))
         imports = [_import(name, value) for name, value in code.globals.items() if name in words]
@@ -60,19 +60,18 @@ def _import(name: str, value: Any) -> str:
 class KalmanNetwork(nn.Module):
     """A network that :func:`~.convert_kalman_norm` made.
 
-    It has the modules, parameters and attributes of the original under the same names. What
-    differs is that its norms are KN or GKN, that a module without parameters is with them, and
-    that ``forward`` is code that passes beliefs along with the features. It calls the innermost
-    modules one by one: the ``forward`` functions and hooks of those that contain them, which would
-    pass no beliefs, are not used.
+    It has the modules, parameters and attributes of the original under the same names. Its norms
+    are KN or GKN, and it has one more module. Its ``forward`` is generated code, which passes
+    beliefs along with the features and calls the innermost modules one by one. The ``forward``
+    functions and hooks of the modules around them would pass no beliefs, and are not called.
 
     Attributes:
-        kalman_chain (Chain): makes the beliefs.
+        kalman_chain (Chain): the additional module, without parameters, which computes the beliefs.
     """
 
     def __init__(self, network: nn.Module, chain: Chain, programs: Dict[str, Program]):
         super().__init__()
-        if isinstance(network, fx.GraphModule):  # it has its graph and code among its attributes
+        if isinstance(network, fx.GraphModule):  # its attributes include its graph and its code
             self._original = None
             for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
                 setattr(self, kind, getattr(network, kind))
@@ -85,7 +84,7 @@ class KalmanNetwork(nn.Module):
 
     @property
     def code(self) -> str:
-        """What :meth:`forward` does in the present mode, as Python code."""
+        """The Python code of :meth:`forward` in the present mode."""
         return self._program.source
 
     @property
@@ -93,20 +92,20 @@ class KalmanNetwork(nn.Module):
         return self._programs["training" if self.training else "evaluation"]
 
     def forward(self, *args, **kwargs):
-        """What the original's ``forward`` does, with Kalman Normalization."""
+        """Computes what the original's ``forward`` computes, with Kalman Normalization."""
         return self._program(self, *args, **kwargs)
 
     @torch.no_grad()
     def pass_beliefs(self) -> None:
-        """Calls every norm on no images, with its prior in closed form; for calibration.
+        """Calls every norm on an empty batch with its prior in closed form, for calibration.
 
-        The priors of the network variant depend on parameters only: no images are needed for it.
+        The priors of the network variant depend on parameters only, so no images are needed.
         """
         with in_mode(self, training=True):
             self._programs["beliefs"](self, getattr(self, CHAIN).in_closed_form())
 
     def put_norm(self, name: str, layer: nn.Module) -> None:
-        """Has a Kalman layer take the place and the tensors of a norm, wherever that is used."""
+        """Replaces a norm, wherever it is used, by a Kalman layer, which takes over its tensors."""
         norm = self.get_submodule(name)
         # The very same tensors: an optimiser may have them already.
         layer._parameters.update(norm._parameters)
@@ -122,7 +121,7 @@ class KalmanNetwork(nn.Module):
         """A copy of the network as it was before its conversion, with the present weights.
 
         Raises:
-            InputError: if it was a GraphModule.
+            InputError: the original was a GraphModule.
         """
         if self._original is None:
             raise InputError(

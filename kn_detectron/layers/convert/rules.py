@@ -1,9 +1,10 @@
-"""Rules: from what is known about the inputs of a node to what is known about its output.
+"""Rules: they derive what is known about the output of a node from what is known about its inputs.
 
-A rule is a function ``rule(walk, *args, **kwargs)`` of a :class:`~.walk.Walk` and of the arguments
-that the node has, and for a module ``rule(walk, module, x)``. It returns an
-:class:`~.about.About`, a tuple of them, or raises an :class:`~.about.End` that says why it cannot.
-Those for what happens to channels are in :mod:`.channels`, the tables at the end of this file; what a belief becomes is in :class:`~.chain.Chain`.
+For a function or method a rule is ``rule(walk, *args, **kwargs)``, with a :class:`~.walk.Walk` and
+the arguments of the node. For a module it is ``rule(walk, module, x)``. It returns an
+:class:`~.about.About` or a tuple of them, or raises an :class:`~.about.End` that says why it
+cannot. The rules for channels are in :mod:`.channels`. The tables of rules are at the end of this
+file. The arithmetic of beliefs is in :class:`~.chain.Chain`.
 """
 
 import operator
@@ -21,7 +22,7 @@ from .about import About, End
 
 __all__ = ["find_rule", "is_ruled"]
 
-# The belief stays as it is, or nearly.
+# Operations that leave the belief as it is, or nearly so.
 
 
 def _same(walk, x, *args, **kwargs) -> About:
@@ -40,12 +41,12 @@ def _pad(walk, x, pad, mode="constant", value=None) -> About:
         return about
     known = None not in channels and mode == "constant" and not value
     if more or not known or len(about.channels) != 1:
-        raise End("it pads channels with what is not 0")
+        raise End("it pads channels with values other than 0")
     return walk.make([about.channels[0] + sum(channels)], "pad", walk.belief(about), channels)
 
 
 def _mean(walk, x, dim=None, keepdim=False, **kwargs) -> About:
-    """Average pooling over all positions, if the dimensions stay."""
+    """Average pooling over all positions, if the dimensions are kept."""
     about = walk.about(x)
     rank = len(about.channels) + 3
     dims = on_channels.numbers(walk, dim)
@@ -92,7 +93,7 @@ def _clamp(walk, x, min=None, max=None) -> About:
 def _conv_module(walk, module: nn.Conv2d, x) -> About:
     plain = type(module).forward is nn.Conv2d.forward
     if not plain and not is_ruled(type(module)):
-        raise End("it is a convolution that does something else with its weights")
+        raise End("it is a subclass of Conv2d with a forward function of its own")
     _check_channels(walk.about(x), module.in_channels)
     return walk.convolved(x, module.out_channels)
 
@@ -108,7 +109,7 @@ def _conv2d(walk, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=
 
 def _check_channels(about: About, channels: int) -> None:
     known = on_channels.one_channel_dimension(about)
-    if known != channels:  # the network itself would fail, so it is the images that have others
+    if known != channels:  # the layers fit each other, so the images must have other channels
         raise InputError(
             f"image_mean and image_std are about images of {known} channels, but the network takes "
             f"{channels}: give one number for each channel of its images."
@@ -165,7 +166,7 @@ def _multiply(walk, a, b) -> About:
 def _divide(walk, a, b) -> About:
     about = walk.about(a)
     if not isinstance(b, (int, float)):
-        raise End("it divides by what is computed")
+        raise End("it divides by a value that is computed")
     return walk.make(about.channels, "scale", walk.belief(about), 1.0 / b)
 
 
@@ -186,7 +187,7 @@ _SAME_MODULES = (
     StochasticDepth,
 )
 
-# By class, the nearest base first.
+# By class. The rule of the nearest base class counts.
 _MODULES: Dict[type, Callable] = {
     **{module: _same_module for module in _SAME_MODULES},
     **{a.module: _activation_module(name, a) for name, a in ACTIVATIONS.items()},
@@ -194,14 +195,14 @@ _MODULES: Dict[type, Callable] = {
     nn.ChannelShuffle: on_channels.channel_shuffle_module,
 }
 
-# timm's, which is an optional package: its convolutions that pad as TensorFlow's do.
+# By the name of the class, since timm is optional. Conv2dSame pads as TensorFlow does.
 _MODULES_BY_NAME: Dict[str, Callable] = {
     "DropPath": _same_module,
     "Conv2dSame": _conv_module,
     "Conv2dSameExport": _conv_module,
 }
 
-# By the name in torch, torch.nn.functional and torch.Tensor, with and without "_" behind it.
+# By the name in torch, torch.nn.functional and torch.Tensor, with and without a final "_".
 _BY_NAME: Dict[str, Callable] = {
     **{name: _activation(name, activation) for name, activation in ACTIVATIONS.items()},
     **dict.fromkeys(("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d"), _same),
@@ -260,7 +261,7 @@ def find_rule(op: str, target: Any) -> Optional[Callable]:
     """The rule for a node, or None.
 
     Args:
-        op: the node's.
+        op: the node's op.
         target: the function, the name of the method, or the module itself.
     """
     if op == "call_function":
@@ -274,6 +275,6 @@ def find_rule(op: str, target: Any) -> Optional[Callable]:
 
 
 def is_ruled(module_class: type) -> bool:
-    """Whether there is a rule for a class of modules itself, not only for one that it derives from,
-    of which it may do more."""
+    """Whether there is a rule for this very class of modules. A rule for its base class does not
+    count, since a subclass may do more."""
     return module_class in _MODULES or module_class.__name__ in _MODULES_BY_NAME

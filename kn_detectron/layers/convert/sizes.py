@@ -1,4 +1,4 @@
-"""Sizes: what the code of a network computes from the shapes of its features."""
+"""Sizes: the numbers that a network's code computes from the shapes of its features."""
 
 import operator
 from typing import Any, Dict, Optional, Tuple
@@ -20,7 +20,7 @@ _OUT_OF_PLACE = {
 class Sizes:
     """The nodes that are sizes, or are computed from sizes.
 
-    The numbers of channels are known, batch size, height and width are not (None).
+    Numbers of channels have known values. Batch size, height and width have the value None.
     """
 
     def __init__(self):
@@ -30,19 +30,18 @@ class Sizes:
         return node in self._values
 
     def value(self, x: Any) -> Any:
-        """An argument of a node, None where it is a size that is not known."""
+        """The value of a node's argument, or None for a size that is not known."""
         return self._values.get(x) if isinstance(x, fx.Node) else x
 
     def note(self, node: fx.Node, channels: Optional[Tuple[int, ...]]) -> bool:
         """Notes a node if it is a size.
 
         Args:
-            node: is changed where it is computed in place: a number has no other names that would
-                change with it.
-            channels: of the feature that is the first argument, if it is one that is known.
+            node: an operation in place becomes one out of place, which is the same for numbers.
+            channels: the channels of the first argument, if it is a feature and they are known.
 
         Returns:
-            bool: whether it is.
+            bool: whether the node is a size.
         """
         if node.op == "call_method" and node.target in ("size", "dim"):
             self._values[node] = self._attribute("shape", channels, *node.args[1:2])

@@ -1,4 +1,4 @@
-"""From a network to the graph of what it does, by torch.fx."""
+"""Traces a network by torch.fx."""
 
 import contextlib
 import inspect
@@ -18,7 +18,7 @@ __all__ = ["in_mode", "is_frozen_norm", "is_norm", "is_of_torch", "trace"]
 
 
 def is_of_torch(file: str) -> bool:
-    """Whether a file is torch's own, which says nothing about where a network does what."""
+    """Whether a file is torch's own, and so is not the code of the network."""
     return file.startswith(str(Path(torch.__file__).parent) + os.sep)
 
 
@@ -40,7 +40,7 @@ def _recorded(function):
 
 
 class _Proxy(fx.Proxy):
-    """Keeps ``y += x`` in place, which a Proxy would make y = y + x: y may have other names."""
+    """Records ``y += x`` in place. fx.Proxy would record y = y + x, but y may have other names."""
 
     __iadd__ = _recorded(operator.iadd)
     __isub__ = _recorded(operator.isub)
@@ -49,7 +49,7 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """Takes norms for one step each, and what cannot be traced too unless there are norms in it."""
+    """Makes one node of each norm, and of each module without norms that cannot be traced."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ class _Tracer(fx.Tracer):
         except Exception:
             if any(is_norm(child) for child in module.modules()):
                 raise
-            # It stays as it is: whatever is wrong with it is seen when it runs.
+            # The module becomes one node. If something is wrong with it, running it will tell.
             for node in reversed(self.graph.nodes):
                 if node is last:
                     break
@@ -88,7 +88,7 @@ class _Tracer(fx.Tracer):
 
 @contextlib.contextmanager
 def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """Has a network in training or in evaluation, and every module as it was afterwards."""
+    """Puts a network into training or evaluation mode, and every module back afterwards."""
     modes = [(module, module.training) for module in network.modules()]
     try:
         network.train(training)
@@ -99,7 +99,7 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _defaults(network: nn.Module) -> dict:
-    """The arguments of forward that have defaults, which are those that the graph is made for."""
+    """The arguments of forward that have defaults. The graph is traced with the defaults."""
     parameters = inspect.signature(network.forward).parameters
     return {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
 
@@ -111,38 +111,39 @@ def _origin(error: Exception) -> str:
 
 
 def trace(network: nn.Module, training: bool) -> fx.Graph:
-    """What a network does, in training or in evaluation, as a graph.
+    """Traces what a network does in training or in evaluation.
 
-    Norms are one step each. So is a module that cannot be traced, unless there are norms in it.
+    Each norm is one node. So is a module that cannot be traced, unless it contains norms.
 
     Args:
-        network: stays as it is.
-        training: in which mode.
+        network: is not changed.
+        training: whether to trace it in training mode.
 
     Returns:
-        fx.Graph: of modules, functions and methods.
+        fx.Graph: the calls of modules, functions and methods.
 
     Raises:
-        InputError: if forward does what depends on the values of its input. It names the line.
+        InputError: forward cannot be traced, for instance because it depends on the values of its
+            input (the error names the line); or torch.fx does not see how the output is computed.
     """
     defaults = _defaults(network)
     with in_mode(network, training):
         try:
             graph = _Tracer().trace(network, defaults or None)
-        except Exception as error:  # whatever a forward function does with what is no tensor
+        except Exception as error:  # forward gets proxies, with which anything may fail
             raise InputError(
                 f"{type(network).__name__} cannot be traced by torch.fx, which the conversion to "
-                f"KN needs: {_origin(error)} ({error}). Take what depends on the values or sizes "
-                "of the input out of forward, or convert the parts of the network that do without."
+                f"KN needs: {_origin(error)} ({error}). Move code that depends on the values or "
+                "sizes of the input out of forward, or convert parts of the network without it."
             ) from error
     if not next(iter(reversed(graph.nodes))).all_input_nodes:
         raise InputError(
-            f"{type(network).__name__} returns nothing that torch.fx sees it compute, as where hooks "
-            "collect the features: return them from forward, or take them with torchvision's "
-            "create_feature_extractor."
+            f"{type(network).__name__} returns nothing that torch.fx sees it compute, perhaps "
+            "because hooks collect the features: return them from forward, or take them with "
+            "torchvision's create_feature_extractor."
         )
     for node in graph.nodes:
-        node.type = None  # what annotations mean is known where they were written only
+        node.type = None  # an annotation has its meaning only where it was written
         if node.op == "placeholder" and node.target.rpartition("_")[0] in defaults:
-            node.target = node.target.rpartition("_")[0]  # fx numbers those that it fixes
+            node.target = node.target.rpartition("_")[0]  # fx adds numbers to the names of these
     return graph

@@ -1,4 +1,4 @@
-"""Puts beside each node of a graph that makes a feature the node that makes its belief."""
+"""Inserts the nodes that make beliefs into a graph, beside the nodes that make the features."""
 
 import operator
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
@@ -17,7 +17,7 @@ CHAIN = "kalman_chain"  # the name of the module Chain in a converted network
 
 
 class NormCall(NamedTuple):
-    """Where a norm is called, and why it has no prior, or None where it has one."""
+    """A call of a norm: its node, and why it has no prior, or None if it has one."""
 
     node: fx.Node
     end: Optional[End]
@@ -30,13 +30,14 @@ class Walk:
     """One pass over a graph, in its order.
 
     Args:
-        network: of which the graph is; its norms are still the original ones.
-        graph: is changed: nodes are added, and norms get ``prior=``.
-        channels: of the images, or None where the first norm is the head of the chain.
+        network: the traced network, with its original norms.
+        graph: its graph, which is changed in place: nodes are added, and norms get ``prior=``.
+        channels: number of channels of the images, or None if the first norm is to be the head of
+            the chain.
 
     Attributes:
-        norms: where norms are called.
-        own (set): the nodes that were added for the sake of beliefs.
+        norms: the calls of norms.
+        own (set): the nodes that were added for beliefs.
         chain: the node that is the module :class:`~.chain.Chain`.
     """
 
@@ -69,16 +70,16 @@ class Walk:
     # What rules may ask for.
 
     def about(self, x: Any) -> About:
-        """What is known about an argument of a node; raises its :class:`End` if nothing is."""
+        """What is known about an argument of a node. If nothing is known, raises an :class:`End`."""
         known = self._known.get(x) if isinstance(x, fx.Node) else None
         if isinstance(known, End):
             raise known
         if not isinstance(known, About):
-            raise End("it takes what is no feature")
+            raise End("it takes an argument that is no feature")
         return known
 
     def pieces(self, x: Any) -> Optional[Tuple[About, ...]]:
-        """What is known about the features in an argument that is a tuple of them, else None."""
+        """What is known about the features in a tuple, or None if the argument is no such tuple."""
         known = self._known.get(x) if isinstance(x, fx.Node) else None
         return known if isinstance(known, tuple) else None
 
@@ -100,32 +101,32 @@ class Walk:
         return x.target(*args, **kwargs)
 
     def size(self, x: Any) -> Any:
-        """An argument, also where it is computed from sizes; None where it cannot be told."""
+        """The value of an argument, even if it is computed from sizes; None if it is not known."""
         return self._sizes.value(x)
 
     def belief(self, about: About) -> fx.Node:
-        """The node that makes the belief."""
+        """The node that makes the belief. It is added if there is none yet."""
         if about.belief is None:
             about.belief = self._insert("moments", about.source)
         return about.belief
 
     def make(self, channels: Sequence[int], method: str, *args) -> About:
-        """A feature whose belief is made by a method of :class:`~.chain.Chain`."""
+        """A feature whose belief a method of :class:`~.chain.Chain` makes."""
         return About(tuple(channels), belief=self._insert(method, *args))
 
     def activated(self, about: About, name: str, *parameters) -> About:
-        """A feature behind an activation, which is the node at hand."""
+        """A feature behind an activation, which is the present node."""
         belief = self.belief(about)
         source = self._insert("activation", belief, self._node, name, *parameters)
         return About(about.channels, source=source)
 
     def convolved(self, x: fx.Node, channels: int, *arguments) -> About:
-        """A feature behind a convolution, which is the node at hand.
+        """A feature behind a convolution, which is the present node.
 
         Args:
             x: its input.
-            channels: of its output.
-            arguments: its other arguments if it is no module.
+            channels: number of channels of its output.
+            arguments: its other arguments, if it is not a module.
         """
         about = self.about(x)
         if about.source is None:
@@ -134,13 +135,13 @@ class Walk:
             return self.make([channels], "conv2d", about.source, *arguments)
         return self.make([channels], "conv", about.source, self._module_itself())
 
-    # What becomes of it.
+    # The results.
 
     def finish(self, heads: Set[str], return_beliefs: bool) -> None:
-        """Takes the priors from heads, and everything away that was added and is not used.
+        """Removes the priors of heads, and all added nodes that nothing uses.
 
         Args:
-            heads: the names of norms that have no prior, at least at one place.
+            heads: the names of the norms that have no prior in at least one call.
             return_beliefs: whether the beliefs about the output are returned with it.
         """
         for call in self.norms:
@@ -157,7 +158,7 @@ class Walk:
         return self.belief(known) if isinstance(known, About) else None
 
     def beliefs_alone(self) -> fx.Graph:
-        """The graph without features, of the module Chain: every norm is called on no images."""
+        """A graph without features. Its input is the Chain, and it calls norms on empty batches."""
         graph = fx.Graph()
         copies = {self.chain: graph.placeholder("chain")}
         norms = {call.node for call in self.norms}
@@ -250,7 +251,7 @@ class Walk:
         return about
 
     def _learn(self, known: Known) -> None:
-        """Notes what is known about the node at hand, and about what it changed in place."""
+        """Notes what is known about the present node, and about the features that it changed."""
         node = self._node
         if isinstance(known, End) and known.node is None:
             known.node = node

@@ -1,9 +1,9 @@
-"""Which implementation of an operation on vectors runs: torch's operators, or Triton's kernels.
+"""Chooses between torch's operators and Triton's kernels for the operations on vectors.
 
-Triton's kernels are optional. They run on a GPU, on float32 vectors, and do in one launch what are
-dozens of tiny operations otherwise (:mod:`.kernels`). Each variant of a kernel is compared with torch's
-operators before its first use (:mod:`.check`); one that disagrees or does not compile is never used.
-Set the environment variable KN_DETECTRON_TRITON=0 to use none.
+Triton's kernels are optional. They run on a GPU on float32 vectors, and need one launch where
+torch's operators need dozens (:mod:`.kernels`). Each variant of a kernel is compared with torch's
+operators before its first use (:mod:`.check`). A variant that disagrees or does not compile is
+never used. With the environment variable KN_DETECTRON_TRITON=0 no kernel is used.
 """
 
 import logging
@@ -26,8 +26,8 @@ _verdicts: Dict[Tuple, bool] = {}
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether what is done with x is recorded, by torch.compile, torch.export, torch.jit.trace or a
-    fake tensor, rather than done."""
+    """Whether operations on x are recorded and not executed: under torch.compile, torch.export or
+    torch.jit.trace, or because x is a fake or meta tensor."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -46,11 +46,15 @@ def _tensors(values) -> Iterator[Tensor]:
 
 
 def fastest(operation, *arguments):
-    """The implementation to use of an operation: itself, or the class of Triton's of its name.
+    """The implementation of an operation to use: torch's operators, or Triton's kernels.
 
     Args:
-        operation: a class with the static methods ``forward`` and ``backward``, by torch's operators.
-        arguments: those of ``forward``.
+        operation: a class with the static methods ``forward`` and ``backward``, which use torch's
+            operators.
+        arguments: the arguments of ``forward``.
+
+    Returns:
+        ``operation`` itself, or the class of :mod:`.kernels` with the same name.
     """
     if torch.compiler.is_compiling():
         return operation
@@ -59,7 +63,7 @@ def fastest(operation, *arguments):
     if not (first.is_cuda or _INTERPRETED) or is_traced(first):
         return operation
     if first.is_cuda and first.device.index != torch.cuda.current_device():
-        return operation  # Triton launches on the current one
+        return operation  # Triton launches on the current device only
     if any(t.dtype != torch.float32 for t in tensors if t.is_floating_point()):
         return operation
     kernels = _kernels()
@@ -81,8 +85,8 @@ def _kernels():
             from . import kernels
         except ImportError as error:  # Triton is not installed on every platform
             logger.warning(
-                "Beliefs are computed without Triton's kernels, which takes more launches but gives "
-                f"the same results: {error}"
+                "Beliefs are computed without Triton's kernels, which needs more launches but "
+                f"gives the same results: {error}"
             )
             kernels = None
         _loaded["kernels"] = kernels
@@ -93,19 +97,19 @@ _loaded: Dict[str, object] = {}
 
 
 def _may_be_used(operation, twin, variant: Tuple, device: torch.device) -> bool:
-    """Whether a variant agrees with torch's operators, which is found out at its first use."""
+    """Whether a variant agrees with torch's operators. Its first use finds out."""
     key = operation.__name__, variant, str(device)
     if key not in _verdicts:
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if torch.is_inference_mode_enabled() or capturing:
-            return False  # the check needs autograd, and launches: at a later call
+            return False  # the check needs autograd and launches, so a later call makes it
         from .check import disagreement
 
         found = disagreement(operation, twin, variant, device)
         if found is not None:
             logger.warning(
-                f"Triton's {operation.__name__} {variant} is not used on {device}, which takes more "
-                f"launches but gives the same results: {found}"
+                f"Triton's {operation.__name__} {variant} is not used on {device}, which needs "
+                f"more launches but gives the same results: {found}"
             )
         _verdicts[key] = found is None
     return _verdicts[key]

@@ -1,4 +1,4 @@
-"""The comparison of a kernel with torch's operators before its first use on a device."""
+"""Compares a kernel with torch's operators before its first use on a device."""
 
 import math
 from typing import List, Optional, Tuple
@@ -16,14 +16,14 @@ __all__ = ["disagreement"]
 def disagreement(operation, twin, variant: Tuple, device: torch.device) -> Optional[str]:
     """What is wrong with a variant of a kernel, or None if it agrees with torch's operators.
 
-    Both work on the same numbers, forward and backward, torch's operators in double precision (so
-    that TF32 has no part in it).
+    Both run forward and backward on the same numbers. Torch's operators run in double precision, so
+    that they do not use TF32.
 
     Args:
-        operation: by torch's operators.
-        twin: by Triton.
-        variant: what ``twin.variant`` said.
-        device: where.
+        operation: the class with torch's operators.
+        twin: the class of the same name with Triton's kernels.
+        variant: the variant, as ``twin.variant`` returns it.
+        device: the device to compare on.
     """
     run = {"Rectify": _rectify, "Convolve": _convolve, "Filter": _filter}[operation.__name__]
     try:
@@ -45,7 +45,7 @@ class _Numbers:
 
     def __call__(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
         count = math.prod(shape)
-        # In an order in which neighbours differ.
+        # In an order in which neighbours are far apart.
         steps = torch.arange(count, device=self.options["device"]) * 7919 % max(count, 1)
         return (low + (high - low) * steps.to(self.options["dtype"]) / max(count - 1, 1)).view(
             shape
@@ -85,7 +85,7 @@ def _filter(operation, variant, numbers: _Numbers) -> List[Tensor]:
         weight=numbers(channels, low=0.5),
         bias=numbers(channels, high=0.5),
     )
-    # Torch's operators differentiate what requires a gradient.
+    # Torch's operators give gradients only for tensors that require them.
     vectors = Vectors(*(t if t is None else t.requires_grad_() for t in vectors))
     measured = None
     if measures:

@@ -1,9 +1,10 @@
-"""The arithmetic per channel on a GPU: one launch for what is dozens of tiny operations otherwise.
+"""The arithmetic on vectors of channels in Triton: one launch instead of dozens of tiny operations.
 
-Each class computes, on float32 vectors, what the class of the same name does by torch's operators
-(:mod:`~kn_detectron.layers.belief`, :mod:`~kn_detectron.layers.normalize`): that one is the reference,
-and what runs wherever these cannot. ``variant`` tells which of the kernels' compiled forms a call
-would launch, or None where there is none for it.
+Each class computes on float32 vectors what the class of the same name in
+:mod:`~kn_detectron.layers.belief` or :mod:`~kn_detectron.layers.normalize` computes with torch's
+operators. The class with torch's operators is the reference, and runs wherever the kernels cannot.
+``variant`` tells which compiled form of the kernels a call would launch. It returns None if no form
+fits the call.
 """
 
 from typing import Optional, Tuple
@@ -20,8 +21,8 @@ from ..filter import GATE_LIMIT, Gradients, Running, Spec, Statistics, Vectors
 __all__ = ["Convolve", "Filter", "Rectify"]
 
 _BLOCK = 1024  # channels for each program of the ReLU's kernels
-_ROWS, _COLUMNS = 4, 256  # of the filter, that a program of _predict_forward reads at once
-_BACK_ROWS, _BACK_COLUMNS, _BACK_WARPS = 256, 16, 8  # the same of _predict_backward
+_ROWS, _COLUMNS = 4, 256  # the part of a filter that a program of _predict_forward reads at once
+_BACK_ROWS, _BACK_COLUMNS, _BACK_WARPS = 256, 16, 8  # the same for _predict_backward
 
 # The kernels of a filter hold all channels of a layer in registers.
 LARGEST_CHANNELS = 4096
@@ -31,10 +32,10 @@ _GATE_LIMIT = tl.constexpr(GATE_LIMIT)
 
 @triton.jit
 def _rectified(m, v):
-    """What belief.Rectify needs: mean, var, cdf(a), cdf(-a), pdf(a) / s, closed to |a| = 40.
+    """The quantities of belief.Rectify: mean, var, cdf(a), cdf(-a) and pdf(a) / s, to |a| = 40.
 
-    erfcx(z) is t exp(p(t)) with t = 2 / (2 + z) and p a polynomial fitted to it, relative error
-    4e-7 in float32.
+    erfcx(z) is t exp(p(t)) with t = 2 / (2 + z). The polynomial p was fitted to it, with a relative
+    error of 4e-7 in float32.
     """
     std = tl.sqrt(v)
     z = tl.minimum(tl.abs(m) / tl.maximum(std * 1.4142135623730951, 1.1754943508222875e-38), 28.0)
@@ -89,16 +90,16 @@ def _relu_backward(mean, var, d_out_mean, d_out_var, d_mean, d_var, size, BLOCK:
 
 
 class Rectify:
-    """See :class:`kn_detectron.layers.belief.Rectify`."""
+    """Triton's :class:`kn_detectron.layers.belief.Rectify`."""
 
     @staticmethod
     def variant(mean: Tensor, var: Tensor) -> Optional[Tuple]:
-        """There is one, for any shape."""
+        """One variant fits every shape."""
         return ()
 
     @staticmethod
     def forward(mean: Tensor, var: Tensor) -> Tuple[Tuple[Tensor, Tensor], Tuple[Tensor, ...]]:
-        """The moments behind the ReLU, and what :meth:`backward` takes in front of their gradients."""
+        """The moments behind the ReLU, and the first arguments of :meth:`backward`."""
         mean, var = mean.contiguous(), var.contiguous()
         out_mean, out_var = torch.empty_like(mean), torch.empty_like(var)
         grid = (triton.cdiv(mean.numel(), _BLOCK),)
@@ -162,7 +163,7 @@ def _predict_backward(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    # A program has some channels with all of their taps, and goes through the rows of the filter.
+    # A program has some input channels with all of their taps, and goes through the filter's rows.
     i = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     tap = tl.arange(0, TAPS_2)
     m = tl.load(mean + i, mask=i < inputs, other=0.0)
@@ -187,11 +188,11 @@ def _predict_backward(
 
 
 class Convolve:
-    """See :class:`kn_detectron.layers.belief.Convolve`."""
+    """Triton's :class:`kn_detectron.layers.belief.Convolve`."""
 
     @staticmethod
     def variant(mean: Tensor, var: Tensor, weight: Tensor, groups: int) -> Optional[Tuple]:
-        """One for each number of taps, for beliefs of one row and convolutions without groups."""
+        """The number of taps, if the beliefs have one row and the convolution has no groups."""
         return (weight[0, 0].numel(),) if groups == 1 and mean.shape[0] == 1 else None
 
     @staticmethod
@@ -255,10 +256,11 @@ def _filtered(
     PROCESS: tl.constexpr,
     MEASURES: tl.constexpr,
 ):
-    """What filter.filter_belief computes on the way to the posterior, for both directions.
+    """The part of filter.filter_belief up to the posterior, for forward and backward.
 
-    sigmoid(gain_logit) and the gain; the prior behind process model and gate; the measurement; the
-    posterior and its invstd; what the process model multiplies by; whether the prior fits.
+    Returns sigmoid(gain_logit) and the gain; the prior behind process model and gate; the
+    measurement; the posterior and its invstd; the std of the given prior; the derivative of the
+    processed variance (exp(r), or the slope of the softplus); and whether the prior was kept.
     """
     sigmoid = 1.0 / (1.0 + tl.exp(-tl.load(gain_logit)))
     q = tl.load(gain_scale) * sigmoid
@@ -358,7 +360,7 @@ def _filter_forward(
     if TRACKS:
         if MEASURES:
             v = v + tl.where(fits, q, 1.0) * x_v * bessel
-        # Finite, all of them: a NaN or an infinity is one in the sum too.
+        # If a number is NaN or infinite, so is the sum.
         total = tl.sum(tl.where(inside, m + v, 0.0), 0)
         finite = tl.abs(total) < float("inf")
         count = tl.load(batches) + finite.to(tl.int64)
@@ -438,7 +440,7 @@ def _filter_backward(
     s_dy_xmu = tl.load(sum_dy_xmu + i, mask=inside, other=0.0)
     b_m = tl.load(d_belief_mean + i, mask=inside, other=0.0)
     b_v = tl.load(d_belief_var + i, mask=inside, other=0.0)
-    # Of the posterior, the weight and the bias.
+    # The gradients of the posterior, the weight and the bias.
     g_m = -w * invstd * s_dy
     g_v = -0.5 * w * invstd * invstd * invstd * s_dy_xmu
     g_w = s_dy_xmu * invstd
@@ -463,7 +465,7 @@ def _filter_backward(
             through_mixture = 2.0 * (1.0 - q) * x_g_v * innovation
             p_g_m -= through_mixture
             x_g_m += through_mixture
-            # What stands in for a dropped prior is the measurement.
+            # The measurement stands in for a dropped prior, and gets its gradient.
             x_g_m = tl.where(fits, x_g_m, x_g_m + p_g_m)
             x_g_v = tl.where(fits, x_g_v, x_g_v + p_g_v)
             p_g_m = tl.where(fits, p_g_m, 0.0)
@@ -493,13 +495,13 @@ def _filter_backward(
 
 
 class Filter:
-    """See :class:`kn_detectron.layers.normalize.Filter`."""
+    """Triton's :class:`kn_detectron.layers.normalize.Filter`."""
 
     @staticmethod
     def variant(
         v: Vectors, measured: Optional[Belief], spec: Spec, running: Optional[Running], count: int
     ) -> Optional[Tuple]:
-        """One for each kind of layer, for BatchNorm's sets with a prior, a weight and a bias."""
+        """The kind of layer, if it has BatchNorm's sets, a prior of one row, scale and shift."""
         sets = spec.sets
         fits = sets.is_batch and v.prior_mean is not None and v.weight is not None
         if not fits or v.prior_mean.shape[0] > 1 or sets.channels > LARGEST_CHANNELS:
@@ -511,7 +513,7 @@ class Filter:
 
     @staticmethod
     def _arguments(v: Vectors, measured: Optional[Belief], spec: Spec):
-        """Pointers (of anything where there is nothing to read), and switches."""
+        """The pointers and switches of a launch. The pointer of a missing tensor is not read."""
         tensors = (*v, *(measured or (None, None)))
         pointers = [(v.prior_mean if t is None else t).contiguous() for t in tensors]
         block = triton.next_power_of_2(spec.sets.channels)
@@ -520,7 +522,7 @@ class Filter:
             PROCESS=v.mean_offset is not None or v.process_noise is not None,
             MEASURES=spec.measures,
             BLOCK=block,
-            # 4 channels to a thread, so that all of them stay in registers.
+            # A thread has 4 channels, which stay in registers.
             num_warps=min(max(block // 128, 4), 32),
         )
         return pointers, switches
@@ -554,7 +556,7 @@ class Filter:
         d_belief: Tuple[Optional[Tensor], Optional[Tensor]],
         count: int,
     ) -> Gradients:
-        """The gradients of the vectors, and what the pass takes that makes dx."""
+        """The gradients of the vectors, and the pass that computes dx."""
         pointers, switches = Filter._arguments(v, measured, spec)
         d_belief = [torch.zeros_like(v.prior_mean) if d is None else d for d in d_belief]
         d_vectors = Vectors(*(None if t is None else torch.empty_like(t) for t in v))
@@ -578,6 +580,6 @@ class Filter:
             return Gradients(
                 d_vectors, passes.input_gradient, (factor, mean, of_mean, of_var, count)
             )
-        # Nothing but y depends on the posterior: dx is BatchNorm's, with its sums times the gain.
+        # Only y depends on the posterior, so dx is BatchNorm's with its sums times the gain.
         vectors = mean, factor, v.weight, of_mean, of_var, count_of_pass
         return Gradients(d_vectors, passes.batch_norm_gradient, vectors)

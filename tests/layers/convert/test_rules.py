@@ -258,7 +258,7 @@ ENDS = {
     "it is the product of two features": Gate(),
     "there is no rule for it": Opaque(),
     "it concatenates along another dimension": lambda x: torch.cat([x, x], 0),
-    "it pads channels with what is not 0": lambda x: F.pad(x, (0, 0, 0, 0, 0, 2), value=1.0),
+    "it pads channels with values other than 0": lambda x: F.pad(x, (0, 0, 0, 0, 0, 2), value=1.0),
     "its weights depend on the images": lambda self, x: F.conv2d(
         x, self.weight * x.mean(), groups=4
     ),
