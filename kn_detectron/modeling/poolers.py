@@ -28,7 +28,7 @@ class BeliefPooler(ROIPooler):
 
     Args:
         pooler: detectron2's, which this one replaces.
-        chain: of the head that gets the regions.
+        chain: the chain of the head that gets the regions.
     """
 
     def __init__(self, pooler: ROIPooler, chain: ChainConfig):
@@ -57,7 +57,7 @@ class BeliefPooler(ROIPooler):
                 raise InputError(
                     "The priors of the box and mask heads start from the beliefs about the "
                     "backbone's features, of which there are none: set MODEL.BACKBONE.NAME "
-                    '"build_kn_resnet_fpn_backbone", and MODEL.FPN.NORM to that of '
+                    '"build_kn_resnet_fpn_backbone", and MODEL.FPN.NORM to the norm of '
                     'MODEL.RESNETS.NORM or to ""'
                 )
             return Feature(x)

@@ -121,7 +121,7 @@ class KNResNet(ResNet):
     def __init__(self, stem, stages, *, image_var: Tensor, chain: ChainConfig, **kwargs):
         super().__init__(stem, stages, **kwargs)
         self.chain = chain
-        # Part of the config, not of the weights: out of the checkpoint.
+        # It belongs to the config and not to the weights, so it is not in the checkpoint.
         self.register_buffer("image_var", image_var.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Features:
@@ -198,9 +198,9 @@ def _check_resnet(cfg: CfgNode) -> None:
         )
     if any(resnets.DEFORM_ON_PER_STAGE):
         raise InputError(
-            "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for deformable convolutions, through which "
-            "Kalman Normalization cannot predict (where they read depends on the image): set it to "
-            "[False, False, False, False]"
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for deformable convolutions, but Kalman "
+            "Normalization cannot predict through them, because where they read depends on the "
+            "image: set it to [False, False, False, False]"
         )
     if resnets.RES5_DILATION not in (1, 2):
         raise InputError(
@@ -223,7 +223,8 @@ def build_kn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> KNResNet:
     does, with MODEL.RESNETS.NORM "KN" or "GKN", and MODEL.KN.
 
     Raises:
-        InputError: for what KN does not do, and for values out of range.
+        InputError: the config asks for something that KN does not support, or a value is out of
+            range.
     """
     _check_resnet(cfg)
     chain = ChainConfig.from_config(cfg)

@@ -1,4 +1,4 @@
-"""ROI heads that go on with the chain of the backbone, or of the FPN."""
+"""ROI heads that continue the chain of the backbone, or of the FPN."""
 
 from typing import Any, Dict, List, Tuple
 
@@ -43,7 +43,7 @@ class KNRes5ROIHeads(Res5ROIHeads):
         return nn.Sequential(*blocks), blocks[-1].out_channels
 
     def _shared_roi_transform(self, features: List, boxes: List[Boxes]) -> Tensor:
-        # What is in the list is what _with_beliefs put into the dict.
+        # The list has the Features that _with_beliefs put into the dict.
         x = self.pooler([feature.value for feature in features], boxes)
         belief = features[0].belief
         if belief is not None:
@@ -53,7 +53,7 @@ class KNRes5ROIHeads(Res5ROIHeads):
 
     def _with_beliefs(self, features: Dict[str, Tensor]) -> Dict[str, Feature]:
         """The features that the heads use, with their beliefs."""
-        if isinstance(features[self.in_features[0]], Feature):  # forward calls the other entrance
+        if isinstance(features[self.in_features[0]], Feature):  # forward has called this before
             return features
         return {name: feature_of(features, name) for name in self.in_features}
 
@@ -71,9 +71,9 @@ class KNRes5ROIHeads(Res5ROIHeads):
 
 
 class _KNPooledHeads:
-    """Gives KN box and mask heads of detectron2's ``StandardROIHeads`` their regions' beliefs.
+    """Gives the beliefs about the regions to KN heads of detectron2's ``StandardROIHeads``.
 
-    Heads of other kinds get what detectron2 gives them.
+    Other box and mask heads get what detectron2 gives them.
     """
 
     @classmethod
@@ -118,7 +118,7 @@ class _KNPooledHeads:
 class KNStandardROIHeads(_KNPooledHeads, StandardROIHeads):
     """detectron2's ``StandardROIHeads`` for box and mask heads with Kalman Normalization.
 
-    They are :class:`~kn_detectron.modeling.KNFastRCNNConvFCHead` and
+    These heads are :class:`~kn_detectron.modeling.KNFastRCNNConvFCHead` and
     :class:`~kn_detectron.modeling.KNMaskRCNNConvUpsampleHead`. Their priors start from the beliefs
     that :class:`~kn_detectron.modeling.KNFPN` hands on.
     """
@@ -126,15 +126,15 @@ class KNStandardROIHeads(_KNPooledHeads, StandardROIHeads):
 
 @ROI_HEADS_REGISTRY.register()
 class KNCascadeROIHeads(_KNPooledHeads, CascadeROIHeads):
-    """detectron2's ``CascadeROIHeads`` for heads with Kalman Normalization.
+    """detectron2's ``CascadeROIHeads`` for the heads of :class:`KNStandardROIHeads`.
 
-    See :class:`KNStandardROIHeads`.
+    In each stage the priors start from the beliefs that the FPN hands on.
     """
 
     def _run_stage(self, features: List, proposals: List, stage: int):
         if not isinstance(self.box_pooler, BeliefPooler):
             return super()._run_stage(features, proposals, stage)
         x = self.box_pooler(features, [p.proposal_boxes for p in proposals])
-        # As detectron2 has it: of each stage the features get their share of the gradient.
+        # As in detectron2, each stage gives the features its share of the gradient.
         value = _ScaleGradient.apply(x.value, 1.0 / self.num_cascade_stages)
         return self.box_predictor[stage](self.box_head[stage](Feature(value, x.belief)))

@@ -23,7 +23,7 @@ NETWORKS = {
     "inception_v2": InceptionV2,
 }
 
-# Those of torchvision that have classifiers at the side, for which there is no loss here.
+# The networks of torchvision with auxiliary classifiers, for which there is no loss here.
 _WITH_SIDES = ("googlenet", "inception_v3")
 
 
@@ -33,13 +33,13 @@ def build_network(name: str, num_classes: int) -> nn.Module:
     Args:
         name: one of :data:`NETWORKS`, the name of a classification network of torchvision, or
             ``timm/<name>``.
-        num_classes: of its last layer.
+        num_classes: number of outputs of the last layer.
 
     Returns:
-        nn.Module: of images (N, 3, H, W) makes scores (N, num_classes).
+        nn.Module: takes images (N, 3, H, W) and returns scores (N, num_classes).
 
     Raises:
-        InputError: nobody has a network of that name, or timm is missing.
+        InputError: there is no network of that name, or timm is not installed.
     """
     if name in NETWORKS:
         return NETWORKS[name](num_classes)

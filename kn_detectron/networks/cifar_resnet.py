@@ -13,8 +13,7 @@ def _conv(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _with_zeros(x: Tensor, channels: int) -> Tensor:
-    """x with new channels of zeros, half of them in front of the others: a shortcut without
-    parameters."""
+    """x with more channels, half of them in front. They are 0: a shortcut without parameters."""
     return F.pad(x, (0, 0, 0, 0, channels // 2, channels - channels // 2)) if channels else x
 
 
@@ -51,12 +50,12 @@ class _PreActivationBlock(nn.Module):
 class CifarResNet(nn.Module):
     """Three stages of n blocks with 16, 32 and 64 channels, for images of 32 pixels.
 
-    Shortcuts have no parameters. Where they halve the size, they take every second pixel, and with
-    ``preactivation`` the average of four, as the authors of Kalman Normalization released it.
+    Shortcuts have no parameters. A shortcut that halves the size takes every second pixel. With
+    ``preactivation`` it averages four pixels, as in the code released with the paper.
 
     Args:
         n: blocks per stage: 5 for ResNet-32, 18 for ResNet-110.
-        num_classes: of the linear layer.
+        num_classes: number of outputs of the linear layer.
         preactivation: whether norm and ReLU stand in front of the convolutions.
     """
 

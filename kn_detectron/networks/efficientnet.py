@@ -27,7 +27,7 @@ _EXPANDING = {
     "_bn2": "bn3",
     **_SQUEEZE_EXCITE,
 }
-# The blocks of the first stage widen nothing.
+# The blocks of the first stage have no expanding convolution.
 _PLAIN = {
     "_depthwise_conv": "conv_dw",
     "_bn1": "bn1",
@@ -40,7 +40,7 @@ _BLOCK_OF_TIMM = re.compile(r"blocks\.(\d+)\.(\d+)\.")
 
 
 def is_efficientnet_port(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are those of an EfficientNet of that port."""
+    """Whether tensors of these names are of an EfficientNet of that port."""
     return "_conv_stem.weight" in names
 
 
@@ -48,9 +48,9 @@ def timm_names(names: Iterable[str], wanted: Iterable[str]) -> Mapping[str, str]
     """What timm calls the tensors of the port.
 
     Args:
-        names: the port's.
-        wanted: those of timm's network, which say how its blocks are numbered. It may end before
-            the last block.
+        names: the names in the port.
+        wanted: the names in timm's network, which tell how its blocks are numbered. This network
+            may end before the last block.
 
     Returns:
         Mapping: from the port's names to timm's. Blocks that timm's network does not have are left

@@ -20,7 +20,7 @@ class _Conv(nn.Sequential):
 
 
 class _Branches(nn.ModuleList):
-    """What several branches make of the same feature, concatenated."""
+    """Concatenates the outputs of several branches, which take the same feature."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([branch(x) for branch in self], dim=1)
@@ -62,12 +62,12 @@ def _reduction(c_in: int, three: Sequence[int], double: Sequence[int]) -> _Branc
 class InceptionV2(nn.Module):
     """Inception-v2, which is BN-Inception (Ioffe & Szegedy, ICML 2015, Fig. 5), for 224 pixels.
 
-    With 1000 classes it has 11.29M parameters, as Table 2 of the paper has it. The first
-    convolution is a full one, and the widths of 4c to 4e are those of the released Caffe model,
-    which differ from the figure's; the figure's would be 11.19M.
+    With 1000 classes it has 11.29M parameters, as in Table 2 of the paper. The first convolution is
+    a full one. The widths of 4c to 4e are those of the released Caffe model. With the widths of the
+    figure it would have 11.19M parameters.
 
     Args:
-        num_classes: of the linear layer.
+        num_classes: number of outputs of the linear layer.
     """
 
     def __init__(self, num_classes: int = 1000):
@@ -117,12 +117,12 @@ def _small_module(c_in: int, one: int, three: Sequence[int], five: Sequence[int]
 class SmallInception(nn.Module):
     """The Inception of the paper's ablations on CIFAR and SVHN (Sec. 4.3.2), for 32 pixels.
 
-    A convolution to 16 x 16 pixels and three modules of GoogLeNet with 256, 480 and 512 channels.
-    The paper does not say what size the filters of the first one have (3 x 3 here) nor what is
-    pooled in the modules (the maximum here, as in GoogLeNet).
+    It has a convolution to 16 x 16 pixels, and three modules of GoogLeNet with 256, 480 and 512
+    channels. The paper leaves open the size of the first filters (3 x 3 here) and the pooling in
+    the modules (max-pooling here, as in GoogLeNet).
 
     Args:
-        num_classes: of the linear layer.
+        num_classes: number of outputs of the linear layer.
     """
 
     def __init__(self, num_classes: int = 10):
