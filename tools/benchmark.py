@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Measures Kalman Normalization beside the other norms: time, memory and launches.
 
-It prints a table for each measurement and one of all ratios at the end, and writes the results with
-all single times as JSON and as pictures into a folder. What a machine cannot run stands there as "not
-run", with the reason.
+It prints a table for each measurement, and a table of all ratios at the end. It writes the results,
+with every single time, as JSON and as pictures into a folder. What the machine cannot run is listed
+as "not run", with the reason.
 
 Examples:
     python tools/benchmark.py  # a set for a CPU, some minutes
@@ -62,7 +62,7 @@ def parse_arguments():
     add("--preset", default="cpu", help=f"{', '.join(PRESETS)}; the options below change it")
     add("--what", nargs="+", metavar="WHAT", help="see below")
     add("--norms", nargs="+", metavar="NORM", help="see below")
-    add("--configs", nargs="+", metavar="FILE", help="training steps of these, ratios to the first")
+    add("--configs", nargs="+", metavar="FILE", help="compares training steps with the first one's")
     add("--shapes", nargs="+", metavar="NxCxHxW", type=dimensions, help="of a layer's features")
     add("--images", nargs="+", metavar="N", type=int, help="numbers of images per step")
     add("--size", metavar="PIXELS or HxW", type=dimensions, help="of the images")
@@ -81,7 +81,7 @@ def parse_arguments():
 
 
 def prepare(args):
-    """What there is to measure.
+    """The groups of measurements that the arguments ask for.
 
     Raises:
         InputError: something in the arguments is wrong.
@@ -135,12 +135,12 @@ def benchmark(groups, args):
     if chief:
         machine = (f"{key} {value}" for key, value in result["machine"].items() if value)
         print(", ".join(machine) + "\n", flush=True)
-    # A bar with the time that is left, on a terminal.
+    # On a terminal, a bar shows the time that is left.
     for group in tqdm(groups, unit="table", disable=None if chief else True):
         result["groups"].append(measure_group(group, torch.device(args.device)))
         if chief:
             tqdm.write(format_group(result["groups"][-1]))
-            # After each group: what is measured stays measured.
+            # Written after each group, so that an interruption loses little.
             write_json(result, os.path.join(args.output, "benchmark.json"))
     if not chief:
         return
@@ -153,7 +153,7 @@ def benchmark(groups, args):
     rows = [row for group in result["groups"] for row in group["rows"]]
     failed = sum(row["status"] == "failed" for row in rows)
     if failed:
-        raise SystemExit(f"error: {failed} of {len(rows)} measurements failed, as said above.")
+        raise SystemExit(f"error: {failed} of {len(rows)} measurements failed: see above.")
 
 
 def main():

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Converts the weights of a ResNet, or of a detector with one, to another norm.
 
-IN may be of torchvision, timm, Caffe2, Detectron1, detectron2 or kn_detectron; OUT is a .pth for
-MODEL.WEIGHTS. BatchNorm becomes Kalman Normalization whose priors are the running statistics.
-No command is needed to train from IN: as MODEL.WEIGHTS of a config it is converted when loaded.
+IN may come from torchvision, timm, Caffe2, Detectron1, detectron2 or kn_detectron. OUT is a .pth
+file for MODEL.WEIGHTS. BatchNorm becomes Kalman Normalization, whose priors are calibrated to the
+running statistics. Training from IN needs no conversion: as MODEL.WEIGHTS of a config, IN is
+converted when it is loaded.
 
 Examples:
     python tools/convert_weights.py resnet50.pth r50_kn.pth
@@ -23,7 +24,7 @@ from detectron2.utils.logger import setup_logger  # isort: skip  # made importab
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

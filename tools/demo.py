@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Fine-tunes a small Mask R-CNN with Kalman Normalization on generated images, evaluates and draws.
 
-It starts from released weights, which come with the package, and takes minutes on a CPU. What is done
-is not done again: run it twice, or interrupt it and run it again, and it goes on from where it was.
+It starts from released weights, which come with the package, and takes minutes on a CPU. The same
+command, given again, goes on where the last one stopped.
 
 Examples:
     python tools/demo.py
@@ -29,7 +29,7 @@ CONFIG = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml"
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

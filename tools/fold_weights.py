@@ -26,12 +26,12 @@ In Python:
     cfg = detectron2.config.get_cfg()
     cfg.merge_from_file("{config}")
     predictor = detectron2.engine.DefaultPredictor(cfg){names}
-Where the two files have been moved, set MODEL.WEIGHTS to where the weights are now.
+If you move the two files, set MODEL.WEIGHTS to the new place of the weights.
 """
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Writes the generated shapes, one per image, as a classification dataset in ImageNet's layout.
 
-That is what `tools/pretrain_net.py` takes as its --data: FOLDER/train/<category>/*.png and
-FOLDER/val/<category>/*.png. (The detection dataset, shapes_train and shapes_val, writes itself.)
+tools/pretrain_net.py takes the folder as its --data. It has FOLDER/train/<category>/*.png and
+FOLDER/val/<category>/*.png. The detection datasets, shapes_train and shapes_val, need no command:
+they are written when they are first used.
 
 Examples:
     python tools/generate_shapes.py output/single_shapes
@@ -17,7 +18,7 @@ from kn_detectron.engine.command_line import run
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Detects objects in photographs, draws them, and writes them down as COCO's results are.
+"""Detects objects in photographs, draws them, and writes them in COCO's format for results.
 
 Examples:
     python tools/predict.py photo.jpg --config output/my_data/config.yaml
@@ -8,9 +8,9 @@ Examples:
         --config configs/shapes/mask_rcnn_slim_R50_C4_KN.yaml \\
         --opts MODEL.WEIGHTS kn://mask_rcnn_slim_R50_C4_KN.pth
 
-A config.yaml in the folder of a run stands for its last checkpoint; any other config needs
-MODEL.WEIGHTS. Each picture is OUTPUT/<name of the photo>.png, and all detections, drawn or not, are in
-OUTPUT/detections.json.
+A config.yaml in the folder of a run stands for the last checkpoint of this run. Any other config
+needs MODEL.WEIGHTS. Each picture is OUTPUT/<name of the photo>.png. All detections, drawn or not,
+are in OUTPUT/detections.json.
 """
 
 import argparse
@@ -39,7 +39,9 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 def find_photos(paths):
-    """The images that are named, and those in the folders that are named, sorted by folder.
+    """The images that are named, and the images in the folders that are named.
+
+    The images of a folder are sorted by name.
 
     Args:
         paths (list[str]): of images and folders.
@@ -117,7 +119,7 @@ def detect(mapper, model, path):
 
 
 def _free(output, stem, taken):
-    """The path of a picture that no other photo of this run has taken, and now takes."""
+    """A path for a picture that no other photo of this run has. It counts as taken from now on."""
     names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
     path = next(output / f"{name}.png" for name in names if output / f"{name}.png" not in taken)
     taken.add(path)
@@ -125,7 +127,7 @@ def _free(output, stem, taken):
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

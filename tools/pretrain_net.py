@@ -71,16 +71,16 @@ def load_config(args):
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argument_parser(__doc__)
     parser.add_argument("--data", required=True, help="folder with train/<class>/ and val/<class>/")
     parser.add_argument(
         "--network",
         default="",
         metavar="NAME",
-        help="in the place of the config's ResNet: cifar_resnet14, cifar_resnet32, cifar_resnet110 "
-        "(all also with _preactivation), small_inception, inception_v2, one of torchvision.models, "
-        "or timm/NAME",
+        help="instead of the config's ResNet: cifar_resnet14, cifar_resnet32, cifar_resnet110 "
+        "(each also with _preactivation), small_inception, inception_v2, one of "
+        "torchvision.models, or timm/NAME",
     )
     parser.add_argument("--norm", help="BN, KN, GN, GN<n>, GKN, LN, WN or BRN (the config's)")
     parser.add_argument(

@@ -8,7 +8,7 @@ Examples:
     python tools/train_net.py --config output/config.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
     python tools/train_net.py --config configs/mask_rcnn_R50_C4_KN_finetune.yaml --dataset my_data
 
-The first one trains for minutes on a CPU, with images that it generates.
+The first example trains for minutes on a CPU, with images that it generates.
 """
 
 import sys
@@ -33,7 +33,7 @@ def train_or_evaluate(cfg, args):
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argument_parser(__doc__)
     parser.add_argument(
         "--dataset",

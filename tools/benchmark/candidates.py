@@ -1,4 +1,4 @@
-"""What is measured: layers, networks and predictions, each as something to run again and again."""
+"""The candidates: layers, networks and predictions, each ready to be run many times."""
 
 import contextlib
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ __all__ = ["Candidate", "NotRun", "build", "network_config"]
 
 
 class NotRun(Exception):
-    """The device, or what is to be measured, lacks what it takes; the message is the reason."""
+    """A candidate cannot be run. The message is the reason."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class Candidate:
 
     Attributes:
         forward: computes the result.
-        backward: takes it to the gradients; None where there is none.
-        constants: tensors that are there before and after: parameters, buffers, inputs.
-        finish: what is left to do after the backward: the optimiser's part.
+        backward: computes the gradients from the result; None if there are none.
+        constants: tensors that exist before and after a run: parameters, buffers, inputs.
+        finish: the rest of a training step: the optimiser.
         parameters: number of learned values.
     """
 
@@ -49,7 +49,7 @@ class Candidate:
     parameters: int = 0
 
     def run(self) -> None:
-        """All of it, once."""
+        """Runs all of it once."""
         result = self.forward()
         if self.backward is not None:
             self.backward(result)
@@ -72,7 +72,7 @@ def _autocast(group: Group, device: torch.device):
     ):
         # Old versions of torch warn and go on in float32.
         if half and device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            raise NotRun(f"autocast to {group.dtype} is not to be had on a CPU with this torch")
+            raise NotRun(f"autocast to {group.dtype} does not work on a CPU with this torch")
         yield
 
 
@@ -86,7 +86,7 @@ def _check_sync_bn(norm: str, device: torch.device) -> None:
     if norm != "SyncBN":
         return
     if device.type == "cpu":
-        raise NotRun("SyncBatchNorm takes GPUs and a process group")
+        raise NotRun("SyncBatchNorm needs GPUs and a process group")
     if comm.get_world_size() < 2:
         raise NotRun("in one process SyncBatchNorm is BatchNorm: give --num-gpus 2 or more")
 
@@ -139,7 +139,7 @@ def _build_layer(group: Group, norm: str, device: torch.device) -> Candidate:
 
     def backward(y):
         nonlocal dy
-        dy = dy.to(y.dtype)  # that of GroupNorm under autocast is float32
+        dy = dy.to(y.dtype)  # under autocast GroupNorm returns float32
         return torch.autograd.grad(y, leaves, dy, allow_unused=True)
 
     return Candidate(forward, backward, [*_constants(layer), *leaves, dy], parameters=_count(layer))
@@ -159,7 +159,9 @@ _CONFIGS = {
 
 
 def network_config(norm: str, device: torch.device, group: Group) -> CfgNode:
-    """The shipped COCO config of a norm, alike for all norms but for the norm; or a config file.
+    """The config of a norm, or the config in a file.
+
+    The configs of the norms are the shipped ones for COCO, made alike except for the norm.
 
     Raises:
         NotRun: if there is no network with this norm.
@@ -178,7 +180,7 @@ def network_config(norm: str, device: torch.device, group: Group) -> CfgNode:
         cfg.merge_from_list(
             [
                 *fixed,
-                # GroupNorm's weights have it otherwise, which changes the work of the convolutions.
+                # GroupNorm's config has False, with which the convolutions have other work to do.
                 *("MODEL.RESNETS.STRIDE_IN_1X1", True),
                 # So that frozen statistics do not overflow with random weights.
                 *("MODEL.PIXEL_STD", [57.375, 57.120, 58.395]),
@@ -233,7 +235,7 @@ def _build_evaluation(group: Group, norm: str, device: torch.device) -> Candidat
 
 
 def _detector_inputs(shape, objects: int = 8) -> List[dict]:
-    """Noise with rectangles to be found, as detectron2's loaders give them."""
+    """Images of noise with rectangles as objects, in the form of detectron2's loaders."""
     count, channels, height, width = shape
     random = np.random.default_rng(0)
     inputs = []
@@ -273,7 +275,7 @@ def _build_step(group: Group, norm: str, device: torch.device) -> Candidate:
     scaler = None
     if group.dtype == "float16":
         if device.type == "cpu":
-            raise NotRun("float16 is trained with gradient scaling, which detectron2 has for GPUs")
+            raise NotRun("float16 needs gradient scaling, which detectron2 has for GPUs only")
         scaler = torch.cuda.amp.GradScaler()
 
     def forward():
@@ -296,10 +298,10 @@ def _build_step(group: Group, norm: str, device: torch.device) -> Candidate:
 
 
 def _predict(group: Group, norm: str, device: torch.device) -> Candidate:
-    """All the predictions of a training step: the network on a batch of no images.
+    """All predictions of a training step: the network runs on an empty batch.
 
-    Its features are empty but have their height and width, which a sampled prediction takes. What
-    little is done on empty features is measured with it.
+    Its features are empty but have a height and a width, which a sampled prediction needs. The
+    little work on empty features is measured too.
     """
     if norm not in ("KN", "KN-paper", "KN-paper-MC", "GKN"):
         raise NotRun("it predicts nothing")

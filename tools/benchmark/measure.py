@@ -21,7 +21,7 @@ from .presets import Group
 __all__ = ["count_launches", "is_free", "measure_group", "saved_bytes", "summarize"]
 
 
-# Operations that compute nothing, beside the views.
+# Operations that compute nothing, in addition to views.
 _FREE = {
     "aten::_unsafe_view",
     "aten::empty",
@@ -51,16 +51,16 @@ class _CountOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# What torch's profiler calls the start of a kernel: CUDA's functions cudaLaunchKernel,
+# The names of kernel launches in torch's profiler: CUDA's functions cudaLaunchKernel,
 # cudaLaunchKernelExC, cudaLaunchCooperativeKernel, cuLaunchKernel and so on.
 _LAUNCH = re.compile(r"cu(da)?Launch\w*Kernel")
 
 
 def count_launches(call: Callable[[], object], device: torch.device) -> Tuple[int, object]:
-    """Counts what a call starts on the device, and returns what the call does.
+    """Counts the launches of a call, and returns the number and the result of the call.
 
-    On a GPU: kernels, by torch's profiler. On a CPU: torch's operations that are neither views nor
-    allocations, each of which would be one kernel or more on a GPU.
+    On a GPU these are kernels, counted by torch's profiler. On a CPU they are torch's operations
+    except views and allocations. Each of these would be one kernel or more on a GPU.
     """
     if device.type == "cpu":
         with _CountOperations() as counter:
@@ -75,13 +75,14 @@ def count_launches(call: Callable[[], object], device: torch.device) -> Tuple[in
 
 @contextlib.contextmanager
 def saved_bytes(constants: List[Tensor]):
-    """Counts the bytes that are saved for the backward by what runs inside.
+    """Counts the bytes that the operations in its block save for the backward.
 
     Args:
-        constants: what is in memory anyway, such as parameters and inputs, and does not count.
+        constants: tensors that are in memory anyway, such as parameters and inputs, and do not
+            count.
 
     Yields:
-        list: of one number, which grows. Tensors that share their memory count once.
+        list: its one number, which grows. Tensors that share their memory count once.
     """
     # The storages themselves are kept, so that no address is given out a second time.
     known = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in constants}
@@ -107,7 +108,7 @@ def _count(candidate: Candidate, group: Group, device: torch.device) -> Dict:
         before = torch.cuda.memory_allocated()
         candidate.run()
         found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    # What runs compiled on a CPU is not made of torch's operations.
+    # On a CPU compiled code calls no operations of torch, so there is nothing to count.
     counts = device.type == "cuda" or group.what != "compiled"
 
     def maybe_count(call):
@@ -136,7 +137,7 @@ def _seconds(candidate: Candidate, repeats: int, device: torch.device) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-# Parts of torch's messages where something does not exist on a device, or does not fit on it.
+# Parts of torch's messages if something does not exist on a device, or does not fit on it.
 _LACKS = re.compile(
     r"not implemented|not supported|out of memory|can't allocate|no working|cannot find a working",
     re.IGNORECASE,
@@ -167,7 +168,7 @@ def _prepare(group: Group, name: str, device: torch.device, warmup: int):
         row.update(status="not run" if lacks else "failed", reason=reason)
         if not lacks:
             traceback.print_exc()
-    # Where there are several processes they must all do the same, or wait for ever.
+    # Several processes must all measure the same candidates, or they would wait for ever.
     others = [r for r in comm.all_gather(row) if r["status"] != "measured"]
     if others and row["status"] == "measured":
         row = {"name": name, "status": others[0]["status"], "reason": others[0]["reason"]}
@@ -185,23 +186,28 @@ def measure_group(
 ) -> Dict:
     """Measures the candidates of a group side by side.
 
-    All are built, and each is run a few times and its launches and memory are counted. Then they
-    are timed in rounds: in each round all in turn, beginning with another one each time, so that
-    whatever drifts hits all alike. A ratio is taken within each round before the median is.
+    All are built, each is run a few times, and its launches and memory are counted. Then they are
+    timed in rounds. Each round times all of them in turn and begins with another one, so that a
+    drift of the machine affects all alike. A ratio is taken within each round, and the median is
+    taken over the rounds.
 
     Args:
         group: what to measure.
-        device: where.
+        device: where to run.
         warmup: runs before anything is measured, 1 or more.
-        min_time: seconds below which a run is repeated within a round.
+        min_time: in seconds; a run that takes less is repeated within a round.
 
     Returns:
-        dict: the fields of the group, ``device``, and ``rows``: of each candidate ``name`` and
-        ``status``, "measured", "not run" or "failed". Where it was measured also ``seconds``
-        (median, q1, q3), ``seconds_by_round``, ``ratios`` (the same three by base), ``parameters``,
-        ``launches`` (forward, backward; None where they cannot be counted), ``saved_bytes`` (kept
-        for the backward) and ``peak_bytes`` (the most that a run allocated on a GPU beyond what
-        was there before it, which is weights and momentum; None on a CPU), else ``reason``.
+        dict: the fields of the group, ``device``, and ``rows``. Each row has the ``name`` of a
+        candidate and its ``status``, "measured", "not run" or "failed". A candidate that was not
+        measured has a ``reason``. One that was measured has
+
+        - ``seconds`` (median, q1, q3), ``seconds_by_round`` and ``parameters``;
+        - ``ratios``: the median, q1 and q3 by base;
+        - ``launches``: forward and backward; None if they cannot be counted;
+        - ``saved_bytes``: memory kept for the backward;
+        - ``peak_bytes``: the most that a run allocates on a GPU in addition to weights and
+          momentum; None on a CPU.
     """
     rows, candidates, repeats = [], {}, {}
     for name in group.candidates:

@@ -1,4 +1,4 @@
-"""What is measured beside what: groups of candidates, and named sets of groups."""
+"""Groups of candidates that are compared with each other, and presets, which are sets of groups."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ __all__ = ["DTYPES", "FORMATS", "Group", "NORMS", "PRESETS", "WHATS", "make_grou
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("contiguous", "channels_last")
 
-# The names that a norm has here, and what it is.
+# The norms by name, with their meanings.
 NORMS = {
     "BN": "live BatchNorm",
     "FrozenBN": "detectron2's FrozenBatchNorm2d",
@@ -39,7 +39,7 @@ WHATS = {
     "channels": "one prediction and one layer over channels",
 }
 
-# A ratio is to one of these that stands in the same group.
+# Ratios are taken to these candidates if they are in the group.
 _BASES = {
     "layer": ("BN", "FrozenBN-affine"),
     "backbone": ("BN",),
@@ -68,7 +68,7 @@ class Group:
         rounds: how often each candidate is timed.
         regions: regions of interest per image in a step; None for the config's.
         kernel: side of the filter that a curve predicts through.
-        at: a curve's image size or channels.
+        at: the image size or the number of channels, for a point of a curve.
         slim: whether the networks are the narrow ones of ``configs/quick_schedules``.
     """
 
@@ -100,7 +100,7 @@ _NETWORK = dict(
     rounds=5,
 )
 
-# The settings of each kind of measurement, where a preset has no others.
+# The settings of each kind of measurement, unless a preset has others.
 _DEFAULTS = {
     "layer": dict(
         norms=_LAYER_NORMS,
@@ -120,14 +120,14 @@ _DEFAULTS = {
     "channels": dict(sizes=(800,), channels=(64, 128, 256, 512, 1024, 2048), kernel=1, rounds=5),
 }
 
-# Of stem, res2 and res5 at full size, for which the project's targets are set.
+# Features of res2, stem and res5 at full size, for which the project has targets.
 _SHAPES = ((1, 256, 200, 336), (2, 64, 400, 672), (512, 2048, 7, 7), (128, 512, 7, 7))
 
 _ON_A_GPU = dict(size=(800, 1333), images=(1, 2), rounds=11)
 
 # By name: what is measured, and with which settings in place of the defaults.
 PRESETS: Dict[str, Dict[str, Dict]] = {
-    # Seconds: whether everything works. The networks are slim, and the times say nothing.
+    # Shows in seconds whether everything works. The networks are slim, and the times mean nothing.
     "quick": {
         "layer": dict(shapes=((2, 32, 8, 8),), rounds=2),
         "backbone": dict(norms=("BN", "KN"), size=(64, 64), slim=True, rounds=2),
@@ -152,7 +152,7 @@ PRESETS: Dict[str, Dict[str, Dict]] = {
         "size": dict(rounds=3),
         "channels": dict(rounds=3),
     },
-    # All that the project has set itself as a target, for a GPU; on a CPU it would take hours.
+    # Everything that the project has targets for, on a GPU. On a CPU it would take hours.
     "gpu": {
         "step": dict(_ON_A_GPU, dtypes=("float32", "float16")),
         "layer": dict(
@@ -205,11 +205,11 @@ def make_groups(preset: str, whats: Optional[Sequence[str]] = None, **changes) -
 
     Args:
         preset: a key of ``PRESETS``.
-        whats: keys of ``WHATS`` to measure; None for those of the preset. One that the preset does
-            not have comes with the defaults, "compiled" with what the preset has for "backbone".
+        whats: keys of ``WHATS`` to measure; None for those of the preset. A key that the preset
+            does not have gets the default settings. For "compiled" these are the settings of
+            "backbone" in the preset.
         changes: ``norms``, ``shapes``, ``images``, ``size``, ``dtypes``, ``formats``, ``regions``
-            or ``rounds``: in place of the preset's in all that have such a setting. None changes
-            nothing.
+            or ``rounds``, which replace the settings of the preset. None changes nothing.
 
     Returns:
         list: in the order in which they are to be measured.

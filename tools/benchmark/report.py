@@ -59,7 +59,7 @@ def describe_machine() -> Dict:
 
 
 def _label(name: str) -> str:
-    """A candidate's name, or that of its config file without folder and ending."""
+    """A candidate's name, or the name of its config file without folder and ending."""
     return os.path.basename(name).removesuffix(".yaml")
 
 
@@ -68,7 +68,7 @@ def _times(numbers) -> str:
 
 
 def _subject(group: Dict) -> str:
-    """What a group measures, without the setting that is in :func:`_setting`."""
+    """What a group measures, without its :func:`_setting`."""
     what, (count, channels, *side) = group["what"], group["shape"]
     kernel = _times([group["kernel"]] * 2)
     if what == "layer":
@@ -108,9 +108,9 @@ def _line(cells: List[str], widths: List[int]) -> str:
 def format_group(group: Dict) -> str:
     """A group's result as a table in Markdown.
 
-    Times are in milliseconds with their quartiles. Memory is the peak of a run on a GPU, and what
-    is saved for the backward on a CPU; behind it its ratio to the first base's. Launches are those
-    of forward + backward: kernels on a GPU, operations on a CPU.
+    Times are in milliseconds, with their quartiles. Memory is the peak of a run on a GPU, and what
+    is saved for the backward on a CPU, with the ratio to the first base in brackets. Launches, of
+    forward + backward, are kernels on a GPU and operations on a CPU.
     """
     measured = {row["name"]: row for row in group["rows"] if row["status"] == "measured"}
     bases = [base for base in group["bases"] if base in measured]
@@ -141,7 +141,7 @@ def format_group(group: Dict) -> str:
 def format_summary(groups: List[Dict]) -> str:
     """The ratios of all groups to their first base, in one table in Markdown for each measurement.
 
-    A line is a group, a column a norm that was measured in any of them. "-" is what was not.
+    A line is a group, and a column is a norm. "-" stands for a norm that was not measured.
     """
     parts = {}
     for group in groups:
@@ -169,7 +169,7 @@ def _markdown(table: List[List[str]]) -> List[str]:
 
 
 def write_json(result: Dict, path: str) -> None:
-    """Writes a result, so that there is never half a file of that name."""
+    """Writes a result. If this is interrupted, the old file stays."""
     with atomic_write(path) as file:
         file.write(json.dumps(result, indent=1).encode())
 

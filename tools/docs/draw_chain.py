@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Draws how a belief goes from one layer to the next: docs/chain.png.
 
-The upper half names the steps. The lower half shows them for one channel: the belief of the layer below
-behind its ReLU, the prior that is predicted from it, what one image measures, and the posterior. The
-numbers are computed by the package, on random features of 32 channels.
+The upper half names the steps. The lower half shows one channel: its prior, the measurement on one
+image, the posterior, and the distribution over many images. The package computes the numbers, on
+random features of 32 channels.
 
 Examples:
     python tools/docs/draw_chain.py docs/chain.png
@@ -22,15 +22,15 @@ from kn_detectron.layers.filter import update
 
 GAIN = 0.3
 CHANNELS, SIDE = 32, 6
-COMMON = 0.3  # of the variance of a feature: that between images
+COMMON = 0.3  # the share of a feature's variance that is between images
 PRIOR, MEASURED, POSTERIOR, PLAIN = "#4477aa", "#cc6677", "#228833", "#555555"
 
 
 def compute():
-    """The beliefs about one channel of a layer, and what is true of it.
+    """The beliefs about one channel of a layer, and its statistics on many images.
 
     Returns:
-        dict: a mean and a standard deviation of each.
+        dict: the mean and standard deviation of each, by name.
     """
     torch.manual_seed(6)
     below = Belief(torch.randn(1, CHANNELS) * 0.5, torch.rand(1, CHANNELS) + 0.5)
@@ -58,7 +58,7 @@ def compute():
 
 
 def box(axes, x, y, text, color, width=1.75, height=0.62):
-    """A step of the chain, centred at x, y."""
+    """Draws a step of the chain, centred at x, y."""
     axes.add_patch(
         FancyBboxPatch(
             (x - width / 2, y - height / 2),
@@ -74,7 +74,7 @@ def box(axes, x, y, text, color, width=1.75, height=0.62):
 
 
 def arrow(axes, start, end, color):
-    """From one point to another."""
+    """Draws an arrow from one point to another."""
     axes.add_patch(
         FancyArrowPatch(
             start, end, arrowstyle="-|>", mutation_scale=13, color=color, linewidth=1.5, shrinkA=0
@@ -83,7 +83,7 @@ def arrow(axes, start, end, color):
 
 
 def draw_steps(axes):
-    """The chain from layer k - 1 to layer k and on: features above, beliefs below."""
+    """Draws the chain from layer k - 1 to layer k: features above, beliefs below."""
     axes.set_xlim(0, 13.7)
     axes.set_ylim(0.1, 3.35)
     axes.axis("off")
@@ -118,7 +118,7 @@ def draw_steps(axes):
 
 
 def draw_channel(axes, moments):
-    """The distributions of one channel."""
+    """Draws the distributions of one channel."""
     styles = {
         "all images": ("what 2000 images have", PLAIN, "--"),
         "measured": ("measured on one image", MEASURED, "-"),
@@ -147,7 +147,7 @@ def spread(moments):
 
 
 def draw(path):
-    """Writes the picture."""
+    """Draws the picture and writes it to a file."""
     figure = Figure(figsize=(10.5, 5.2))
     above, below = figure.subplots(2, 1, height_ratios=(3.3, 2.2), gridspec_kw={"hspace": 0.05})
     draw_steps(above)
@@ -156,7 +156,7 @@ def draw(path):
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,1 +1,1 @@
-"""What the figures of docs/evidence.md are measured with."""
+"""The experiments that docs/evidence.md reports."""

@@ -1,4 +1,4 @@
-"""What is compared: the same detector and weights, with different norms in the backbone."""
+"""The arms of the comparison: one detector and its weights, with several norms in the backbone."""
 
 from typing import Dict, NamedTuple, Tuple
 
@@ -11,10 +11,10 @@ class Arm(NamedTuple):
     """One row of a table.
 
     Attributes:
-        label: what the tables call it.
-        config: of the model zoo.
+        label: its name in the tables.
+        config: a config of the model zoo.
         options: KEY, VALUE, ... for the config.
-        trains_affine: whether scale and shift of a frozen BatchNorm are trained after all.
+        trains_affine: whether scale and shift are trained although BatchNorm is frozen.
     """
 
     label: str
@@ -49,11 +49,12 @@ ARMS: Dict[str, Arm] = {
 def solver_options(cfg, images: int) -> Tuple[str, ...]:
     """The schedule of a config for another number of images per step, with equal images seen.
 
-    The learning rate is proportional to the images of a step, and all lengths are inversely so.
+    The learning rate is proportional to the number of images per step, and the lengths of the
+    schedule are inversely proportional to it.
 
     Args:
         cfg: detectron2's config, whose schedule is for SOLVER.IMS_PER_BATCH images.
-        images: per step.
+        images: images per step.
 
     Returns:
         tuple[str, ...]: KEY, VALUE, ...

@@ -12,7 +12,7 @@ __all__ = ["MatchedRun", "paired_bootstrap"]
 
 
 class MatchedRun:
-    """The detections of one run, matched with the truth by pycocotools once, for many samples.
+    """The detections of one run. pycocotools matches them with the truth once, for all samples.
 
     Args:
         truth: the annotations.
@@ -38,7 +38,7 @@ class MatchedRun:
         """COCO's AP, in percent, on some of the photographs.
 
         Args:
-            sample: indices of photographs; one may come several times.
+            sample: indices of photographs, which may repeat.
         """
         counts = np.bincount(sample, minlength=self.num_photos)
         found = [category.precisions(counts, self._recalls) for category in self._categories]
@@ -49,7 +49,7 @@ class _Category:
     """The matches of one category, the best detection first.
 
     Args:
-        matches: of pycocotools, for each photo; None where there is nothing to match.
+        matches: the matches of pycocotools for each photo; None if there is nothing to match.
     """
 
     def __init__(self, matches: Sequence[Optional[Dict]]):
@@ -92,11 +92,11 @@ class _Category:
 def paired_bootstrap(
     ours: List[MatchedRun], theirs: List[MatchedRun], samples: int = 1000, seed: int = 0
 ) -> Dict[str, float]:
-    """The difference of two methods' mean AP, and what it is on resampled photographs.
+    """The difference of two methods' mean AP, with its interval on resampled photographs.
 
     Each sample draws as many photographs as there are, with replacement, and evaluates all runs of
-    both methods on the same ones. The interval is about the choice of the photographs; how much
-    seeds differ is told by the range over the runs. Source: ours, after Efron's percentile method.
+    both methods on it. The interval tells how much the choice of photographs matters. How much the
+    seeds matter is told by the range over the runs. Source: ours, after Efron's percentile method.
 
     Args:
         ours, theirs: the runs of two methods, one for each seed, on the same truth.

@@ -4,10 +4,10 @@
 Example:
     python tools/evidence/classification.py --data cifar10 --output output/cifar --micro-batches 1 2 64
 
-Batch, learning rate and epochs are the same for all; only how many images share statistics differs
-(tools/pretrain_net.py --norm-batch-size). Each run has a folder of its own,
-OUTPUT/ARM_mMICRO_BATCH_seedSEED. What is finished is not run again, and what was interrupted goes on:
-give the same command again. tools/evidence/report.py makes a table and a picture of it.
+All runs have the same batch, learning rate and epochs. They differ in the norm and in the number of
+images that share statistics (tools/pretrain_net.py --norm-batch-size). Each run has a folder of its
+own, OUTPUT/ARM_mMICRO_BATCH_seedSEED. After an interruption the same command goes on where it
+stopped, and does not repeat finished runs. tools/evidence/report.py makes a table and a picture.
 """
 
 import argparse
@@ -26,17 +26,17 @@ from evidence.runs import (
     write_result,
 )  # noqa: E402  # beside this file, not installed
 
-_CONFIG = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml"  # of which pixels and device are taken
+_CONFIG = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml"  # gives the pixel statistics and the device
 
 
 class Arm(NamedTuple):
     """One line of the picture.
 
     Attributes:
-        label: what the tables call it.
-        norm: of tools/pretrain_net.py.
+        label: its name in the tables.
+        norm: --norm of tools/pretrain_net.py.
         options: KEY, VALUE, ... for the config.
-        network: of tools/pretrain_net.py.
+        network: --network of tools/pretrain_net.py.
         shares: whether images share statistics, so that the micro-batch matters.
     """
 
@@ -66,7 +66,7 @@ ARMS = {
 
 
 def train(args, name: str, micro_batch: int, seed: int, folder: Path) -> None:
-    """Runs tools/pretrain_net.py for one arm and notes its result."""
+    """Runs tools/pretrain_net.py for one arm and writes its result."""
     arm = ARMS[name]
     command = [sys.executable, str(Path(__file__).parents[1] / "pretrain_net.py"), "--resume"]
     command += ["--config", get_config_file(_CONFIG), "--data", args.data, "--image-size", "32"]
@@ -80,7 +80,7 @@ def train(args, name: str, micro_batch: int, seed: int, folder: Path) -> None:
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Fine-tunes Mask R-CNN with each norm on a folder of photographs, and notes what came out.
+"""Fine-tunes Mask R-CNN with each norm on a folder of photographs, and writes the results.
 
 Example:
     python tools/evidence/detection.py --dataset persons --output output/evidence --seeds 1 2 3 --images 2
 
-Each run has a folder of its own, OUTPUT/ARM_IMAGESim_seedSEED. What is finished is not run again, and
-what was interrupted goes on: give the same command again. tools/evidence/report.py makes tables of it.
+Each run has a folder of its own, OUTPUT/ARM_IMAGESim_seedSEED. After an interruption the same
+command goes on where it stopped, and does not repeat finished runs. tools/evidence/report.py makes
+tables.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def trainer_class(arm):
         return Trainer
 
     class TrainerWithAffine(Trainer):
-        """Trains scale and shift of BatchNorm whose statistics stay frozen."""
+        """Trains scale and shift of BatchNorm. The statistics stay frozen."""
 
         @classmethod
         def build_model(cls, cfg):
@@ -52,13 +53,13 @@ def trainer_class(arm):
 
 
 def train(args, name, images, seed, folder):
-    """Trains and evaluates one arm in this process, and notes its result.
+    """Trains and evaluates one arm in this process, and writes its result.
 
     Args:
-        args (argparse.Namespace): of :func:`main`.
-        name (str): of the arm.
-        images (int): per step.
-        seed (int): of the run.
+        args (argparse.Namespace): the arguments of :func:`main`.
+        name (str): the arm.
+        images (int): images per step.
+        seed (int): the seed of the run.
         folder (Path): for everything that the run writes.
     """
     arm = ARMS[name]
@@ -80,21 +81,21 @@ def train(args, name, images, seed, folder):
         "steps": cfg.SOLVER.MAX_ITER,
         "learning_rate": cfg.SOLVER.BASE_LR,
         "options": args.opts,
-        # Of the last start: a resumed run's is shorter.
+        # Since the last start: a run that was resumed took longer.
         "minutes": round((time.time() - started) / 60, 1),
     }
     write_result(folder, settings)
 
 
 def train_apart(args, name, images, seed, folder):
-    """The same in a process of its own."""
+    """:func:`train` in a process of its own."""
     command = [sys.executable, __file__, "--dataset", args.dataset, "--output", args.output]
     command += ["--arms", name, "--images", str(images), "--seeds", str(seed)]
     run_apart([*command, *(["--opts", *args.opts] if args.opts else [])], folder)
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

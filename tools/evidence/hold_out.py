@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Makes a folder whose validation photographs are every fifth of another's training photographs.
+"""Splits the training photographs of a folder into a new folder: every fifth is for validation.
 
 Example:
     python tools/evidence/hold_out.py persons output/persons_held_out
 
-Settings are chosen on it, so that the true validation photographs take no part in the choice. The
-photographs are not copied: train/ and val/ are links.
+Settings are chosen on the new folder, so that the true validation photographs take no part in the
+choice. The photographs are not copied: train/ and val/ are links.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def hold_out(folder: Path, output: Path) -> None:
 
     Args:
         folder: in COCO's layout, with annotations/instances_train.json and train/.
-        output: to be made, in the same layout.
+        output: the new folder, in the same layout.
     """
     content = json.loads((folder / "annotations" / "instances_train.json").read_text())
     held_out = {image["id"] for image in content["images"][::EVERY]}
@@ -35,7 +35,7 @@ def hold_out(folder: Path, output: Path) -> None:
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

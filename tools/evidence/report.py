@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Makes the tables and the picture of docs/evidence.md from the results of the runs.
+"""Makes the tables and pictures of docs/evidence.md from the results of the runs.
 
 Examples:
     python tools/evidence/report.py --detection output/evidence --truth persons/annotations/instances_val.json
     python tools/evidence/report.py --choice output/choice --classification output/cifar
     python tools/evidence/report.py
 
-What is read from runs is kept in docs/evidence/*.json, from which the tables are written; without
-arguments they are written anew. A test compares the tables with these files.
+The results of the runs are kept in docs/evidence/*.json. Tables and pictures are made from these
+files. Without arguments they are made anew. A test compares the tables with the files.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from evidence.runs import read_results  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
 TASKS = {"bbox": "box", "segm": "mask"}
-# Which differences docs/evidence.md speaks of: (ours, theirs).
+# The differences that docs/evidence.md reports: (ours, theirs).
 COMPARED = (
     ("KN", "BN_frozen"),
     ("KN", "BN_affine"),
@@ -152,7 +152,7 @@ def summary_table(data: Dict) -> str:
 
 
 def _escaped(table: str) -> str:
-    """A table in which the star of BN* is no sign of Markdown."""
+    """A table in which Markdown shows the star of BN* as a star."""
     return table.replace("BN*", r"BN\*")
 
 
@@ -197,7 +197,7 @@ def classification_table(data: Dict) -> str:
     return tabulate(rows, header, tablefmt="github")
 
 
-# What a page has between "<!-- NAME -->" and "<!-- end -->": the file that it is made of, and how.
+# By NAME, what a page has between "<!-- NAME -->" and "<!-- end -->": its file, and its function.
 TABLES = {
     "choice": ("choice", choice_table),
     "detection": ("detection", detection_tables),
@@ -209,11 +209,11 @@ PAGES = (DOCS / "evidence.md", DOCS.parent / "README.md")
 
 
 def with_tables(page: str, folder: Path) -> str:
-    """A page with each of its tables replaced by what the files in the folder give.
+    """A page with its tables made anew from the files in a folder.
 
     Args:
-        page: Markdown with marks.
-        folder: of the JSON files.
+        page: Markdown with the marks of :data:`TABLES`.
+        folder: the folder of the JSON files.
     """
     for name, (file, table) in TABLES.items():
         path = folder / f"{file}.json"
@@ -224,19 +224,19 @@ def with_tables(page: str, folder: Path) -> str:
 
 
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--detection", metavar="FOLDER", help="of the runs of detection.py")
+    parser.add_argument("--detection", metavar="FOLDER", help="the runs of detection.py")
     parser.add_argument(
-        "--own-rate", metavar="FOLDER", help="the same, with a learning rate for each arm"
+        "--own-rate", metavar="FOLDER", help="runs with a learning rate for each arm"
     )
     parser.add_argument("--truth", metavar="FILE", help="annotations that these were evaluated on")
     parser.add_argument(
-        "--choice", metavar="FOLDER", help="of those of detection.py on hold_out.py's"
+        "--choice", metavar="FOLDER", help="runs of detection.py on the folder of hold_out.py"
     )
-    parser.add_argument("--classification", metavar="FOLDER", help="of those of classification.py")
+    parser.add_argument("--classification", metavar="FOLDER", help="the runs of classification.py")
     args = parser.parse_args()
     folder = DOCS / "evidence"
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the experiments share: many runs, one after the other, each with a folder and a result."""
+"""Runs of an experiment, one after the other, each with a folder and a result."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ def run_all(folders: Iterable[Path], do: Callable[[Path], None]) -> None:
     """Does the runs that have no result yet, and says how long the rest will take.
 
     Args:
-        folders: of the runs.
+        folders: the folders of the runs.
         do: does the run of a folder, and calls :func:`write_result` at its end.
     """
     folders = list(folders)
@@ -47,11 +47,11 @@ def run_apart(command: List[str], folder: Path) -> None:
 
 
 def write_result(folder: Path, settings: Dict) -> None:
-    """Notes what an evaluation wrote into a run's folder, with the settings and the code of the run.
+    """Writes the result of a run: its evaluation, its settings, and the version of its code.
 
     Args:
-        folder: of the run, with ``inference/results.json``.
-        settings: that tell the run from others.
+        folder: the folder of the run, with ``inference/results.json``.
+        settings: the settings that tell the run from others.
     """
     results = json.loads((folder / "inference" / "results.json").read_text())
     made_with = {"commit": _commit(), "torch": torch.__version__}
@@ -60,7 +60,7 @@ def write_result(folder: Path, settings: Dict) -> None:
 
 
 def read_results(output: Path) -> Dict[Path, Dict]:
-    """The results of all runs in a folder and below, by the folder of each, in the order of names."""
+    """The results of all runs below a folder, by the folders of the runs, which are sorted."""
     paths: List[Path] = sorted(Path(output).rglob(_NAME))
     return {path.parent: json.loads(path.read_text()) for path in paths}
 

@@ -165,8 +165,8 @@ def test_a_curves_prediction_is_that_of_relu_and_convolution(name):
 @pytest.mark.parametrize(
     "group, norm, reason",
     [
-        (LAYER, "SyncBN", "takes GPUs"),
-        (STEP, "SyncBN", "takes GPUs"),
+        (LAYER, "SyncBN", "needs GPUs"),
+        (STEP, "SyncBN", "needs GPUs"),
         (LAYER, "KN-paper-MC", "only the prediction differs"),
         (LAYER, "KN-prediction", "beside a step"),
         (STEP, "FrozenBN-affine", "only one layer"),
