@@ -16,7 +16,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     packages=find_packages(include=["kn_detectron", "kn_detectron.*"]),
-    package_data={"kn_detectron": ["model_zoo/configs/**/*.yaml", "model_zoo/weights/*.pth"]},
+    package_data={
+        "kn_detectron": [
+            "model_zoo/configs/**/*.yaml",
+            "model_zoo/weights/*.pth",
+            "data/photos/ATTRIBUTION.md",
+            "data/photos/*/*.jpg",
+            "data/photos/annotations/*.json",
+        ]
+    },
     python_requires=">=3.10",
     # detectron2 is missing here on purpose: PyPI has no package of that name by its authors.
     install_requires=[

@@ -40,14 +40,16 @@ def files(pattern):
     return {path.relative_to(ROOT).as_posix() for path in (ROOT / "kn_detectron").glob(pattern)}
 
 
-def test_wheel_has_all_modules_configs_and_weights(wheel):
+def test_wheel_has_all_modules_configs_weights_and_photographs(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules, configs = files("**/*.py"), files("model_zoo/configs/**/*.yaml")
     weights = files("model_zoo/weights/*.pth")
     assert "kn_detectron/__init__.py" in modules
     assert "kn_detectron/model_zoo/configs/mask_rcnn_R50_C4_KN.yaml" in configs
     assert "kn_detectron/model_zoo/weights/slim_R50_KN.pth" in weights
-    assert modules | configs | weights <= names
+    photos = files("data/photos/**/*.jpg") | files("data/photos/annotations/*.json")
+    assert len(photos) == 138 and "kn_detectron/data/photos/ATTRIBUTION.md" in names
+    assert modules | configs | weights | photos <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/"))]
 
 

@@ -1,12 +1,14 @@
 """Datasets and loaders.
 
-Importing this registers `shapes_train` and `shapes_val`, and lets detectron2 read 16-bit images.
+Importing this registers `shapes_train`, `shapes_val`, `photos_train` and `photos_val`, and lets
+detectron2 read 16-bit images.
 """
 
 from .coco_folder import register_coco_folder
 from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import CheckedMapper, first_sentence
 from .named_folders import register_named_folders
+from .photos import PHOTOS, register_photos
 from .pixels import as_eight_bits, scale_deep_images
 from .register import prepare_dataset, register_shapes, register_shapes_lazily
 from .requirements import check_requirements
@@ -25,6 +27,7 @@ from .validate import check_dataset, check_datasets, check_datasets_once, use_ch
 __all__ = [
     "CATEGORIES",
     "CheckedMapper",
+    "PHOTOS",
     "ShapesSpec",
     "SingleShapesSpec",
     "TrainLoader",
@@ -43,6 +46,7 @@ __all__ = [
     "prepare_dataset",
     "register_coco_folder",
     "register_named_folders",
+    "register_photos",
     "register_shapes",
     "register_shapes_lazily",
     "shapes_paths",
@@ -50,4 +54,5 @@ __all__ = [
 ]
 
 register_shapes_lazily()
+register_photos()
 scale_deep_images()

@@ -1,0 +1,79 @@
+import json
+
+import pytest
+from evidence.photo_set import attribution, choose, leave_out, resize
+from PIL import Image
+
+LICENSES = [{"id": 1, "name": "not free", "url": "u1"}, {"id": 4, "name": "free", "url": "u4"}]
+
+
+def annotation(image, box, **changes):
+    left, top, width, height = box
+    corners = [left, top, left + width, top, left + width, top + height, left, top + height]
+    made = {"id": image, "image_id": image, "category_id": 1, "iscrowd": 0, "bbox": box}
+    return {**made, "area": width * height, "segmentation": [corners], **changes}
+
+
+@pytest.fixture
+def content():
+    """Five photographs, of which only the first is fit for a set."""
+    images = [
+        {"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480, "license": 4}
+        for i in range(1, 6)
+    ]
+    for image in images:
+        image["flickr_url"] = f"http://farm1.staticflickr.com/1/{100 + image['id']}_ab_z.jpg"
+        image["coco_url"] = "http://images.cocodataset.org/x.jpg"
+    images[1]["license"] = 1
+    annotations = [
+        annotation(1, [100, 50, 100, 300]),
+        annotation(2, [100, 50, 100, 300]),  # not free
+        annotation(3, [100, 50, 20, 40]),  # small
+        annotation(4, [0, 50, 100, 430]),  # cut off by two edges
+        annotation(5, [100, 50, 100, 300], iscrowd=1),
+    ]
+    categories = [{"id": 1, "name": "person"}]
+    return dict(images=images, annotations=annotations, categories=categories, licenses=LICENSES)
+
+
+def test_takes_free_photographs_of_upright_persons(content):
+    assert choose(content, 1) == [1]
+    with pytest.raises(ValueError, match="only 1 photographs are fit for a set of 2"):
+        choose(content, 2)
+
+
+def test_the_choice_is_the_same_every_time(content):
+    content["images"] = [dict(content["images"][0], id=i) for i in range(1, 21)]
+    content["annotations"] = [annotation(i, [100, 50, 100, 300]) for i in range(1, 21)]
+    assert choose(content, 5) == choose(content, 5) != choose(content, 5, seed=1)
+
+
+def test_photographs_and_annotations_shrink_together(content, tmp_path):
+    Image.new("RGB", (640, 480), "red").save(tmp_path / "1.jpg")
+    part = resize(content, [1], tmp_path, tmp_path / "set", "val")
+    written = json.loads((tmp_path / "set" / "annotations" / "instances_val.json").read_text())
+    assert written == part
+    with Image.open(tmp_path / "set" / "val" / "1.jpg") as photo:
+        assert photo.size == (320, 240)
+    (image,), (person,) = part["images"], part["annotations"]
+    assert (image["width"], image["height"]) == (320, 240)
+    assert person["bbox"] == [50, 25, 50, 150] and person["area"] == 7500
+    assert person["segmentation"] == [[50, 25, 100, 25, 100, 175, 50, 175]]
+
+
+def test_each_photograph_is_attributed(content, tmp_path):
+    Image.new("RGB", (640, 480)).save(tmp_path / "1.jpg")
+    page = attribution({"val": resize(content, [1], tmp_path, tmp_path / "set", "val")})
+    assert "| val/1.jpg | [101](https://www.flickr.com/photo.gne?id=101) | [free](u4) |" in page
+
+
+def test_the_rest_has_all_others(content, tmp_path):
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+    (tmp_path / "annotations" / "instances_val.json").write_text("{}")
+    leave_out(content, [1], tmp_path, tmp_path / "rest")
+    left = json.loads((tmp_path / "rest" / "annotations" / "instances_train.json").read_text())
+    assert [image["id"] for image in left["images"]] == [2, 3, 4, 5]
+    assert [a["image_id"] for a in left["annotations"]] == [2, 3, 4, 5]
+    assert (tmp_path / "rest" / "val").samefile(tmp_path / "val")

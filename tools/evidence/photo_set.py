@@ -1,0 +1,190 @@
+#!/usr/bin/env python
+"""Makes the small set of photographs that the package contains, and the folder without them.
+
+Example:
+    python tools/evidence/photo_set.py persons kn_detectron/data/photos --rest output/persons_rest
+
+Only photographs whose licence allows changed copies for any purpose are taken. The training photographs
+of the set come from those of the folder, and so do the validation photographs. REST has all other
+training photographs, so that a detector that is trained on them has seen none of the set.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+# In COCO's numbering: CC BY, CC BY-SA, no known copyright restrictions, work of the US government.
+LICENSES = (4, 5, 7, 8)
+LONG_SIDE = 320
+SMALLEST = 0.02  # area of a person / area of the photograph: less is hard to make out
+MOST_PERSONS = 4
+
+
+def choose(content, count, seed=0):
+    """The photographs of a set: free ones with a few persons, each upright and large enough to be made out.
+
+    Args:
+        content (dict): annotations in COCO's format.
+        count (int): how many to take.
+        seed (int): of the choice among those that are fit.
+
+    Returns:
+        list[int]: ids of images, sorted.
+
+    Raises:
+        ValueError: too few are fit.
+    """
+    persons = {image["id"]: [] for image in content["images"]}
+    for annotation in content["annotations"]:
+        persons[annotation["image_id"]].append(annotation)
+
+    def fits(image):
+        found = persons[image["id"]]
+        area = image["width"] * image["height"]
+        return (
+            image["license"] in LICENSES
+            and 0 < len(found) <= MOST_PERSONS
+            and not any(annotation["iscrowd"] for annotation in found)
+            and min(annotation["area"] for annotation in found) >= SMALLEST * area
+            and all(_is_upright(annotation["bbox"], image) for annotation in found)
+        )
+
+    fit = sorted(image["id"] for image in content["images"] if fits(image))
+    if len(fit) < count:
+        raise ValueError(f"only {len(fit)} photographs are fit for a set of {count}")
+    return sorted(random.Random(seed).sample(fit, count))
+
+
+def _is_upright(box, image):
+    """Whether a person is higher than wide, and at most one edge of the photograph cuts it off."""
+    left, top, width, height = box
+    right, bottom = image["width"] - left - width, image["height"] - top - height
+    return height > width and sum(gap < 2 for gap in (left, top, right, bottom)) <= 1
+
+
+def resize(content, ids, photos, output, split):
+    """Writes one split of the set: smaller photographs, and their annotations in the same scale.
+
+    Args:
+        content (dict): annotations of the split in COCO's format.
+        ids (list[int]): of the images to take.
+        photos (Path): folder of the photographs.
+        output (Path): folder of the set.
+        split (str): "train" or "val".
+
+    Returns:
+        dict: the annotations of the split.
+    """
+    (output / split).mkdir(parents=True)
+    images, annotations = [], []
+    for image in content["images"]:
+        if image["id"] not in ids:
+            continue
+        factor = LONG_SIDE / max(image["width"], image["height"])
+        size = [round(image[side] * factor) for side in ("width", "height")]
+        with Image.open(photos / image["file_name"]) as photo:
+            photo = photo.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+            photo.save(output / split / image["file_name"], quality=85, optimize=True)
+        kept = {key: image[key] for key in ("id", "file_name", "license", "flickr_url", "coco_url")}
+        images.append({**kept, "width": size[0], "height": size[1]})
+        for annotation in content["annotations"]:
+            if annotation["image_id"] == image["id"]:
+                annotations.append(_scaled(annotation, factor))
+    part = {key: content[key] for key in ("licenses", "categories")}
+    part.update(images=images, annotations=annotations)
+    (output / "annotations").mkdir(exist_ok=True)
+    path = output / "annotations" / f"instances_{split}.json"
+    path.write_text(json.dumps(part, separators=(",", ":")) + "\n")
+    return part
+
+
+def _scaled(annotation, factor):
+    def scaled(numbers):
+        return [round(number * factor, 1) for number in numbers]
+
+    kept = {key: annotation[key] for key in ("id", "image_id", "category_id", "iscrowd")}
+    return {
+        **kept,
+        "bbox": scaled(annotation["bbox"]),
+        "area": round(annotation["area"] * factor**2, 1),
+        "segmentation": [scaled(polygon) for polygon in annotation["segmentation"]],
+    }
+
+
+def attribution(parts):
+    """Who must be named for what, in Markdown.
+
+    Args:
+        parts (dict[str, dict]): annotations by split.
+
+    Returns:
+        str
+    """
+    lines = [
+        "# Photographs and their licences",
+        "",
+        "The photographs in `train/` and `val/` are from [COCO 2017](https://cocodataset.org). Their",
+        "photographers published them on Flickr under the licences below, which are the ones that",
+        "COCO's annotations name. The link leads to the page of a photograph, which names the",
+        f"photographer. **Changed:** each was resized to a long side of {LONG_SIDE} pixels and saved as",
+        "JPEG again. The resized photographs are under the same licences as the originals.",
+        "",
+        "The annotations in `annotations/` are COCO's, by the COCO Consortium, under",
+        "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). **Changed:** they were scaled with",
+        "the photographs, and only persons were kept.",
+        "",
+        "The released person detectors were trained on none of these photographs.",
+        "`tools/evidence/photo_set.py` chose and resized them, and wrote this page.",
+        "",
+        "| photograph | page at Flickr | licence |",
+        "|---|---|---|",
+    ]
+    for split, part in parts.items():
+        names = {entry["id"]: f"[{entry['name']}]({entry['url']})" for entry in part["licenses"]}
+        for image in part["images"]:
+            number = image["flickr_url"].rsplit("/", 1)[1].split("_")[0]
+            page = f"[{number}](https://www.flickr.com/photo.gne?id={number})"
+            lines.append(f"| {split}/{image['file_name']} | {page} | {names[image['license']]} |")
+    return "\n".join(lines) + "\n"
+
+
+def leave_out(content, ids, folder, rest):
+    """Makes a folder with all training photographs but some, as links, and the same validation."""
+    (rest / "annotations").mkdir(parents=True)
+    part = dict(content)
+    for key, name in (("images", "id"), ("annotations", "image_id")):
+        part[key] = [entry for entry in content[key] if entry[name] not in ids]
+    (rest / "annotations" / "instances_train.json").write_text(json.dumps(part))
+    whole = folder / "annotations" / "instances_val.json"
+    (rest / "annotations" / "instances_val.json").write_text(whole.read_text())
+    for split in ("train", "val"):
+        (rest / split).symlink_to((folder / split).resolve(), target_is_directory=True)
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="in COCO's layout, of persons")
+    parser.add_argument("output", type=Path, help="folder of the set, to be made")
+    parser.add_argument("--rest", type=Path, help="folder of all others, to be made")
+    parser.add_argument("--count", nargs=2, type=int, default=[100, 36], help="train, val (100 36)")
+    args = parser.parse_args()
+    parts = {}
+    for split, count in zip(("train", "val"), args.count):
+        path = args.folder / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        ids = choose(content, count)
+        parts[split] = resize(content, ids, args.folder / split, args.output, split)
+        if split == "train" and args.rest:
+            leave_out(content, ids, args.folder, args.rest)
+    (args.output / "ATTRIBUTION.md").write_text(attribution(parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
