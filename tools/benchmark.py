@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures Kalman Normalization beside the other norms: time, memory and launches.
+"""Compares Kalman Normalization with the other norms: time, memory and launches.
 
 It prints a table for each measurement, and a table of all ratios at the end. It writes the results,
 with every single time, as JSON and as pictures into a folder. What the machine cannot run is listed

@@ -31,7 +31,7 @@ __all__ = [
     "update",
 ]
 
-# The released code drops a prior whose variance is on average this many times the measured one.
+# The released code drops a prior if the mean of var_prior / var_measured over channels is this.
 GATE_LIMIT = 100.0
 
 

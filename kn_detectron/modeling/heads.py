@@ -50,7 +50,7 @@ class KNFastRCNNConvFCHead(_KNHead, FastRCNNConvFCHead):
     def __init__(self, input_shape: ShapeSpec, *, chain: ChainConfig, **kwargs):
         """
         Args:
-            chain: what its layers have in common with those of the backbone.
+            chain: the settings of its layers, which it shares with the backbone.
             input_shape, conv_dims, fc_dims: as in ``FastRCNNConvFCHead``.
         """
         super().__init__(input_shape, conv_norm=functools.partial(build_norm, chain), **kwargs)
@@ -58,10 +58,12 @@ class KNFastRCNNConvFCHead(_KNHead, FastRCNNConvFCHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec):
-        """As ``FastRCNNConvFCHead``; MODEL.ROI_BOX_HEAD.NORM is that of MODEL.RESNETS.NORM.
+        """Reads the config as ``FastRCNNConvFCHead`` does.
+
+        MODEL.ROI_BOX_HEAD.NORM must equal MODEL.RESNETS.NORM.
 
         Raises:
-            InputError: if it is another.
+            InputError: the two norms differ.
         """
         options = super().from_config(cfg, input_shape)
         del options["conv_norm"]
@@ -84,7 +86,7 @@ class KNMaskRCNNConvUpsampleHead(_KNHead, MaskRCNNConvUpsampleHead):
     def __init__(self, input_shape: ShapeSpec, *, chain: ChainConfig, **kwargs):
         """
         Args:
-            chain: what its layers have in common with those of the backbone.
+            chain: the settings of its layers, which it shares with the backbone.
             input_shape, num_classes, conv_dims, loss_weight, vis_period: as in
                 ``MaskRCNNConvUpsampleHead``.
         """
@@ -93,10 +95,12 @@ class KNMaskRCNNConvUpsampleHead(_KNHead, MaskRCNNConvUpsampleHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec):
-        """As ``MaskRCNNConvUpsampleHead``; MODEL.ROI_MASK_HEAD.NORM is that of MODEL.RESNETS.NORM.
+        """Reads the config as ``MaskRCNNConvUpsampleHead`` does.
+
+        MODEL.ROI_MASK_HEAD.NORM must equal MODEL.RESNETS.NORM.
 
         Raises:
-            InputError: if it is another.
+            InputError: the two norms differ.
         """
         options = super().from_config(cfg, input_shape)
         del options["conv_norm"]

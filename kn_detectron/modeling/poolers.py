@@ -21,10 +21,10 @@ class BeliefPooler(ROIPooler):
     A region has the belief of the level and of the image that it is pooled from. GKN normalises
     each region by itself and gets exactly this belief. KN normalises all regions together and needs
     one belief about the pixels of all of them: the mixture of the levels' beliefs. All levels have
-    the same weight in it, whatever the regions at hand (ours). If the regions were the weights,
-    priors would differ from step to step and from GPU to GPU, and at gain 0 the running statistics
-    would be those of the regions of the last step. Most regions come from fine levels; the process
-    model has to learn this.
+    the same weight in it, whatever the regions are (ours). If the numbers of regions were the
+    weights, priors would differ from step to step and from GPU to GPU, and at gain 0 the running
+    statistics would depend on the regions of the last step. Most regions come from fine levels. The
+    process model has to learn this.
 
     Args:
         pooler: detectron2's, which this one replaces.

@@ -1,4 +1,4 @@
-"""What ``tools/benchmark.py`` does: measures KN beside the other norms, side by side in one run."""
+"""The parts of ``tools/benchmark.py``, which measures KN and the other norms side by side."""
 
 import kn_detectron  # noqa: F401  # first, since it makes old versions of detectron2 importable
 

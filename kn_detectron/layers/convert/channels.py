@@ -123,14 +123,14 @@ def view(walk, x, *sizes) -> About:
         rest = -math.prod(channels)
         channels = tuple(number // rest if size == -1 else size for size in channels)
     if len(sizes) < 3 or None in channels or math.prod(channels) != number:
-        raise End("what it returns is no feature map")
+        raise End("its output is no feature map")
     return walk.make(channels, "reshape", walk.belief(about), channels)
 
 
 def unsqueeze(walk, x, dim) -> About:
     about = walk.about(x)
     if not 1 <= dim <= len(about.channels) + 1:
-        raise End("what it returns is no feature map")
+        raise End("its output is no feature map")
     channels = (*about.channels[: dim - 1], 1, *about.channels[dim - 1 :])
     return walk.make(channels, "reshape", walk.belief(about), channels)
 
@@ -139,7 +139,7 @@ def flatten(walk, x, start_dim=0, end_dim=-1) -> About:
     about = walk.about(x)
     start, end = (d % (len(about.channels) + 3) for d in (start_dim, end_dim))
     if start < 1 or end > len(about.channels):
-        raise End("what it returns is no feature map")
+        raise End("its output is no feature map")
     merged = math.prod(about.channels[start - 1 : end])
     channels = (*about.channels[: start - 1], merged, *about.channels[end:])
     return walk.make(channels, "reshape", walk.belief(about), channels)
@@ -153,7 +153,7 @@ def permute(walk, x, *order) -> About:
         raise End("the order of its dimensions is computed")
     order = [d % rank for d in order]
     if order[0] != 0 or order[-2:] != [rank - 2, rank - 1]:
-        raise End("what it returns is no feature map")
+        raise End("its output is no feature map")
     channels = [about.channels[d - 1] for d in order[1:-2]]
     return walk.make(channels, "permute", walk.belief(about), order[:-2])
 

@@ -51,7 +51,7 @@ def _mean(walk, x, dim=None, keepdim=False, **kwargs) -> About:
     rank = len(about.channels) + 3
     dims = on_channels.numbers(walk, dim)
     if not keepdim or None in dims or not {d % rank for d in dims} <= {rank - 2, rank - 1}:
-        raise End("what it returns is no feature map")
+        raise End("its output is no feature map")
     return about
 
 

@@ -262,7 +262,7 @@ ENDS = {
     "its weights depend on the images": lambda self, x: F.conv2d(
         x, self.weight * x.mean(), groups=4
     ),
-    "what it returns is no feature map": lambda x: x.flatten(2).unflatten(2, x.shape[2:]),
+    "its output is no feature map": lambda x: x.flatten(2).unflatten(2, x.shape[2:]),
     "it takes images or positions out of a batch": lambda x: x[:1],
     "there is no rule for bounds": lambda x: x.clamp(max=0.3),
     "there is no rule for a weighted sum": lambda x: torch.add(x, x, alpha=2),
