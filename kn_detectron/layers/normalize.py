@@ -4,7 +4,7 @@ Composed of torch's own nodes, the same computation would keep several tensors o
 features, and would pass over them three times more in the backward.
 """
 
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -26,13 +26,30 @@ from .triton import fastest, is_traced
 __all__ = ["Filter", "filter_and_normalize"]
 
 
+class Kept(NamedTuple):
+    """What a filter was computed from and gave, in a graph of its own.
+
+    Attributes:
+        vectors: the layer's vectors, as leaves of the graph.
+        measured: the measurement, as leaves of the graph, or None.
+        mean, scale: of the posterior, for each unfolded channel.
+        belief: what is passed on.
+    """
+
+    vectors: Vectors
+    measured: Optional[Belief]
+    mean: Tensor
+    scale: Tensor
+    belief: Belief
+
+
 class Filter:
     """The filter of a layer by torch's operators, and its derivative by autograd."""
 
     @staticmethod
     def forward(
         v: Vectors, measured: Optional[Belief], spec: Spec, running: Optional[Running], count: int
-    ) -> Statistics:
+    ) -> Tuple[Statistics, Kept]:
         """Filters what was measured, and updates the moving statistics.
 
         Args:
@@ -41,17 +58,27 @@ class Filter:
             spec: what kind of filter the layer is.
             running: the moving statistics, or None if there are none to be updated.
             count: the number of values in each set.
+
+        Returns:
+            What to normalise with, and what :meth:`backward` takes in front of its other arguments.
         """
-        filtered = filter_belief(v, measured, spec)
+        v = Vectors(*(None if t is None else t.detach().requires_grad_(t.requires_grad) for t in v))
+        if measured is not None:
+            measured = Belief(*(t.detach().requires_grad_() for t in measured))
+        with torch.enable_grad():
+            filtered = filter_belief(v, measured, spec)
+            mean = spec.sets.spread(filtered.posterior.mean)
+            scale = _scale(filtered.posterior, v, spec)
         if running is not None:
             track(running, filtered, measured, count)
-        posterior, belief, _ = filtered
-        mean = spec.sets.spread(posterior.mean)
-        # Cloned, because the belief may be one of the inputs.
-        return Statistics(mean, _scale(posterior, v, spec), Belief(*(b.clone() for b in belief)))
+        kept = Kept(v, measured, mean, scale, filtered.belief)
+        # Cloned: it may be one of the tensors that came in.
+        belief = Belief(*(b.detach().clone() for b in filtered.belief))
+        return Statistics(mean.detach(), scale.detach(), belief), kept
 
     @staticmethod
     def backward(
+        kept: Kept,
         v: Vectors,
         measured: Optional[Belief],
         spec: Spec,
@@ -59,35 +86,36 @@ class Filter:
         d_belief: Tuple[Optional[Tensor], Optional[Tensor]],
         count: int,
     ) -> Gradients:
-        """The gradients of the vectors, and the pass that computes dx.
+        """The gradients of the vectors, and through the measurement that of the features.
 
-        In y = scale (x - mean) + bias the gradients of scale, bias and mean are ``sum_dy_xmu``,
-        ``sum_dy`` and -scale ``sum_dy``. From these and from the gradient of the belief, autograd
-        goes on to the vectors and to the measurement.
+        In y = scale (x - mean) + bias, ``sum_dy_xmu`` is the gradient of the scale, ``sum_dy`` that
+        of the bias and -scale ``sum_dy`` that of the mean. From there autograd goes on to whatever
+        they, and the belief, are made of.
 
         Args:
+            kept: what :meth:`forward` returned.
             v, measured, spec, count: as in :meth:`forward`.
             sums: ``sum_dy`` and ``sum_dy_xmu`` of each unfolded channel.
             d_belief: the gradients of the belief's mean and variance, or None.
         """
-        vectors = Vectors(
-            *(None if t is None else t.detach().requires_grad_(t.requires_grad) for t in v)
-        )
-        moments = None
-        if measured is not None:
-            moments = Belief(*(t.detach().requires_grad_() for t in measured))
+        vectors, moments = kept.vectors, kept.measured
         with torch.enable_grad():
-            posterior, belief, _ = filter_belief(vectors, moments, spec)
-            mean, scale = spec.sets.spread(posterior.mean), _scale(posterior, vectors, spec)
             bias = None if vectors.bias is None else spec.sets.repeat(vectors.bias)
         sum_dy, sum_dy_xmu = sums
-        d_mean = scale.detach() * -sum_dy
-        pairs = [(mean, d_mean), (scale, sum_dy_xmu), (bias, sum_dy), *zip(belief, d_belief)]
+        scale = kept.scale.detach()
+        pairs = [
+            (kept.mean, scale * -sum_dy),
+            (kept.scale, sum_dy_xmu),
+            (bias, sum_dy),
+            *zip(kept.belief, d_belief),
+        ]
         pairs = [(out, d) for out, d in pairs if d is not None and out is not None]
         pairs = [(out, d) for out, d in pairs if out.requires_grad]
         outputs, d_outputs = zip(*pairs)
         wanted = [t for t in (*vectors, *(moments or ())) if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(outputs, wanted, d_outputs, allow_unused=True))
+        # Kept, since the graph around this node may be gone through again.
+        options = dict(allow_unused=True, retain_graph=True)
+        found = iter(torch.autograd.grad(outputs, wanted, d_outputs, **options))
         d_vectors = Vectors(
             *(next(found) if t is not None and t.requires_grad else None for t in vectors)
         )
@@ -95,9 +123,7 @@ class Filter:
             return Gradients(d_vectors)
         d_mean, d_var = (spec.sets.spread(d) for d in found)
         center = spec.sets.spread(measured.mean)
-        return Gradients(
-            d_vectors, passes.input_gradient, (scale.detach(), center, d_mean, d_var, count)
-        )
+        return Gradients(d_vectors, passes.input_gradient, (scale, center, d_mean, d_var, count))
 
 
 def _scale(posterior: Belief, v: Vectors, spec: Spec) -> Tensor:
@@ -117,7 +143,7 @@ class _Normalized(torch.autograd.Function):
         measured = Belief(*sets.moments(x)) if spec.measures else None
         arguments = v, measured, spec, running, ctx.count
         ctx.filter = fastest(Filter, *arguments)
-        found = ctx.filter.forward(*arguments)
+        found, ctx.kept = ctx.filter.forward(*arguments)
         bias = None if v.bias is None else sets.repeat(v.bias)
         y = sets.run(passes.transform, [x], [found.mean, found.scale, bias])
         ctx.save_for_backward(x, found.mean, found.scale, *(measured or (None, None)), *vectors)
@@ -141,7 +167,7 @@ class _Normalized(torch.autograd.Function):
         if not spec.measures and not any(ctx.needs_input_grad[3:]):
             return dx, None, None, *[None] * len(v)
         d_vectors, input_pass, input_vectors = ctx.filter.backward(
-            v, measured, spec, sums, d_belief, ctx.count
+            ctx.kept, v, measured, spec, sums, d_belief, ctx.count
         )
         if input_pass is not None and ctx.needs_input_grad[0]:
             dx = sets.run(input_pass, [dy, x], input_vectors)

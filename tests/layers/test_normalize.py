@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from kn_detectron.layers import Belief, GroupKalmanNorm2d, KalmanNorm2d
 from kn_detectron.layers.filter import Spec, Vectors
@@ -112,3 +113,29 @@ def test_number_of_passes_over_the_features(gain, backward):
     measuring = ["batch_norm_update_stats"] if gain else []
     assert forward.names == [*measuring, "native_batch_norm"]
     assert back.names[0] == "native_batch_norm_backward" and len(back.names) == backward
+
+
+@pytest.mark.parametrize("kind", ["KN", "GKN"])
+@pytest.mark.parametrize("how", ["checkpointed", "checkpointed, reentrant", "twice"])
+def test_gradients_are_the_same_however_the_backward_is_run(kind, how):
+    layer = KalmanNorm2d(8) if kind == "KN" else GroupKalmanNorm2d(2, 8)
+    layer = randomize(layer).double()
+    prior = Belief(*(t.requires_grad_() for t in prior_of(8, dtype=torch.float64)))
+    x = features(shape=(2, 8, 3, 5)).requires_grad_()
+    leaves = [x, *prior, *layer.parameters()]
+
+    def run(x, mean, var):
+        y, belief = layer(x, prior=Belief(mean, var))
+        return y.square().sum() + belief.mean.sum() + belief.var.square().sum()
+
+    want = torch.autograd.grad(run(x, *prior), leaves)
+    if how == "twice":
+        loss = run(x, *prior)
+        torch.autograd.grad(loss, leaves, retain_graph=True)
+        got = torch.autograd.grad(loss, leaves)
+    else:
+        # A reentrant checkpoint gives its gradients to the leaves only.
+        checkpoint(run, x, *prior, use_reentrant="reentrant" in how).backward()
+        got = [leaf.grad for leaf in leaves]
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

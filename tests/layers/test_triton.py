@@ -297,7 +297,7 @@ def test_they_compile_for_a_gpu_without_spilling(variant, capability, monkeypatc
         for measured in (Belief(row, row), None):
             spec = Spec(Sets(1, channels, 1, channels), 1e-5, paper, measured is not None)
             twins.Filter.forward(v, measured, spec, running, 49)
-            twins.Filter.backward(v, measured, spec, (vector, vector), (row, row), 49)
+            twins.Filter.backward(None, v, measured, spec, (vector, vector), (row, row), 49)
     assert len(launched) == 2 * (2 + 4 + 4)
     for kernel, given in launched:
         constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}

@@ -97,8 +97,8 @@ def _filter(operation, variant, numbers: _Numbers) -> List[Tensor]:
         running = Running(*statistics, batches, None if tracks == "cumulative" else 0.1)
     sums, d_belief = (numbers(channels), numbers(channels, low=0.0)), numbers.belief(channels)
     with torch.no_grad():
-        found = operation.forward(vectors, measured, spec, running, count)
-    gradients = operation.backward(vectors, measured, spec, sums, d_belief, count)
+        found, kept = operation.forward(vectors, measured, spec, running, count)
+    gradients = operation.backward(kept, vectors, measured, spec, sums, d_belief, count)
     results = [found.mean, found.scale, *found.belief]
     results += [
         d

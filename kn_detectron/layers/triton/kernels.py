@@ -530,8 +530,9 @@ class Filter:
     @staticmethod
     def forward(
         v: Vectors, measured: Optional[Belief], spec: Spec, running: Optional[Running], count: int
-    ) -> Statistics:
-        """Filters what was measured, and updates the moving statistics."""
+    ) -> Tuple[Statistics, None]:
+        """Filters what was measured, and updates the moving statistics. :meth:`backward` needs no
+        more than it is given."""
         pointers, switches = Filter._arguments(v, measured, spec)
         channels = spec.sets.channels
         mean, scale = v.weight.new_empty(2, channels).unbind()
@@ -545,10 +546,11 @@ class Filter:
             CUMULATIVE=momentum is None,
             **switches,
         )
-        return Statistics(mean, scale, belief)
+        return Statistics(mean, scale, belief), None
 
     @staticmethod
     def backward(
+        kept: None,
         v: Vectors,
         measured: Optional[Belief],
         spec: Spec,
