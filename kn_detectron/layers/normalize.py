@@ -27,13 +27,13 @@ __all__ = ["Filter", "filter_and_normalize"]
 
 
 class Kept(NamedTuple):
-    """What a filter was computed from and gave, in a graph of its own.
+    """The inputs and outputs of a filter, in an autograd graph of their own.
 
     Attributes:
         vectors: the layer's vectors, as leaves of the graph.
         measured: the measurement, as leaves of the graph, or None.
-        mean, scale: of the posterior, for each unfolded channel.
-        belief: what is passed on.
+        mean, scale: what the features are normalised with, for each unfolded channel.
+        belief: the belief to pass on.
     """
 
     vectors: Vectors
@@ -60,7 +60,7 @@ class Filter:
             count: the number of values in each set.
 
         Returns:
-            What to normalise with, and what :meth:`backward` takes in front of its other arguments.
+            The statistics to normalise with, and the first argument of :meth:`backward`.
         """
         v = Vectors(*(None if t is None else t.detach().requires_grad_(t.requires_grad) for t in v))
         if measured is not None:
@@ -72,7 +72,7 @@ class Filter:
         if running is not None:
             track(running, filtered, measured, count)
         kept = Kept(v, measured, mean, scale, filtered.belief)
-        # Cloned: it may be one of the tensors that came in.
+        # Cloned, because the belief may be one of the inputs.
         belief = Belief(*(b.detach().clone() for b in filtered.belief))
         return Statistics(mean.detach(), scale.detach(), belief), kept
 
@@ -86,14 +86,14 @@ class Filter:
         d_belief: Tuple[Optional[Tensor], Optional[Tensor]],
         count: int,
     ) -> Gradients:
-        """The gradients of the vectors, and through the measurement that of the features.
+        """The gradients of the vectors, and the pass that computes dx.
 
-        In y = scale (x - mean) + bias, ``sum_dy_xmu`` is the gradient of the scale, ``sum_dy`` that
-        of the bias and -scale ``sum_dy`` that of the mean. From there autograd goes on to whatever
-        they, and the belief, are made of.
+        In y = scale (x - mean) + bias the gradients of scale, bias and mean are ``sum_dy_xmu``,
+        ``sum_dy`` and -scale ``sum_dy``. From these and from the gradient of the belief, autograd
+        goes on to the vectors and to the measurement.
 
         Args:
-            kept: what :meth:`forward` returned.
+            kept: the second result of :meth:`forward`.
             v, measured, spec, count: as in :meth:`forward`.
             sums: ``sum_dy`` and ``sum_dy_xmu`` of each unfolded channel.
             d_belief: the gradients of the belief's mean and variance, or None.
@@ -113,7 +113,7 @@ class Filter:
         pairs = [(out, d) for out, d in pairs if out.requires_grad]
         outputs, d_outputs = zip(*pairs)
         wanted = [t for t in (*vectors, *(moments or ())) if t is not None and t.requires_grad]
-        # Kept, since the graph around this node may be gone through again.
+        # The graph is kept, because a caller may keep the graph around this node for a second pass.
         options = dict(allow_unused=True, retain_graph=True)
         found = iter(torch.autograd.grad(outputs, wanted, d_outputs, **options))
         d_vectors = Vectors(

@@ -531,8 +531,10 @@ class Filter:
     def forward(
         v: Vectors, measured: Optional[Belief], spec: Spec, running: Optional[Running], count: int
     ) -> Tuple[Statistics, None]:
-        """Filters what was measured, and updates the moving statistics. :meth:`backward` needs no
-        more than it is given."""
+        """Filters what was measured, and updates the moving statistics.
+
+        The second result is None, because :meth:`backward` computes the filter anew.
+        """
         pointers, switches = Filter._arguments(v, measured, spec)
         channels = spec.sets.channels
         mean, scale = v.weight.new_empty(2, channels).unbind()
