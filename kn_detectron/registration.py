@@ -81,8 +81,9 @@ def get_norm(norm, out_channels):
         logger.warning(
             f"{asking} builds layers with norm={norm!r} where nothing passes them a prior: each is "
             f"the head of its own chain, that is {_EQUIVALENT[norm]}. The backbones, FPNs and "
-            "heads whose names have KN in them build chains: see MODEL.BACKBONE.NAME, "
-            "MODEL.ROI_HEADS.NAME, MODEL.ROI_BOX_HEAD.NAME and MODEL.ROI_MASK_HEAD.NAME."
+            "heads whose names have KN in them build chains: see MODEL.META_ARCHITECTURE, "
+            "MODEL.BACKBONE.NAME, MODEL.ROI_HEADS.NAME, MODEL.ROI_BOX_HEAD.NAME and "
+            "MODEL.ROI_MASK_HEAD.NAME."
         )
     return NORMS[norm](out_channels)
 

@@ -86,6 +86,25 @@ def fpn_rcnn_cfg(norm="KN", **overrides):
     return rcnn_cfg(norm, **{**fpn, **overrides})
 
 
+def retinanet_cfg(norm="KN", **overrides):
+    """A config of RetinaNet R18-FPN, with the norm in the backbone, the FPN and the towers."""
+    stages = ["res3", "res4", "res5"]
+    with_beliefs = norm in ("KN", "GKN")
+    backbone = f"build_{'kn_' if with_beliefs else ''}retinanet_resnet_fpn_backbone"
+    retinanet = dict(
+        MODEL__META_ARCHITECTURE="KNRetinaNet" if with_beliefs else "RetinaNet",
+        MODEL__BACKBONE__NAME=backbone,
+        MODEL__RESNETS__OUT_FEATURES=stages,
+        MODEL__FPN__IN_FEATURES=stages,
+        MODEL__RETINANET__NORM=norm,
+        MODEL__RETINANET__NUM_CLASSES=5,
+        MODEL__RETINANET__NUM_CONVS=2,
+        MODEL__RETINANET__SCORE_THRESH_TEST=0.0,
+        MODEL__RETINANET__TOPK_CANDIDATES_TEST=50,
+    )
+    return fpn_rcnn_cfg(norm, **{**retinanet, **overrides})
+
+
 def build_backbone(cfg, seed=0):
     torch.manual_seed(seed)
     return BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)(cfg, ShapeSpec(channels=3))

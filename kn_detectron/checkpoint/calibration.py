@@ -24,6 +24,7 @@ from ..modeling import (
     KNNetwork,
     KNRes5ROIHeads,
     KNResNet,
+    KNRetinaNet,
     KNStandardROIHeads,
 )
 
@@ -32,6 +33,9 @@ __all__ = ["calibrate", "fit_process_noise", "is_exact"]
 # For the paper variant: the smallest R, with which layers start anyway, and a gain near BatchNorm.
 _LEAST_NOISE = math.log1p(math.exp(-5.0))
 _SAFE_GAIN = 0.9
+
+# What gives heads the beliefs about the backbone's features.
+_WITH_HEADS = (KNCascadeROIHeads, KNRes5ROIHeads, KNRetinaNet, KNStandardROIHeads)
 
 
 @torch.no_grad()
@@ -47,8 +51,7 @@ def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[s
     changes, its prior follows.
 
     Args:
-        model: holds a :class:`~kn_detectron.modeling.KNResNet`, and possibly an FPN and ROI heads,
-        of
+        model: holds a :class:`~kn_detectron.modeling.KNResNet`, and possibly an FPN and heads, of
             the network variant with a process model. Predictions are made in closed form, even if
             the model samples them.
         names: the layers to set; None sets all. Other layers stay as they are.
@@ -169,7 +172,7 @@ def _run_chains(model: nn.Module) -> None:
             features.update(outputs)
             features.beliefs.update(outputs.beliefs)
     for module in model.modules():
-        if isinstance(module, (KNCascadeROIHeads, KNRes5ROIHeads, KNStandardROIHeads)):
+        if isinstance(module, _WITH_HEADS):
             module.pass_beliefs(features)
 
 

@@ -15,6 +15,7 @@ Gains, process models and beliefs serve training only.
 import os
 import re
 
+import detectron2.layers
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
@@ -37,6 +38,7 @@ _STOCK_NAMES = {
     "KNFastRCNNConvFCHead": "FastRCNNConvFCHead",
     "KNMaskRCNNConvUpsampleHead": "MaskRCNNConvUpsampleHead",
     "KNRes5ROIHeads": "Res5ROIHeads",
+    "KNRetinaNet": "RetinaNet",
     "KNStandardROIHeads": "StandardROIHeads",
 }
 
@@ -54,12 +56,15 @@ def stock_config(cfg):
 
     Returns:
         CfgNode: every NORM "KN" is "FrozenBN", the KN backbones and heads are detectron2's, and
-        MODEL.KN and all else that ``get_cfg()`` lacks is gone.
+        MODEL.KN and all else that ``get_cfg()`` lacks is gone. The towers of
+        :class:`~kn_detectron.modeling.KNRetinaNet` have statistics for each level, as detectron2
+        has with "BN" only.
 
     Raises:
         InputError: the config is wrong, or the model cannot be folded: GKN and
             MODEL.KN.EVAL_STATISTICS "batch" take statistics of the images at hand, which no
-            constant can replace, and detectron2 has no networks of other libraries.
+            constant can replace, detectron2 has no networks of other libraries, and before 0.6
+            no statistics for each level.
     """
     if "KN" not in cfg.MODEL:
         raise InputError(
@@ -86,6 +91,14 @@ def stock_config(cfg):
             )
     stock = get_cfg()
     stock.merge_from_other_cfg(_changes(cfg, stock))
+    if cfg.MODEL.META_ARCHITECTURE == "KNRetinaNet" and cfg.MODEL.RETINANET.NORM == "KN":
+        if not hasattr(detectron2.layers, "CycleBatchNormList"):
+            raise InputError(
+                'MODEL.RETINANET.NORM is "KN", with statistics for each level of the pyramid, which '
+                "this detectron2 has no norm for: fold with detectron2 0.6 or newer, or keep using "
+                "this package for inference."
+            )
+        stock.MODEL.RETINANET.NORM = "BN"
     return stock
 
 
@@ -98,7 +111,7 @@ def _changes(cfg, stock, prefix=""):
             value, default = _changes(value, default, f"{prefix}{key}."), CfgNode()
         elif key == "NORM":
             value = _stock_norm(value, prefix + key)
-        elif key == "NAME":
+        elif key in ("NAME", "META_ARCHITECTURE"):
             value = _STOCK_NAMES.get(value, value)
         if value != default:
             changes[key] = value
@@ -161,6 +174,9 @@ def _carry_eps(model, stock, state):
                 "image, so that no constant makes up for it: such a model runs with this package "
                 "only."
             )
+        if f"{name}.weight" not in state:  # it shares its scale with others
+            state[f"{name}.running_var"] = state[f"{name}.running_var"] + (eps - layer.eps)
+            continue
         var = state[f"{name}.running_var"].double()
         scale = ((var + layer.eps) / (var + eps)).sqrt()
         weight = state[f"{name}.weight"]

@@ -10,6 +10,7 @@ from fvcore.common.checkpoint import get_missing_parameters_message
 
 from ..errors import InputError
 from ..layers import KN_STATE, KalmanNorm2d, kalman_layers
+from ..modeling import KNRetinaNetHead
 from .calibration import calibrate, fit_process_noise, is_exact
 from .matching import STATISTICS, essential_names, extra_layers, leaf, match
 from .report import table
@@ -47,6 +48,9 @@ def load_weights(model, weights, name, *, strict=False):
     # Old versions of detectron2 have these among the weights; here the config has the last word.
     for constant in ("pixel_mean", "pixel_std"):
         state.pop(constant, None)
+    for prefix, module in model.named_modules():
+        if isinstance(module, KNRetinaNetHead):
+            module.adopt(state, f"{prefix}." if prefix else "")
     foreign = _pop_foreign_state(model, state)
     found = match(model_state, state)
     found.unused += foreign
@@ -193,7 +197,8 @@ def _fit_priors(model, found, name):
     missing, loaded = set(found.missing), _loaded_layers(found)
     exact, rough, hopeless = [], [], []
     for prefix, layer in kalman_layers(model).items():
-        if prefix not in loaded:
+        # Layers without a scale of their own share one, which their parent has.
+        if (prefix if layer.affine else prefix.rpartition(".")[0]) not in loaded:
             continue
         process = [p for p in _PROCESS_MODELS[layer.variant] if f"{prefix}.{p}" in missing]
         gain = f"{prefix}.gain_logit" in missing

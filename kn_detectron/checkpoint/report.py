@@ -21,6 +21,7 @@ _GROUPS = [
         (r"(^|\.)(proposal_generator|rpn_head)\.", "RPN"),
         (r"(^|\.)box_head\.", "box head"),
         (r"(^|\.)(box_predictor|cls_score|bbox_pred)\.", "box predictor"),
+        (r"(^|\.)(cls|bbox)_subnet\.", "towers"),
         (r"(^|\.)mask_head\.", "mask head"),
         (r"(^|\.)keypoint_head\.", "keypoint head"),
         (r"(^|\.)(linear|fc1000)\.", "classifier"),

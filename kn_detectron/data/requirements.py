@@ -19,6 +19,7 @@ _COCO_MAX_DETECTIONS = 100
 # Where each of detectron2's models has the number of classes.
 _NUM_CLASSES = {
     "GeneralizedRCNN": "ROI_HEADS",
+    "KNRetinaNet": "RETINANET",
     "PanopticFPN": "ROI_HEADS",
     "RetinaNet": "RETINANET",
 }

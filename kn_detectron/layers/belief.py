@@ -14,6 +14,7 @@ residual sum       means add, variances add              released code
 max-pool           identity                              ours
 upsampling         identity                              exact (nearest)
 multiplication     mean c m, variance c^2 v              exact
+scale and shift    mean w m + b, variance w^2 v          exact
 RoIAlign           identity, an image's belief goes to   ours
                    each of its regions
 mixture            law of total variance                 exact
@@ -37,6 +38,7 @@ __all__ = [
     "Convolve",
     "Rectify",
     "add",
+    "affine",
     "conv2d",
     "max_pool2d",
     "mixture",
@@ -265,6 +267,17 @@ def add(a: Belief, b: Belief) -> Belief:
 def scale(belief: Belief, factor: float) -> Belief:
     """The belief about a feature map that was multiplied by a number."""
     return Belief(belief.mean * factor, belief.var * factor**2)
+
+
+def affine(belief: Belief, weight: Tensor, bias: Tensor) -> Belief:
+    """The belief about a feature map that was scaled and shifted per channel.
+
+    Args:
+        belief: about the map, shape (1, C) or (N, C).
+        weight, bias: scale and shift, shape (C,), any floating dtype.
+    """
+    weight, bias = weight.to(belief.mean.dtype), bias.to(belief.mean.dtype)
+    return Belief(belief.mean * weight + bias, belief.var * weight.square())
 
 
 def mixture(beliefs: Sequence[Belief]) -> Belief:

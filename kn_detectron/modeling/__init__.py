@@ -17,6 +17,7 @@ from .resnet import (
     KNResNet,
     build_kn_resnet_backbone,
 )
+from .retinanet import KNRetinaNet, KNRetinaNetHead
 from .roi_heads import KNCascadeROIHeads, KNRes5ROIHeads, KNStandardROIHeads
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "KNNetwork",
     "KNRes5ROIHeads",
     "KNResNet",
+    "KNRetinaNet",
+    "KNRetinaNetHead",
     "KNStandardROIHeads",
     "PlainNetwork",
     "build_kn_network_backbone",

@@ -7,12 +7,12 @@ same modules do the rest.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Union
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 from ..config import check_config
@@ -26,9 +26,11 @@ __all__ = [
     "ChainConv2d",
     "Feature",
     "Features",
+    "WithBelief",
     "build_norm",
     "feature_of",
     "link_convolutions",
+    "normalized_convolution",
     "rectified",
     "residual_sum",
 ]
@@ -46,9 +48,25 @@ class Feature(NamedTuple):
     value: Tensor
     belief: Optional[Source] = None
 
+    @property
+    def shape(self) -> Size:
+        """That of ``value``, which is all that an anchor generator asks for."""
+        return self.value.shape
+
+
+class WithBelief(str):
+    """The name of a feature that is to come with its belief.
+
+    detectron2's dense detectors look up their features one by one and hand a list of them to the
+    head. Under names of this type :class:`Features` puts a :class:`Feature` into that list. To any
+    other dict it is a name as any.
+    """
+
 
 class Features(Dict[str, Tensor]):
     """The features of a backbone by name, as detectron2 has them.
+
+    Under a name that is :class:`WithBelief` there is a :class:`Feature`.
 
     Attributes:
         beliefs (Dict[str, Belief]): the beliefs about the features, where there are any.
@@ -61,6 +79,10 @@ class Features(Dict[str, Tensor]):
     ):
         super().__init__(features or {})
         self.beliefs: Dict[str, Belief] = dict(beliefs or {})
+
+    def __getitem__(self, name: str) -> Union[Tensor, Feature]:
+        value = super().__getitem__(name)
+        return Feature(value, self.beliefs.get(name)) if isinstance(name, WithBelief) else value
 
 
 def feature_of(features: Dict[str, Tensor], name: str) -> Feature:
@@ -157,13 +179,15 @@ class ChainConfig:
         )
 
 
-def build_norm(chain: ChainConfig, channels: int, head: bool = False) -> nn.Module:
+def build_norm(
+    chain: ChainConfig, channels: int, head: bool = False, affine: bool = True
+) -> nn.Module:
     """Builds a KN or GKN layer of a chain; with ``head`` it has no prior.
 
     Raises:
         InputError: if the groups of GKN do not divide the channels.
     """
-    options = chain.layer_options
+    options = dict(chain.layer_options, affine=affine)
     if head:
         options["gain"] = None
     if chain.norm == "KN":
@@ -224,30 +248,44 @@ class ChainConv2d(Conv2d):
             return super().forward(x)
         if x.belief is None:
             return Feature(super().forward(x.value))
-        y = Feature(*self._convolve(*x))
+        y = normalized_convolution(x, self, self.norm, self.chain)
         return y if self.activation is None else rectified(y, self.chain.transition)
 
-    def _convolve(self, value: Tensor, source: Source) -> Tuple[Tensor, Belief]:
-        """The normalised convolution and the belief about it, in front of the activation."""
-        convolved = nn.Conv2d.forward(self, value)
-        if isinstance(self.norm, FrozenBatchNorm2d):
-            return self.norm(convolved), self._frozen_belief()
-        if self.norm is None:
-            return convolved, self.chain.transition.conv(source, self)
-        if not isinstance(self.norm, (KalmanNorm2d, GroupKalmanNorm2d)):
-            raise TypeError(
-                f"a {type(self.norm).__name__} stands in a chain of Kalman Normalization, where "
-                "only KN, GKN and FrozenBatchNorm2d layers can: "
-                "nn.SyncBatchNorm.convert_sync_batchnorm must not be applied to a KN model (its "
-                "priors are the same on every GPU anyway)"
-            )
-        prior = self.chain.transition.conv(source, self) if self.norm.needs_prior else None
-        return self.norm(convolved, prior=prior)
 
-    def _frozen_belief(self) -> Belief:
-        if self.chain.variant == "network":
-            return normalized(self.norm.weight, self.norm.bias)
-        return Belief(self.norm.running_mean[None], self.norm.running_var[None])
+def normalized_convolution(
+    x: Feature, conv: nn.Conv2d, norm: Optional[nn.Module], chain: ChainConfig
+) -> Feature:
+    """A convolution and its norm, of a feature that has a belief, in front of the activation.
+
+    Args:
+        x: its belief is the source of the prediction.
+        conv: the convolution.
+        norm: KN, GKN, FrozenBatchNorm2d or None, see :class:`ChainConv2d`.
+        chain: of which both are a link.
+
+    Raises:
+        TypeError: the norm is another.
+    """
+    convolved = nn.Conv2d.forward(conv, x.value)
+    if isinstance(norm, FrozenBatchNorm2d):
+        return Feature(norm(convolved), _frozen_belief(norm, chain))
+    if norm is None:
+        return Feature(convolved, chain.transition.conv(x.belief, conv))
+    if not isinstance(norm, (KalmanNorm2d, GroupKalmanNorm2d)):
+        raise TypeError(
+            f"a {type(norm).__name__} stands in a chain of Kalman Normalization, where "
+            "only KN, GKN and FrozenBatchNorm2d layers can: "
+            "nn.SyncBatchNorm.convert_sync_batchnorm must not be applied to a KN model (its "
+            "priors are the same on every GPU anyway)"
+        )
+    prior = chain.transition.conv(x.belief, conv) if norm.needs_prior else None
+    return Feature(*norm(convolved, prior=prior))
+
+
+def _frozen_belief(norm: FrozenBatchNorm2d, chain: ChainConfig) -> Belief:
+    if chain.variant == "network":
+        return normalized(norm.weight, norm.bias)
+    return Belief(norm.running_mean[None], norm.running_var[None])
 
 
 def link_convolutions(

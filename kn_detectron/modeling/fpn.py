@@ -4,6 +4,7 @@ They are detectron2's own, parameter by parameter and key by key. Only KN's para
 """
 
 import functools
+from typing import List
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -14,6 +15,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..layers import Belief
 from ..layers.belief import scale
 from .chain import (
     ChainConfig,
@@ -64,7 +66,8 @@ class KNFPN(FPN):
         Returns:
             Features: the levels by name, as detectron2's FPN returns them, from the finest on.
             Where beliefs are kept, its ``beliefs`` are about the levels, shape (1, C) or (N, C). A
-            P6 that is subsampled from P5 has the belief of P5; RetinaNet's P6 and P7 have none.
+            P6 that is subsampled from P5 has the belief of P5. RetinaNet's P6 and P7, which are
+            convolutions without norms, have the predictions.
 
         Raises:
             InputError: if beliefs are needed, and there is none about a feature of ``bottom_up``.
@@ -108,11 +111,23 @@ class KNFPN(FPN):
         return Feature(fused.value / 2, belief)
 
     def _add_top_levels(self, outputs: Features, bottom_up: Features) -> None:
-        source = self.top_block.in_feature
-        features = self.top_block(bottom_up[source] if source in bottom_up else outputs[source])
-        outputs.update(zip(self._out_features[len(outputs) :], features))
-        if isinstance(self.top_block, LastLevelMaxPool) and source in outputs.beliefs:
-            outputs.beliefs[self._out_features[-1]] = outputs.beliefs[source]
+        name = self.top_block.in_feature
+        below = feature_of(bottom_up if name in bottom_up else outputs, name)
+        names, values = self._out_features[len(outputs) :], self.top_block(below.value)
+        outputs.update(zip(names, values))
+        if below.belief is not None:
+            outputs.beliefs.update(zip(names, self._top_beliefs(below, values)))
+
+    def _top_beliefs(self, below: Feature, values: List[Tensor]) -> List[Belief]:
+        """The beliefs about the levels of the top block, of which those of detectron2 are known."""
+        if isinstance(self.top_block, LastLevelMaxPool):
+            return [below.belief]
+        if not isinstance(self.top_block, LastLevelP6P7):
+            return []
+        transition = self.chain.transition
+        p6 = transition.conv(self._started(below).belief, self.top_block.p6)
+        p7 = transition.conv(transition.relu(p6, values[0]), self.top_block.p7)
+        return [p6, p7]
 
 
 def _build(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:

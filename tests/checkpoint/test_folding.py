@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import detectron2
+import detectron2.layers
 import pytest
 import torch
 import yaml
@@ -18,7 +19,7 @@ from kn_detectron import InputError, KalmanNorm2d
 from kn_detectron.checkpoint import KNCheckpointer, fold, fold_weights
 from kn_detectron.checkpoint.folding import stock_config
 
-from ..models import build_rcnn, fpn_rcnn_cfg, images, rcnn_cfg
+from ..models import build_rcnn, fpn_rcnn_cfg, images, rcnn_cfg, retinanet_cfg
 from .deployed import assert_same_detections, c4_cfg, detect, fpn_cfg, pictures, trained
 
 CONFIGS = {
@@ -203,6 +204,40 @@ def test_another_eps_is_carried(name, models):
     detected = detect(fold(cfg, model)[1], pictures())
     # An eps in the scale rounds differently, and boxes are exponentials of what differs.
     assert_same_detections(detect(model, pictures()), detected, tolerance=1e-3)
+
+
+# RetinaNet, whose towers have statistics for each level, as detectron2 has them from 0.6 on.
+
+PER_LEVEL = hasattr(detectron2.layers, "CycleBatchNormList")
+
+
+@pytest.mark.skipif(not PER_LEVEL, reason="this detectron2 has no BatchNorm per level")
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_towers_become_batch_norm_per_level(eps):
+    cfg = retinanet_cfg("KN")
+    model = trained(cfg)
+    for layer in model.modules():
+        if isinstance(layer, KalmanNorm2d):
+            layer.eps = eps
+    stock, folded = fold(cfg, model)
+    assert stock.MODEL.META_ARCHITECTURE == type(folded).__name__ == "RetinaNet"
+    assert (stock.MODEL.RETINANET.NORM, stock.MODEL.FPN.NORM) == ("BN", "FrozenBN")
+    assert not any(isinstance(layer, KalmanNorm2d) for layer in folded.modules())
+    with torch.no_grad():
+        expected, found = (
+            one.head([one.backbone(images())[name] for name in ("p3", "p4", "p5", "p6", "p7")])
+            for one in (model, folded)
+        )
+    for one, other in zip(sum(found, []), sum(expected, []), strict=True):
+        scale = other.abs().max()
+        torch.testing.assert_close(one / scale, other / scale, rtol=0, atol=1e-4)
+
+
+def test_towers_where_detectron2_has_no_batch_norm_per_level(monkeypatch):
+    monkeypatch.delattr(detectron2.layers, "CycleBatchNormList", raising=False)
+    with pytest.raises(InputError, match='MODEL.RETINANET.NORM is "KN", .* 0.6 or newer'):
+        stock_config(retinanet_cfg("KN"))
+    assert stock_config(retinanet_cfg("KN", MODEL__RETINANET__NORM="")).MODEL.RETINANET.NORM == ""
 
 
 # Refusing what cannot be folded.

@@ -48,6 +48,7 @@ def _other(**values):
 def test_what_fits_passes(kn_log):
     _check()
     _check("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 2)
+    _check("MODEL.META_ARCHITECTURE", "KNRetinaNet", "MODEL.RETINANET.NUM_CLASSES", 2)
     # A network for proposals knows no classes.
     _check("MODEL.META_ARCHITECTURE", "ProposalNetwork", "MODEL.ROI_HEADS.NUM_CLASSES", 80)
     _check("MODEL.MASK_ON", False, val=_other(num_without_mask=3, first_without_mask=0))
@@ -61,6 +62,7 @@ def test_what_fits_passes(kn_log):
     [
         (["MODEL.ROI_HEADS.NUM_CLASSES", 3], {}, "ROI_HEADS.NUM_CLASSES is 3, .*has 2 categories"),
         (["MODEL.META_ARCHITECTURE", "RetinaNet"], {}, "RETINANET.NUM_CLASSES is 80, .* 2"),
+        (["MODEL.META_ARCHITECTURE", "KNRetinaNet"], {}, "RETINANET.NUM_CLASSES is 80, .* 2"),
         ([], {"val": _other(classes=("dog", "cat"))}, "number 1 is 'cat' in one and 'dog' in the"),
         ([], {"val": _other(classes=("cat",))}, "number 2 is 'dog' in one and nothing in the"),
         (

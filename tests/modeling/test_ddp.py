@@ -17,6 +17,7 @@ from ..models import (
     rcnn_cfg,
     rcnn_inputs,
     resnet_cfg,
+    retinanet_cfg,
 )
 from ..ranks import spawn_two, two_ranks
 
@@ -89,7 +90,8 @@ def no_unused_parameters(rank, path):
 
 MODELS = [
     (config, norm, dict(MODEL__KN__VARIANT=variant, MODEL__KN__PREDICTION=prediction))
-    for config in (rcnn_cfg, fpn_rcnn_cfg)  # C4, and FPN with norms in the FPN and both heads
+    # C4, and FPN with norms in the FPN and all heads
+    for config in (rcnn_cfg, fpn_rcnn_cfg, retinanet_cfg)
     for norm in ("KN", "GKN")
     for variant, prediction in (
         ("network", "closed_form"),
@@ -97,7 +99,7 @@ MODELS = [
         ("paper", "monte_carlo"),
     )
     # How a belief is predicted is the same in both.
-    if not (config is fpn_rcnn_cfg and prediction == "monte_carlo")
+    if config is rcnn_cfg or prediction == "closed_form"
 ]
 
 

@@ -1,0 +1,227 @@
+"""RetinaNet whose class and box towers go on with the chain of the FPN.
+
+The convolutions of the towers are shared by all levels of the pyramid, and so are scale and shift.
+Statistics and beliefs belong to a level.
+"""
+
+from typing import Dict, Iterator, List, Tuple, Union
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..layers.belief import affine
+from .chain import (
+    ChainConfig,
+    Feature,
+    Features,
+    WithBelief,
+    build_norm,
+    normalized_convolution,
+    rectified,
+)
+
+__all__ = ["KNRetinaNet", "KNRetinaNetHead", "LevelNorms"]
+
+_TOWERS = ("cls_subnet", "bbox_subnet")
+
+
+class LevelNorms(nn.ModuleList):
+    """The KN or GKN layers behind a convolution that all levels of a pyramid go through.
+
+    Each level has a layer of its own, with its statistics, gain and process model. Scale and shift
+    are those of all levels. They have the names that detectron2's BatchNorm per level has, and
+    like there SOLVER.WEIGHT_DECAY decays them, not SOLVER.WEIGHT_DECAY_NORM.
+
+    Args:
+        chain: of the layers.
+        channels: C.
+        levels: the number of levels.
+    """
+
+    def __init__(self, chain: ChainConfig, channels: int, levels: int):
+        super().__init__(build_norm(chain, channels, affine=False) for _ in range(levels))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Feature, level: int, conv: nn.Conv2d, chain: ChainConfig) -> Feature:
+        """Convolves the features of a level, normalises them, and scales and shifts them.
+
+        Args:
+            x: shape (N, C_in, H, W); its belief is a source for the prediction, or None.
+            level: whose layer is to normalise; 0 is the finest.
+            conv: the convolution.
+            chain: of the layers.
+
+        Returns:
+            Feature: shape (N, C, H, W), in front of the activation, with the belief to pass on.
+        """
+        if x.belief is None:
+            y = Feature(self[level](conv(x.value)))
+        else:
+            y = normalized_convolution(x, conv, self[level], chain)
+        weight, bias = (p.to(y.value.dtype)[:, None, None] for p in (self.weight, self.bias))
+        belief = y.belief
+        # The paper variant passes on the belief about the feature in front of its normalisation.
+        if belief is not None and chain.variant == "network":
+            belief = affine(belief, self.weight, self.bias)
+        return Feature(torch.addcmul(bias, y.value, weight), belief)
+
+
+class KNRetinaNetHead(RetinaNetHead):
+    """detectron2's ``RetinaNetHead`` with Kalman Normalization in its two towers.
+
+    It belongs into :class:`KNRetinaNet`, which gives it the beliefs about the levels.
+    """
+
+    @configurable
+    def __init__(self, *, input_shape: List[ShapeSpec], chain: ChainConfig, **kwargs):
+        """
+        Args:
+            input_shape: of the levels, from the finest on.
+            chain: what its layers have in common with those of the backbone.
+            num_classes, num_anchors, conv_dims, prior_prob: as in ``RetinaNetHead``.
+        """
+        # The places of the norms, which detectron2 would build one of for all levels.
+        super().__init__(input_shape=input_shape, norm=nn.Identity, **kwargs)
+        self.chain = chain
+        for name in _TOWERS:
+            tower = getattr(self, name)
+            for i in range(0, len(tower), 3):
+                tower[i + 1] = LevelNorms(chain, tower[i].out_channels, len(input_shape))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: List[ShapeSpec]):
+        """As ``RetinaNetHead``; MODEL.RETINANET.NORM is that of MODEL.RESNETS.NORM.
+
+        Raises:
+            InputError: if it is another.
+        """
+        options = super().from_config(cfg, input_shape)
+        del options["norm"]
+        return dict(options, chain=ChainConfig.from_config(cfg, "RETINANET"))
+
+    def forward(self, features: List[Union[Tensor, Feature]]) -> Tuple[List[Tensor], List[Tensor]]:
+        """
+        Args:
+            features: the levels, from the finest on, each (N, C, H, W) with the belief about it,
+                (1, C) or (N, C), or all without.
+
+        Returns:
+            logits and box deltas, as ``RetinaNetHead`` has them.
+
+        Raises:
+            InputError: if there are no beliefs although the towers need them.
+        """
+        logits, deltas = [], []
+        for level, feature in enumerate(features):
+            x = self._started(feature)
+            logits.append(self.cls_score(self._run(self.cls_subnet, x, level)))
+            deltas.append(self.bbox_pred(self._run(self.bbox_subnet, x, level)))
+        return logits, deltas
+
+    def _started(self, x: Union[Tensor, Feature]) -> Feature:
+        if isinstance(x, Tensor):
+            x = Feature(x)
+        if x.belief is not None:
+            return Feature(x.value, self.chain.transition.start(x.belief, x.value))
+        if self.training or self.chain.predicts_in_evaluation:
+            raise InputError(
+                "The priors of RetinaNet's towers start from the beliefs about the levels, of which "
+                'there are none: set MODEL.META_ARCHITECTURE "KNRetinaNet", MODEL.BACKBONE.NAME '
+                '"build_kn_retinanet_resnet_fpn_backbone", and MODEL.FPN.NORM to that of '
+                'MODEL.RESNETS.NORM or to ""'
+            )
+        return x
+
+    def _run(self, tower: nn.Sequential, x: Feature, level: int) -> Tensor:
+        layers = list(tower)
+        for conv, norms in zip(layers[::3], layers[1::3]):
+            x = rectified(norms(x, level, conv, self.chain), self.chain.transition)
+        return x.value
+
+    def adopt(self, state: Dict[str, Tensor], prefix: str) -> None:
+        """Brings the towers of other RetinaNets into the form of this head's, in place.
+
+        Where all levels have the same statistics, as in detectron2 0.4 and 0.5, each level gets
+        them. Where a tower has no norms, its convolutions have other numbers.
+
+        Args:
+            state: tensors by name.
+            prefix: of the names of this head.
+        """
+        for name in _TOWERS:
+            tower = f"{prefix}{name}."
+            self._renumber(state, tower)
+            for i in range(1, len(getattr(self, name)), 3):
+                for statistic in ("running_mean", "running_var", "num_batches_tracked"):
+                    shared = state.pop(f"{tower}{i}.{statistic}", None)
+                    if shared is not None:
+                        for level in range(len(getattr(self, name)[i])):
+                            state[f"{tower}{i}.{level}.{statistic}"] = shared.clone()
+
+    @staticmethod
+    def _renumber(state: Dict[str, Tensor], tower: str) -> None:
+        """Gives convolution k the number 3 k if all have the number 2 k: those have no norms."""
+        numbers = sorted(_convolutions(state, tower))
+        if numbers == list(range(0, 2 * len(numbers), 2)):
+            for i in reversed(numbers):
+                for part in ("weight", "bias"):
+                    if f"{tower}{i}.{part}" in state:
+                        state[f"{tower}{i // 2 * 3}.{part}"] = state.pop(f"{tower}{i}.{part}")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        self.adopt(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _convolutions(state: Dict[str, Tensor], tower: str) -> Iterator[int]:
+    """The numbers of the convolutions of a tower."""
+    for name, tensor in state.items():
+        number, _, part = name[len(tower) :].partition(".")
+        if name.startswith(tower) and part == "weight" and tensor.dim() == 4:
+            yield int(number)
+
+
+@META_ARCH_REGISTRY.register()
+class KNRetinaNet(RetinaNet):
+    """detectron2's ``RetinaNet`` for a head with Kalman Normalization.
+
+    With MODEL.RETINANET.NORM "KN" or "GKN" it has a :class:`KNRetinaNetHead`, whose priors start
+    from the beliefs that :class:`~kn_detectron.modeling.KNFPN` hands on. With any other norm it
+    is detectron2's.
+    """
+
+    @configurable
+    def __init__(self, *, head: nn.Module, head_in_features: List[str], **kwargs):
+        """
+        Args:
+            head: a :class:`KNRetinaNetHead`, or one that takes tensors.
+            head_in_features: the names of the levels, from the finest on.
+            kwargs: as in ``RetinaNet``.
+        """
+        if isinstance(head, KNRetinaNetHead):
+            head_in_features = [WithBelief(name) for name in head_in_features]
+        super().__init__(head=head, head_in_features=head_in_features, **kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        """As ``RetinaNet``."""
+        if cfg.MODEL.RETINANET.NORM not in ("KN", "GKN"):
+            return super().from_config(cfg)
+        plain = cfg.clone()
+        plain.defrost()
+        plain.MODEL.RETINANET.NORM = ""  # of the head that is replaced
+        options = super().from_config(plain)
+        shapes = options["backbone"].output_shape()
+        shapes = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
+        return dict(options, head=KNRetinaNetHead(cfg, shapes))
+
+    def pass_beliefs(self, features: Features) -> None:
+        """Runs the chains of the head on given features, for calibration."""
+        if isinstance(self.head, KNRetinaNetHead):
+            self.head([features[name] for name in self.head_in_features])
