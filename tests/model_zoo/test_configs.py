@@ -22,6 +22,8 @@ BASES = [name for name in NAMES if Path(name).name.startswith("Base-")]
 NORMS = ("BN", "GN", "KN", "GKN", "KN_paper")
 FPN_NORMS = ("BN", "GN", "KN")
 COCO = [f"C4_{norm}" for norm in NORMS] + [f"FPN_{norm}" for norm in FPN_NORMS]
+MASK_RCNN = [f"mask_rcnn_R50_{model}" for model in COCO]
+RETINANET = [f"retinanet_R50_FPN_{norm}" for norm in FPN_NORMS]
 
 # What the norm decides, and what follows from it: which weights there are, and where those have
 # their stride.
@@ -32,8 +34,10 @@ OF_THE_NORM = {
     "MODEL.KN.GAIN_ANNEAL",
     "MODEL.KN.PREDICTION",
     "MODEL.KN.VARIANT",
+    "MODEL.META_ARCHITECTURE",
     "MODEL.RESNETS.NORM",
     "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.RETINANET.NORM",
     "MODEL.ROI_BOX_HEAD.NAME",
     "MODEL.ROI_BOX_HEAD.NORM",
     "MODEL.ROI_HEADS.NAME",
@@ -41,10 +45,11 @@ OF_THE_NORM = {
     "MODEL.ROI_MASK_HEAD.NORM",
     "MODEL.WEIGHTS",
 }
-OF_PARTS = {
-    name for name in OF_THE_NORM if "FPN" in name or "BOX_HEAD" in name or "MASK_HEAD" in name
-}
+OF_RETINANET = {"MODEL.META_ARCHITECTURE", "MODEL.RETINANET.NORM"}
+OF_HEADS = {name for name in OF_THE_NORM if "BOX_HEAD" in name or "MASK_HEAD" in name}
+OF_PARTS = OF_HEADS | OF_RETINANET | {"MODEL.FPN.NORM"}
 OF_KN = {name for name in OF_THE_NORM if name.startswith("MODEL.KN.")}
+OF_CALIBRATED_KN = {"MODEL.KN.GAIN", "MODEL.KN.GAIN_ANNEAL"}
 
 # tensorpack's schedule of 280k iterations, and the setting of the paper's Table 6.
 SETTING = {
@@ -73,6 +78,17 @@ OF_FPN = {
     "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 512,
     "MODEL.ROI_MASK_HEAD.NUM_CONV": 4,
+}
+
+# As in detectron2's Base-RetinaNet.yaml, and half the learning rate of its Mask R-CNN.
+SETTING_OF_RETINANET = {
+    **SETTING,
+    "MODEL.MASK_ON": False,
+    "MODEL.RETINANET.IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
+    "MODEL.RETINANET.IOU_THRESHOLDS": [0.4, 0.5],
+    "MODEL.RETINANET.NUM_CONVS": 4,
+    "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": 0.0,
+    "SOLVER.BASE_LR": 0.005,
 }
 
 LAYERS = {
@@ -110,10 +126,10 @@ def changes(name, other):
 
 
 def test_none_is_lost():
-    ours = {f"mask_rcnn_R50_{model}" for model in COCO}
-    expected = {f"{name}{suffix}.yaml" for name in ours for suffix in ("", "_2im")}
+    expected = {f"{name}{suffix}.yaml" for name in MASK_RCNN for suffix in ("", "_2im")}
+    expected |= {f"{name}.yaml" for name in RETINANET}
     expected |= {f"mask_rcnn_R50_FPN_{norm}_finetune.yaml" for norm in FPN_NORMS}
-    expected |= {f"quick_schedules/{name}_instant_test.yaml" for name in ours}
+    expected |= {f"quick_schedules/{name}_instant_test.yaml" for name in MASK_RCNN + RETINANET}
     expected |= {f"shapes/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in NORMS}
     expected.add("shapes/mask_rcnn_slim_R50_FPN_KN.yaml")
     expected |= {f"photos/mask_rcnn_lite0_FPN_{norm}.yaml" for norm in ("BN", "KN")}
@@ -138,8 +154,8 @@ def test_model_is_built_with_its_norm(name):
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
     used = {type(module) for module in model.modules() if isinstance(module, kinds)}
     assert LAYERS[cfg.MODEL.RESNETS.NORM] in used
-    parts = (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD)
-    named = {LAYERS[part.NORM] for part in parts if part.NORM}
+    parts = ("RESNETS", "FPN", "RETINANET", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+    named = {LAYERS[cfg.MODEL[part].NORM] for part in parts if cfg.MODEL[part].NORM}
     # Frozen stages of KN are FrozenBatchNorm2d.
     assert used <= named | {FrozenBatchNorm2d}
 
@@ -170,12 +186,32 @@ def test_fpn_configs_have_norms_in_fpn_and_heads(norm, parts):
     assert {name: values[name] for name in setting} == setting
 
 
+@pytest.mark.parametrize("norm, parts", [("BN", ""), ("GN", "GN"), ("KN", "KN")])
+def test_retinanet_configs_have_norms_in_fpn_and_towers(norm, parts):
+    cfg = load(f"retinanet_R50_FPN_{norm}.yaml")
+    assert cfg.MODEL.RESNETS.NORM == (parts or "FrozenBN")
+    assert {cfg.MODEL[p].NORM for p in ("FPN", "RETINANET")} == {parts}
+    values = flat(cfg)
+    assert {name: values[name] for name in SETTING_OF_RETINANET} == SETTING_OF_RETINANET
+    for size, sizes in zip((32, 64, 128, 256, 512), cfg.MODEL.ANCHOR_GENERATOR.SIZES, strict=True):
+        assert sizes == pytest.approx([size * 2 ** (k / 3) for k in range(3)], abs=0.05)
+
+
 def test_coco_configs_differ_in_the_norm_alone():
     for architecture, norms, of_norms in (
-        ("C4", NORMS, OF_THE_NORM - OF_PARTS),
-        ("FPN", FPN_NORMS, OF_THE_NORM - OF_KN | {"MODEL.KN.GAIN", "MODEL.KN.GAIN_ANNEAL"}),
+        ("mask_rcnn_R50_C4", NORMS, OF_THE_NORM - OF_PARTS),
+        (
+            "mask_rcnn_R50_FPN",
+            FPN_NORMS,
+            OF_THE_NORM - OF_KN - OF_RETINANET | OF_CALIBRATED_KN,
+        ),
+        (
+            "retinanet_R50_FPN",
+            FPN_NORMS,
+            OF_THE_NORM - OF_KN - OF_HEADS - {"MODEL.ROI_HEADS.NAME"} | OF_CALIBRATED_KN,
+        ),
     ):
-        configs = [flat(load(f"mask_rcnn_R50_{architecture}_{norm}.yaml")) for norm in norms]
+        configs = [flat(load(f"{architecture}_{norm}.yaml")) for norm in norms]
         differing = {key for key in configs[0] for cfg in configs if cfg[key] != configs[0][key]}
         assert differing == of_norms
 
@@ -204,9 +240,9 @@ def test_2im_doubles_images_and_learning_rate(model):
     assert changes(f"{name}_2im.yaml", f"{name}.yaml") == doubled
 
 
-@pytest.mark.parametrize("architecture", ["C4", "FPN"])
+@pytest.mark.parametrize("architecture", ["mask_rcnn_R50_C4", "mask_rcnn_R50_FPN", "retinanet"])
 def test_instant_tests_change_the_same(architecture):
-    names = [f"mask_rcnn_R50_{model}" for model in COCO if model.startswith(architecture)]
+    names = [name for name in MASK_RCNN + RETINANET if name.startswith(architecture)]
     first, *others = [
         changes(f"quick_schedules/{name}_instant_test.yaml", f"{name}.yaml") for name in names
     ]
@@ -223,9 +259,9 @@ def few_shapes(tmp_path_factory):
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("model", COCO)
+@pytest.mark.parametrize("model", MASK_RCNN + RETINANET)
 def test_instant_test_runs(few_shapes, tmp_path, model):
-    name = CONFIGS / f"quick_schedules/mask_rcnn_R50_{model}_instant_test.yaml"
+    name = CONFIGS / f"quick_schedules/{model}_instant_test.yaml"
     options = ["OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu", "SEED", "1"]
     options += ["SOLVER.MAX_ITER", "3"]  # of the same steps
     args = argument_parser().parse_args(["--config", str(name), *options])
@@ -237,6 +273,6 @@ def test_instant_test_runs(few_shapes, tmp_path, model):
     assert losses["iteration"] == 2
     assert all(math.isfinite(value) for name, value in losses.items() if "loss" in name)
     results = json.loads((tmp_path / "inference/results.json").read_text())
-    assert set(results) == {"bbox", "segm"}
+    assert set(results) == ({"bbox", "segm"} if model in MASK_RCNN else {"bbox"})
     detections = tmp_path / "inference/shapes_val/coco_instances_results.json"
     assert len(json.loads(detections.read_text())) == 2 * 5
