@@ -1,8 +1,7 @@
-"""What a chain is made of in detectron2's networks: features with beliefs, and convolutions.
+"""The parts of a chain in detectron2's networks: features with beliefs, and convolutions.
 
-Stem, blocks and stages take and return a :class:`Feature`: the feature map together with the belief
-about it. Where no belief is kept, in evaluation with moving statistics, the belief is None, and the
-same modules do the rest.
+Stem, blocks and stages take and return a :class:`Feature`, which is a feature map with the belief
+about it. In evaluation with moving statistics no beliefs are kept, and the belief is None.
 """
 
 import math
@@ -41,8 +40,8 @@ class Feature(NamedTuple):
 
     Attributes:
         value: shape (N, C, H, W).
-        belief: about ``value`` as it is, as a :class:`~kn_detectron.layers.ClosedFormTransition` or
-            a :class:`~kn_detectron.layers.MonteCarloTransition` has it; None where none is kept.
+        belief: the belief about ``value``, or a source of the transition that stands for it; None
+            if no belief is kept.
     """
 
     value: Tensor
@@ -50,26 +49,26 @@ class Feature(NamedTuple):
 
     @property
     def shape(self) -> Size:
-        """That of ``value``, which is all that an anchor generator asks for."""
+        """The shape of ``value``. It is all that an anchor generator asks for."""
         return self.value.shape
 
 
 class WithBelief(str):
-    """The name of a feature that is to come with its belief.
+    """The name of a feature that is looked up with its belief.
 
-    detectron2's dense detectors look up their features one by one and hand a list of them to the
-    head. Under names of this type :class:`Features` puts a :class:`Feature` into that list. To any
-    other dict it is a name as any.
+    detectron2's dense detectors look up their features by name and hand a list of them to the head.
+    For a name of this type :class:`Features` returns a :class:`Feature`. Other dicts take it for an
+    ordinary name.
     """
 
 
 class Features(Dict[str, Tensor]):
-    """The features of a backbone by name, as detectron2 has them.
+    """The features of a backbone by name, as detectron2 has them, with the beliefs about them.
 
-    Under a name that is :class:`WithBelief` there is a :class:`Feature`.
+    For a name of type :class:`WithBelief` the item is a :class:`Feature`.
 
     Attributes:
-        beliefs (Dict[str, Belief]): the beliefs about the features, where there are any.
+        beliefs (Dict[str, Belief]): the beliefs by name, for the features that have one.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ def feature_of(features: Dict[str, Tensor], name: str) -> Feature:
     return Feature(features[name], getattr(features, "beliefs", {}).get(name))
 
 
-# For torch.export, to which an output of an unknown type is an error.
+# For torch.export, which refuses outputs of an unknown type.
 register_pytree_node(
     Features,
     lambda features: ([dict(features), features.beliefs], None),
@@ -103,7 +102,7 @@ register_pytree_node(
 
 @dataclass(frozen=True)
 class ChainConfig:
-    """What all layers of a chain have in common.
+    """The settings that all layers of a chain share.
 
     Attributes:
         norm: "KN" or "GKN".
@@ -129,8 +128,8 @@ class ChainConfig:
 
         Args:
             cfg: the config.
-            part: the node of MODEL whose NORM the layers are for, such as "FPN". It goes on with
-                the chain of the backbone, and so must have the same norm.
+            part: the node of MODEL that has the NORM of the layers, such as "FPN". The layers
+                continue the chain of the backbone, and must have the same norm.
 
         Raises:
             InputError: a value of MODEL.KN is unknown or out of range, the norm of the backbone is
@@ -146,9 +145,9 @@ class ChainConfig:
             )
         if cfg.MODEL[part].NORM != cfg.MODEL.RESNETS.NORM:
             raise InputError(
-                f"MODEL.{part}.NORM is {cfg.MODEL[part].NORM!r}, but its layers go on with the "
+                f"MODEL.{part}.NORM is {cfg.MODEL[part].NORM!r}, but its layers continue the "
                 f"chain of MODEL.RESNETS.NORM {cfg.MODEL.RESNETS.NORM!r}: set both to the same "
-                "norm, or use detectron2's module there, which is no part of the chain"
+                "norm, or use detectron2's module there, which is not part of the chain"
             )
         return cls(
             norm=cfg.MODEL.RESNETS.NORM,
@@ -169,7 +168,7 @@ class ChainConfig:
 
     @property
     def layer_options(self) -> Dict[str, Any]:
-        """What KN and GKN layers are both built with."""
+        """The arguments that KN and GKN layers share."""
         return dict(
             gain=self.gain,
             learn_gain=self.learn_gain,
@@ -204,11 +203,10 @@ def build_norm(
 class ChainConv2d(Conv2d):
     """detectron2's Conv2d, with its norm, as a link of a chain.
 
-    A tensor goes through it as through any Conv2d. A :class:`Feature` brings its belief: the norm
-    gets the prior that is predicted from the belief, and the belief about the norm's output is
-    handed on. A FrozenBatchNorm2d needs no prior, since its running statistics are the posterior.
-    Without a norm, the prediction is the belief that is handed on. The activation is None or a
-    ReLU.
+    A tensor goes through it as through any Conv2d. With a :class:`Feature`, the prior is predicted
+    from its belief and goes to the norm, and the belief about the norm's output is handed on. A
+    FrozenBatchNorm2d needs no prior, since its running statistics are the posterior. Without a
+    norm, the prediction is handed on. The activation is None or a ReLU.
     """
 
     chain: ChainConfig
@@ -218,7 +216,7 @@ class ChainConv2d(Conv2d):
         """Makes a link of a chain from a convolution, with its parameters and its norm.
 
         Raises:
-            TypeError: if its activation is not a ReLU.
+            TypeError: its activation is not a ReLU.
         """
         if not isinstance(conv.activation, (nn.ReLU, type(None))):
             raise TypeError(f"a link of a chain has a ReLU or no activation, not {conv.activation}")
@@ -255,16 +253,16 @@ class ChainConv2d(Conv2d):
 def normalized_convolution(
     x: Feature, conv: nn.Conv2d, norm: Optional[nn.Module], chain: ChainConfig
 ) -> Feature:
-    """A convolution and its norm, of a feature that has a belief, in front of the activation.
+    """Convolves and normalises a feature that has a belief, without the activation.
 
     Args:
-        x: its belief is the source of the prediction.
+        x: the feature. Its belief is a source of the transition.
         conv: the convolution.
-        norm: KN, GKN, FrozenBatchNorm2d or None, see :class:`ChainConv2d`.
-        chain: of which both are a link.
+        norm: KN, GKN, FrozenBatchNorm2d or None, as for :class:`ChainConv2d`.
+        chain: the settings of the chain.
 
     Raises:
-        TypeError: the norm is another.
+        TypeError: the norm is of another kind.
     """
     convolved = nn.Conv2d.forward(conv, x.value)
     if isinstance(norm, FrozenBatchNorm2d):
@@ -273,8 +271,8 @@ def normalized_convolution(
         return Feature(convolved, chain.transition.conv(x.belief, conv))
     if not isinstance(norm, (KalmanNorm2d, GroupKalmanNorm2d)):
         raise TypeError(
-            f"a {type(norm).__name__} stands in a chain of Kalman Normalization, where "
-            "only KN, GKN and FrozenBatchNorm2d layers can: "
+            f"a {type(norm).__name__} is in a chain of Kalman Normalization, which takes "
+            "only KN, GKN and FrozenBatchNorm2d layers: "
             "nn.SyncBatchNorm.convert_sync_batchnorm must not be applied to a KN model (its "
             "priors are the same on every GPU anyway)"
         )
@@ -291,18 +289,18 @@ def _frozen_belief(norm: FrozenBatchNorm2d, chain: ChainConfig) -> Belief:
 def link_convolutions(
     module: nn.Module, convs: Iterable[Conv2d], chain: ChainConfig
 ) -> List[ChainConv2d]:
-    """Makes links of a chain of a module's own convolutions, in place and under the same names.
+    """Replaces convolutions of a module by links of a chain, in place and under the same names.
 
     Args:
-        module: whose children the convolutions are.
+        module: the module that has the convolutions as children.
         convs: detectron2's convolutions, with their norms.
-        chain: what the links have in common.
+        chain: the settings of the chain.
 
     Returns:
         the links, in the order of ``convs``.
 
     Raises:
-        TypeError: if an activation is not a ReLU.
+        TypeError: an activation is not a ReLU.
     """
     links = {conv: ChainConv2d.from_conv(conv, chain) for conv in convs}
     for name, child in list(module.named_children()):

@@ -1,4 +1,4 @@
-"""Feature pyramids that go on with the chain of the backbone below them.
+"""Feature pyramids that continue the chain of the backbone below them.
 
 They are detectron2's own, parameter by parameter and key by key. Only KN's parameters are added.
 """
@@ -41,11 +41,12 @@ class KNFPN(FPN):
     """detectron2's FPN, whose convolutions get priors and whose levels have beliefs.
 
     The chains start from the beliefs about the features of ``bottom_up``. Lateral and output
-    convolutions predict as any others do; nearest upsampling leaves a belief as it is; the sum of
-    two maps, held to be independent, adds means and variances, and ``fuse_type="avg"`` halves it.
+    convolutions predict like any others. Nearest upsampling leaves a belief as it is. The two maps
+    of a sum are taken to be independent, so their means and variances add. ``fuse_type="avg"``
+    halves the sum.
 
     Args:
-        chain: what its layers have in common with those of ``bottom_up``.
+        chain: the settings of its layers, which it shares with ``bottom_up``.
         normalize: whether the convolutions have the norm of the chain. Without a norm a level hands
             on the prediction as its belief.
         bottom_up, in_features, out_channels, top_block, fuse_type: as in detectron2's FPN.
@@ -70,7 +71,7 @@ class KNFPN(FPN):
             convolutions without norms, have the predictions.
 
         Raises:
-            InputError: if beliefs are needed, and there is none about a feature of ``bottom_up``.
+            InputError: beliefs are needed, and there is none about a feature of ``bottom_up``.
         """
         bottom_up = self.bottom_up(x)
         levels, fused = [], None
@@ -80,8 +81,8 @@ class KNFPN(FPN):
             feature = feature_of(bottom_up, name)
             if feature.belief is None and (self.training or self.chain.predicts_in_evaluation):
                 raise InputError(
-                    f"The chain of the backbone ends before {name}, from whose belief the FPN "
-                    'starts: set MODEL.FPN.NORM to one without priors, such as "GN", or take '
+                    f"The chain of the backbone ends before {name}, so the FPN has no belief to "
+                    'start from: set MODEL.FPN.NORM to one without priors, such as "GN", or take '
                     "another feature"
                 )
             below = lateral(self._started(feature))
@@ -119,7 +120,7 @@ class KNFPN(FPN):
             outputs.beliefs.update(zip(names, self._top_beliefs(below, values)))
 
     def _top_beliefs(self, below: Feature, values: List[Tensor]) -> List[Belief]:
-        """The beliefs about the levels of the top block, of which those of detectron2 are known."""
+        """The beliefs about the levels of the top block, if it is one of detectron2's."""
         if isinstance(self.top_block, LastLevelMaxPool):
             return [below.belief]
         if not isinstance(self.top_block, LastLevelP6P7):
@@ -154,14 +155,14 @@ def build_kn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     :class:`KNFPN`, which hands beliefs on to the heads. With any other norm it is detectron2's FPN.
 
     Raises:
-        InputError: as for the backbone, and if the two norms differ.
+        InputError: as for the backbone, or the two norms differ.
     """
     return _build(cfg, build_kn_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_kn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """As :func:`build_kn_resnet_fpn_backbone`, with RetinaNet's P6 and P7, convolved from res5."""
+    """As :func:`build_kn_resnet_fpn_backbone`, with P6 and P7 of RetinaNet, convolved from res5."""
     bottom_up = build_kn_resnet_backbone(cfg, input_shape)
     in_channels = bottom_up.output_shape()["res5"].channels
     return _build(cfg, bottom_up, LastLevelP6P7(in_channels, cfg.MODEL.FPN.OUT_CHANNELS))

@@ -1,7 +1,7 @@
-"""RetinaNet whose class and box towers go on with the chain of the FPN.
+"""RetinaNet with class and box towers that continue the chain of the FPN.
 
-The convolutions of the towers are shared by all levels of the pyramid, and so are scale and shift.
-Statistics and beliefs belong to a level.
+All levels of the pyramid share the convolutions of the towers, and scale and shift. Each level has
+statistics and beliefs of its own.
 """
 
 from typing import Dict, Iterator, List, Tuple, Union
@@ -31,14 +31,14 @@ _TOWERS = ("cls_subnet", "bbox_subnet")
 
 
 class LevelNorms(nn.ModuleList):
-    """The KN or GKN layers behind a convolution that all levels of a pyramid go through.
+    """The KN or GKN layers behind a convolution that all levels of a pyramid share.
 
-    Each level has a layer of its own, with its statistics, gain and process model. Scale and shift
-    are those of all levels. They have the names that detectron2's BatchNorm per level has, and
-    like there SOLVER.WEIGHT_DECAY decays them, not SOLVER.WEIGHT_DECAY_NORM.
+    Each level has a layer of its own, with its statistics, gain and process model. All levels share
+    scale and shift. These have the same names as in detectron2's BatchNorm per level. As there,
+    their weight decay is SOLVER.WEIGHT_DECAY and not SOLVER.WEIGHT_DECAY_NORM.
 
     Args:
-        chain: of the layers.
+        chain: the settings of the layers.
         channels: C.
         levels: the number of levels.
     """
@@ -52,10 +52,10 @@ class LevelNorms(nn.ModuleList):
         """Convolves the features of a level, normalises them, and scales and shifts them.
 
         Args:
-            x: shape (N, C_in, H, W); its belief is a source for the prediction, or None.
-            level: whose layer is to normalise; 0 is the finest.
+            x: shape (N, C_in, H, W). Its belief is a source of the transition, or None.
+            level: the number of the level; 0 is the finest.
             conv: the convolution.
-            chain: of the layers.
+            chain: the settings of the layers.
 
         Returns:
             Feature: shape (N, C, H, W), in front of the activation, with the belief to pass on.
@@ -82,11 +82,11 @@ class KNRetinaNetHead(RetinaNetHead):
     def __init__(self, *, input_shape: List[ShapeSpec], chain: ChainConfig, **kwargs):
         """
         Args:
-            input_shape: of the levels, from the finest on.
-            chain: what its layers have in common with those of the backbone.
+            input_shape: the shapes of the levels, from the finest on.
+            chain: the settings of its layers, which it shares with the backbone.
             num_classes, num_anchors, conv_dims, prior_prob: as in ``RetinaNetHead``.
         """
-        # The places of the norms, which detectron2 would build one of for all levels.
+        # nn.Identity keeps the places of the norms. detectron2 would build one for all levels.
         super().__init__(input_shape=input_shape, norm=nn.Identity, **kwargs)
         self.chain = chain
         for name in _TOWERS:
@@ -96,10 +96,12 @@ class KNRetinaNetHead(RetinaNetHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: List[ShapeSpec]):
-        """As ``RetinaNetHead``; MODEL.RETINANET.NORM is that of MODEL.RESNETS.NORM.
+        """Reads the config as ``RetinaNetHead`` does.
+
+        MODEL.RETINANET.NORM must equal MODEL.RESNETS.NORM.
 
         Raises:
-            InputError: if it is another.
+            InputError: the two norms differ.
         """
         options = super().from_config(cfg, input_shape)
         del options["norm"]
@@ -108,14 +110,14 @@ class KNRetinaNetHead(RetinaNetHead):
     def forward(self, features: List[Union[Tensor, Feature]]) -> Tuple[List[Tensor], List[Tensor]]:
         """
         Args:
-            features: the levels, from the finest on, each (N, C, H, W) with the belief about it,
-                (1, C) or (N, C), or all without.
+            features: the levels, from the finest on, each of shape (N, C, H, W). All have a belief
+                of shape (1, C) or (N, C), or none has.
 
         Returns:
-            logits and box deltas, as ``RetinaNetHead`` has them.
+            logits and box deltas, as ``RetinaNetHead`` returns them.
 
         Raises:
-            InputError: if there are no beliefs although the towers need them.
+            InputError: the towers need beliefs, and there are none.
         """
         logits, deltas = [], []
         for level, feature in enumerate(features):
@@ -133,7 +135,7 @@ class KNRetinaNetHead(RetinaNetHead):
             raise InputError(
                 "The priors of RetinaNet's towers start from the beliefs about the levels, of which "
                 'there are none: set MODEL.META_ARCHITECTURE "KNRetinaNet", MODEL.BACKBONE.NAME '
-                '"build_kn_retinanet_resnet_fpn_backbone", and MODEL.FPN.NORM to that of '
+                '"build_kn_retinanet_resnet_fpn_backbone", and MODEL.FPN.NORM to the norm of '
                 'MODEL.RESNETS.NORM or to ""'
             )
         return x
@@ -145,14 +147,14 @@ class KNRetinaNetHead(RetinaNetHead):
         return x.value
 
     def adopt(self, state: Dict[str, Tensor], prefix: str) -> None:
-        """Brings the towers of other RetinaNets into the form of this head's, in place.
+        """Gives the towers of other RetinaNets the names of this head, in place.
 
-        Where all levels have the same statistics, as in detectron2 0.4 and 0.5, each level gets
-        them. Where a tower has no norms, its convolutions have other numbers.
+        If all levels share their statistics, as in detectron2 0.4 and 0.5, each level gets a copy.
+        If a tower has no norms, its convolutions get other numbers.
 
         Args:
             state: tensors by name.
-            prefix: of the names of this head.
+            prefix: the prefix of this head's names.
         """
         for name in _TOWERS:
             tower = f"{prefix}{name}."
@@ -166,7 +168,7 @@ class KNRetinaNetHead(RetinaNetHead):
 
     @staticmethod
     def _renumber(state: Dict[str, Tensor], tower: str) -> None:
-        """Gives convolution k the number 3 k if all have the number 2 k: those have no norms."""
+        """Gives convolution k the number 3 k if it has 2 k, as in a tower without norms."""
         numbers = sorted(_convolutions(state, tower))
         if numbers == list(range(0, 2 * len(numbers), 2)):
             for i in reversed(numbers):
@@ -191,16 +193,16 @@ def _convolutions(state: Dict[str, Tensor], tower: str) -> Iterator[int]:
 class KNRetinaNet(RetinaNet):
     """detectron2's ``RetinaNet`` for a head with Kalman Normalization.
 
-    With MODEL.RETINANET.NORM "KN" or "GKN" it has a :class:`KNRetinaNetHead`, whose priors start
-    from the beliefs that :class:`~kn_detectron.modeling.KNFPN` hands on. With any other norm it
-    is detectron2's.
+    With MODEL.RETINANET.NORM "KN" or "GKN" it has a :class:`KNRetinaNetHead`. The priors of this
+    head start from the beliefs that :class:`~kn_detectron.modeling.KNFPN` hands on. With any other
+    norm it has detectron2's head.
     """
 
     @configurable
     def __init__(self, *, head: nn.Module, head_in_features: List[str], **kwargs):
         """
         Args:
-            head: a :class:`KNRetinaNetHead`, or one that takes tensors.
+            head: a :class:`KNRetinaNetHead`, or a head that takes tensors.
             head_in_features: the names of the levels, from the finest on.
             kwargs: as in ``RetinaNet``.
         """
@@ -210,12 +212,12 @@ class KNRetinaNet(RetinaNet):
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
-        """As ``RetinaNet``."""
+        """Reads the config as ``RetinaNet`` does."""
         if cfg.MODEL.RETINANET.NORM not in ("KN", "GKN"):
             return super().from_config(cfg)
         plain = cfg.clone()
         plain.defrost()
-        plain.MODEL.RETINANET.NORM = ""  # of the head that is replaced
+        plain.MODEL.RETINANET.NORM = ""  # for the head that is replaced
         options = super().from_config(plain)
         shapes = options["backbone"].output_shape()
         shapes = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
