@@ -10,6 +10,7 @@ Examples:
     python tools/convert_weights.py resnet50.pth r50_kn.pth
     python tools/convert_weights.py detectron2://ImageNetPretrained/MSRA/R-50.pkl r50_kn.pth
     python tools/convert_weights.py output/model_final.pth model_bn.pth --norm BN
+    python tools/convert_weights.py output/model_final.pth small.pth --norm same --half
 """
 
 import argparse
@@ -30,7 +31,12 @@ def main():
     )
     parser.add_argument("source", metavar="IN", help="file or address of weights")
     parser.add_argument("target", metavar="OUT", help=".pth file to write")
-    parser.add_argument("--norm", choices=NORMS, default="KN", help="of the ResNet (%(default)s)")
+    parser.add_argument(
+        "--norm",
+        choices=NORMS,
+        default="KN",
+        help="of the ResNet; same: as it is, in any network (%(default)s)",
+    )
     parser.add_argument(
         "--variant", choices=VARIANTS, default="network", help="of KN (%(default)s)"
     )

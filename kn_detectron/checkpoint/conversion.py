@@ -28,7 +28,8 @@ __all__ = ["NORMS", "convert_weights"]
 
 _logger = logging.getLogger(__name__)
 
-NORMS = ("KN", "GKN", "BN", "GN")
+# "same" leaves the norms, and so the network, as they are.
+NORMS = ("KN", "GKN", "BN", "GN", "same")
 
 
 def convert_weights(
@@ -47,7 +48,8 @@ def convert_weights(
     Args:
         source: file or address of weights; see :func:`~kn_detectron.checkpoint.read_weights`.
         target: ``.pth`` file to write or to replace. It is never left half written.
-        norm: "KN", "GKN", "BN" or "GN".
+        norm: "KN", "GKN", "BN" or "GN"; "same" converts nothing and takes any network. It makes a
+            small file of a training's checkpoint, without the optimiser and with ``half``.
         variant: of "KN", "network" or "paper".
         half: whether to write filters in float16, which halves the file. The tensors of the norms
             stay as they are: they are small, and a small variance would become 0.
@@ -60,12 +62,9 @@ def convert_weights(
     source = fetch(source)
     _check_target(source, target)
     weights = read_weights(source)
-    resnet = _Resnet(weights.state, source)
-    inside = set(resnet.names.values())
-    state = {name: tensor for name, tensor in weights.state.items() if name not in inside}
-    _logger.info("%d tensors outside of the ResNet are carried through.", len(state))
-    for name, tensor in _convert(resnet, weights, source, norm, variant).items():
-        state[resnet.prefix_of(name) + name] = tensor
+    state = weights.state
+    if norm != "same":
+        state = _with_norm(weights, source, norm, variant)
     if half:
         state = {name: t.half() if t.dim() > 1 else t for name, t in state.items()}
     content = {
@@ -77,6 +76,17 @@ def convert_weights(
     with explained_write_errors(target, "give another place for it."):
         with atomic_write(target) as file:
             torch.save(content, file)
+
+
+def _with_norm(weights: Weights, path: str, norm: str, variant: str) -> Dict[str, Tensor]:
+    """The tensors of a checkpoint whose ResNet has got another norm."""
+    resnet = _Resnet(weights.state, path)
+    inside = set(resnet.names.values())
+    state = {name: tensor for name, tensor in weights.state.items() if name not in inside}
+    _logger.info("%d tensors outside of the ResNet are carried through.", len(state))
+    for name, tensor in _convert(resnet, weights, path, norm, variant).items():
+        state[resnet.prefix_of(name) + name] = tensor
+    return state
 
 
 def _check_target(source: str, target: str) -> None:
