@@ -24,6 +24,8 @@ from typing import Dict, List
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
+from kn_detectron.model_zoo import released_weights
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from evidence import arms, classification  # noqa: E402  # beside this file, not installed
 from evidence.bootstrap import MatchedRun, paired_bootstrap  # noqa: E402
@@ -151,6 +153,30 @@ def summary_table(data: Dict) -> str:
     return _escaped(tabulate(rows, header, tablefmt="github"))
 
 
+def zoo_table(data: Dict) -> str:
+    """One line for each arm in Markdown, with detectron2's columns, for MODEL_ZOO.md."""
+    released = released_weights()
+    rows = []
+    for name, arm in arms.ARMS.items():
+        for run in data["runs"]:
+            if run["arm"] == name:
+                weights = f"{Path(arm.config).stem}.pth"
+                is_released = weights in released and not arm.options and not arm.trains_affine
+                rows.append(
+                    [
+                        arm.label,
+                        f"{run['steps']} x {run['images']} images",
+                        run["learning_rate"],
+                        f"{run['results']['bbox']['AP']:.1f}",
+                        f"{run['results']['segm']['AP']:.1f}",
+                        f"[config](kn_detectron/model_zoo/configs/{arm.config})",
+                        f"`kn://{weights}`" if is_released else "",
+                    ]
+                )
+    header = ["norm", "schedule", "learning rate", "box AP", "mask AP", "config", "weights"]
+    return _escaped(tabulate(rows, header, tablefmt="github"))
+
+
 def _escaped(table: str) -> str:
     """A table in which Markdown shows the star of BN* as a star."""
     return table.replace("BN*", r"BN\*")
@@ -202,10 +228,12 @@ TABLES = {
     "choice": ("choice", choice_table),
     "detection": ("detection", detection_tables),
     "own_rate": ("own_rate", detection_tables),
+    "long": ("long", detection_tables),
+    "zoo": ("long", zoo_table),
     "summary": ("own_rate", summary_table),
     "classification": ("classification", classification_table),
 }
-PAGES = (DOCS / "evidence.md", DOCS.parent / "README.md")
+PAGES = (DOCS / "evidence.md", DOCS.parent / "README.md", DOCS.parent / "MODEL_ZOO.md")
 
 
 def with_tables(page: str, folder: Path) -> str:
@@ -232,6 +260,7 @@ def main():
     parser.add_argument(
         "--own-rate", metavar="FOLDER", help="runs with a learning rate for each arm"
     )
+    parser.add_argument("--long", metavar="FOLDER", help="the same, with a longer schedule")
     parser.add_argument("--truth", metavar="FILE", help="annotations that these were evaluated on")
     parser.add_argument(
         "--choice", metavar="FOLDER", help="runs of detection.py on the folder of hold_out.py"
@@ -240,7 +269,7 @@ def main():
     args = parser.parse_args()
     folder = DOCS / "evidence"
     folder.mkdir(exist_ok=True)
-    for name in ("detection", "own_rate"):
+    for name in ("detection", "own_rate", "long"):
         if getattr(args, name):
             if not args.truth:
                 parser.error("detectors need --truth FILE")
