@@ -21,7 +21,7 @@ endif
 .PHONY: help venv demo test test-coco bench clean
 
 help:
-	@echo "make demo       install, train on generated images, evaluate, draw: output/demo"
+	@echo "make demo       install, detect persons in photographs, fine-tune, draw: output/demo"
 	@echo "make test       install, run the test suite"
 	@echo "make test-coco  the tests on real COCO images, in the folder DETECTRON2_DATASETS"
 	@echo "make bench      install, measure time and memory beside BatchNorm: output/benchmark"

@@ -2,15 +2,15 @@
 """Detects objects in photographs, draws them, and writes them in COCO's format for results.
 
 Examples:
+    python tools/predict.py photo.jpg
     python tools/predict.py photo.jpg --config output/my_data/config.yaml
     python tools/predict.py photos/ --config output/my_data/config.yaml --output output/found --min-score 0.7
-    python tools/predict.py output/demo/shapes/val \\
-        --config configs/shapes/mask_rcnn_slim_R50_C4_KN.yaml \\
-        --opts MODEL.WEIGHTS kn://mask_rcnn_slim_R50_C4_KN.pth
+    python tools/predict.py photos/ --config configs/photos/mask_rcnn_lite0_FPN_BN.yaml \\
+        --opts MODEL.WEIGHTS output/BN/model_final.pth
 
-A config.yaml in the folder of a run stands for the last checkpoint of this run. Any other config
-needs MODEL.WEIGHTS. Each picture is OUTPUT/<name of the photo>.png. All detections, drawn or not,
-are in OUTPUT/detections.json.
+Without a config the released detector finds persons. A config.yaml in the folder of a run stands for
+the last checkpoint of this run. Any other config needs MODEL.WEIGHTS. Each picture is OUTPUT/<name of
+the photo>.png. All detections, drawn or not, are in OUTPUT/detections.json.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from kn_detectron.engine import load_run
 from kn_detectron.engine.command_line import merge_options, read_config, run
 from kn_detectron.engine.prediction import coco_results, shown
 from kn_detectron.errors import InputError
+from kn_detectron.model_zoo import get_config, get_config_file
 
 # Behind kn_detectron, which makes old versions of detectron2 importable.
 from detectron2.data import DatasetMapper, MetadataCatalog  # isort: skip
@@ -35,6 +36,7 @@ from detectron2.data.detection_utils import read_image  # isort: skip
 from detectron2.modeling import build_model  # isort: skip
 from detectron2.utils.visualizer import ColorMode, Visualizer  # isort: skip
 
+_RELEASED = "photos/mask_rcnn_lite0_FPN_KN.yaml"
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -80,6 +82,9 @@ def load_model(args):
     Raises:
         InputError: the config cannot be used, or there are no weights.
     """
+    if not args.config_file:
+        args.config_file = get_config_file(_RELEASED)
+        args.opts = ["MODEL.WEIGHTS", get_config(_RELEASED, trained=True).MODEL.WEIGHTS, *args.opts]
     path = Path(args.config_file)
     if path.name == "config.yaml":
         cfg = load_run(path.parent)
@@ -133,11 +138,16 @@ def main():
     )
     parser.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER")
     parser.add_argument(
-        "--config", "--config-file", dest="config_file", required=True, metavar="FILE"
+        "--config",
+        "--config-file",
+        dest="config_file",
+        default="",
+        metavar="FILE",
+        help="of a detector (the released one of persons)",
     )
     parser.add_argument("--output", default="output/predictions", help="folder (%(default)s)")
     parser.add_argument(
-        "--min-score", type=float, default=0.5, help="detections below are not drawn (%(default)s)"
+        "--min-score", type=float, default=0.7, help="detections below are not drawn (%(default)s)"
     )
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs for the config"

@@ -36,13 +36,13 @@ def _save(figure: Figure, path: str) -> None:
 
 @torch.no_grad()
 def draw_predictions(
-    cfg: CfgNode, model: nn.Module, path: str, count: int = 8, min_score: float = 0.35
+    cfg: CfgNode, models: Dict[str, nn.Module], path: str, count: int = 8, min_score: float = 0.35
 ) -> None:
-    """Draws ground truth (left) and predictions (right) on the first test images with objects.
+    """Draws the ground truth and what each model predicts on the first test images with objects.
 
     Args:
         cfg: its DATASETS.TEST[0] is drawn.
-        model: a detectron2 detector; left in its mode.
+        models: detectron2 detectors by the title of their column; left in their modes.
         path: of the picture.
         count: number of images.
         min_score: predictions below are left out.
@@ -50,28 +50,33 @@ def draw_predictions(
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
     truth = {d["file_name"]: d for d in DatasetCatalog.get(name)}
-    training, pairs = model.training, []
-    model.eval()
+    training, rows = {title: model.training for title, model in models.items()}, []
+    for model in models.values():
+        model.eval()
     for (inputs,) in build_test_loader(cfg, name):
         record = truth[inputs["file_name"]]
         if not record["annotations"]:
             continue
         image = utils.read_image(inputs["file_name"], "RGB")
-        found = model([inputs])[0]["instances"].to("cpu")
-        found = shown(found, min_score)
         scale = max(1.0, 320 / min(image.shape[:2]))
-        drawn = [
-            Visualizer(image, metadata, scale, ColorMode.IMAGE).draw_dataset_dict(record),
-            Visualizer(image, metadata, scale, ColorMode.IMAGE).draw_instance_predictions(found),
-        ]
-        pairs.append(np.concatenate([picture.get_image() for picture in drawn], axis=1))
-        if len(pairs) == count:
+
+        def visualizer():
+            return Visualizer(image, metadata, scale, ColorMode.IMAGE)
+
+        drawn = [visualizer().draw_dataset_dict(record)]
+        for model in models.values():
+            found = shown(model([inputs])[0]["instances"].to("cpu"), min_score)
+            drawn.append(visualizer().draw_instance_predictions(found))
+        rows.append(np.concatenate([picture.get_image() for picture in drawn], axis=1))
+        if len(rows) == count:
             break
-    model.train(training)
-    figure = Figure(figsize=(12, 3.1 * ((len(pairs) + 1) // 2)))
-    for axes, pair in zip(figure.subplots((len(pairs) + 1) // 2, 2, squeeze=False).flat, pairs):
-        axes.imshow(pair)
-        axes.set_title("ground truth | predictions", fontsize=8)
+    for title, model in models.items():
+        model.train(training[title])
+    height = (len(rows) + 1) // 2
+    figure = Figure(figsize=(14, height * 6.2 / (len(models) + 1)))
+    for axes, row in zip(figure.subplots(height, 2, squeeze=False).flat, rows):
+        axes.imshow(row)
+        axes.set_title(" | ".join(["ground truth", *models]), fontsize=8)
     for axes in figure.axes:
         axes.axis("off")
     _save(figure, path)

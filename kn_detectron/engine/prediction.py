@@ -9,7 +9,7 @@ from torchvision.ops import nms
 __all__ = ["coco_results", "shown"]
 
 # Two boxes that overlap by more are one object to a person who looks at the picture.
-_SAME_OBJECT = 0.6
+_SAME_OBJECT = 0.4
 
 
 def shown(instances: Instances, min_score: float) -> Instances:

@@ -132,7 +132,7 @@ def test_none_is_lost():
     expected |= {f"quick_schedules/{name}_instant_test.yaml" for name in MASK_RCNN + RETINANET}
     expected |= {f"shapes/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in NORMS}
     expected.add("shapes/mask_rcnn_slim_R50_FPN_KN.yaml")
-    expected |= {f"photos/mask_rcnn_lite0_FPN_{norm}.yaml" for norm in ("BN", "KN")}
+    expected |= {f"photos/mask_rcnn_lite0_FPN_{norm}.yaml" for norm in ("BN", "KN", "KN_finetune")}
     expected.add("mask_rcnn_R50_C4_KN_finetune.yaml")
     assert expected == set(NAMES) - set(BASES)
 

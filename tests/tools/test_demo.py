@@ -8,10 +8,13 @@ pytestmark = pytest.mark.trains
 PICTURES = ("predictions.png", "curves.png", "gains.png")
 
 
-def test_demo_trains_evaluates_draws_and_does_nothing_twice(tmp_path, process, command):
-    # A dataset that is there is used: a smaller one than the demo would make.
-    generate_shapes(tmp_path / "shapes", ShapesSpec(num_train=4, num_val=2, size=64))
+@pytest.mark.parametrize("shapes", [False, True])
+def test_demo_trains_evaluates_draws_and_does_nothing_twice(tmp_path, process, command, shapes):
+    if shapes:
+        # A dataset that is there is used: a smaller one than the demo would make.
+        generate_shapes(tmp_path / "shapes", ShapesSpec(num_train=4, num_val=2, size=64))
     options = (
+        *(["--shapes"] if shapes else []),
         "--output",
         tmp_path,
         "SOLVER.MAX_ITER",
@@ -26,7 +29,7 @@ def test_demo_trains_evaluates_draws_and_does_nothing_twice(tmp_path, process, c
     assert "Warning" not in err
     *_, last = out.strip().splitlines()
     assert last.startswith("box AP ") and ", mask AP " in last
-    for name in PICTURES:
+    for name in PICTURES if shapes else ("released.png", *PICTURES):
         assert name in out
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 200
@@ -42,6 +45,6 @@ def test_demo_trains_evaluates_draws_and_does_nothing_twice(tmp_path, process, c
 def test_demo_says_what_is_wrong_in_a_sentence(tmp_path, command):
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / "holiday.jpg").touch()
-    status, out, err = command("demo", "--output", tmp_path)
+    status, out, err = command("demo", "--shapes", "--output", tmp_path)
     assert status == 1
     assert err.startswith("error: ") and err.count("\n") == 1
