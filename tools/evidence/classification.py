@@ -50,16 +50,24 @@ class Arm(NamedTuple):
 _BATCH_SIZE = 64
 _ANNEALED = ("MODEL.KN.GAIN_ANNEAL", "[0.6, 0.9]")
 _PREACTIVATION = "cifar_resnet14_preactivation"
+# What the authors' code has: a fixed gain, no process noise, and sampled predictions.
+_RELEASED = (
+    *("MODEL.KN.VARIANT", "paper"),
+    *("MODEL.KN.GAIN", "0.1"),
+    *("MODEL.KN.LEARN_GAIN", "False"),
+    *("MODEL.KN.PROCESS_MODEL", "False"),
+    *("MODEL.KN.PREDICTION", "monte_carlo"),
+)
 ARMS = {
     "GN": Arm("GN, 4 groups", "GN4", shares=False),
     "BN": Arm("BN", "BN"),
     "KN": Arm("KN", "KN"),
     "KN_annealed": Arm("KN, annealed", "KN", _ANNEALED),
     "BN_preactivation": Arm("BN, pre-activation", "BN", network=_PREACTIVATION),
-    "KN_paper_preactivation": Arm(
-        "KN, paper variant, pre-activation",
+    "KN_released_preactivation": Arm(
+        "KN as released, pre-activation",
         "KN",
-        ("MODEL.KN.VARIANT", "paper"),
+        _RELEASED,
         network=_PREACTIVATION,
     ),
 }
