@@ -282,8 +282,11 @@ def main():
     for page in PAGES:
         page.write_text(with_tables(page.read_text(), folder))
     for name, draw in (("own_rate", draw_detection), ("classification", draw_classification)):
-        if (folder / f"{name}.json").is_file():
-            draw(json.loads((folder / f"{name}.json").read_text()), folder / f"{name}.png")
+        path = folder / f"{name}.json"
+        data = json.loads(path.read_text()) if path.is_file() else {"runs": []}
+        points = {run.get("micro_batch") for run in data["runs"]}
+        if len(points) >= (2 if name == "classification" else 1):  # a line needs two
+            draw(data, folder / f"{name}.png")
 
 
 def _write(path: Path, data: Dict) -> None:
