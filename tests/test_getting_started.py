@@ -46,7 +46,7 @@ def call(words, monkeypatch):
 @pytest.mark.usefixtures("fresh_logs")
 def test_the_page_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("tools", "configs"):
+    for name in ("tools", "configs", "kn_detectron"):
         (tmp_path / name).symlink_to(ROOT / name)
     # Where the package would write 1000 + 200, whatever DETECTRON2_DATASETS is.
     generate_shapes("datasets/shapes", ShapesSpec(num_train=8, num_val=3, size=64))
