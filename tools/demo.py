@@ -27,10 +27,9 @@ from kn_detectron.model_zoo import get_config_file
 
 from detectron2.modeling import build_model  # isort: skip  # made importable by kn_detectron
 
-PHOTOS = "photos/mask_rcnn_lite0_FPN_KN_finetune.yaml"
-SHAPES = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml"
-# Near the highest F1 of the released detector on photos_train (0.87), which it has not seen.
-MIN_SCORE = 0.8
+# The config, and the score below which a picture leaves a prediction out.
+PHOTOS = "photos/mask_rcnn_lite0_FPN_KN_finetune.yaml", 0.8
+SHAPES = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml", 0.35
 
 
 def load_detector(cfg, weights):
@@ -68,9 +67,11 @@ def main():
     if args.shapes:
         register_shapes(os.path.join(args.output, "shapes"))
 
-    config = get_config_file(SHAPES if args.shapes else PHOTOS)
+    config, min_score = SHAPES if args.shapes else PHOTOS
     options = ["OUTPUT_DIR", args.output, *args.opts]
-    train_args = argument_parser().parse_args(["--resume", "--config", config, *options])
+    train_args = argument_parser().parse_args(
+        ["--resume", "--config", get_config_file(config), *options]
+    )
     cfg = load_config(train_args)
     set_up(cfg, train_args)
 
@@ -79,7 +80,7 @@ def main():
         draw(path)
         print(f"{path}: {content}", flush=True)
 
-    models, min_score = {}, 0.35 if args.shapes else MIN_SCORE
+    models = {}
     if not args.shapes:
         models["released"] = load_detector(cfg, cfg.MODEL.WEIGHTS)
         picture(

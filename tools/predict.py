@@ -4,7 +4,7 @@
 Examples:
     python tools/predict.py photo.jpg
     python tools/predict.py photo.jpg --config output/my_data/config.yaml
-    python tools/predict.py photos/ --config output/my_data/config.yaml --output output/found --min-score 0.7
+    python tools/predict.py photos/ --config output/my_data/config.yaml --output output/found --min-score 0.5
     python tools/predict.py photos/ --config configs/photos/mask_rcnn_lite0_FPN_BN.yaml \\
         --opts MODEL.WEIGHTS output/BN/model_final.pth
 
@@ -28,7 +28,7 @@ from kn_detectron.engine import load_run
 from kn_detectron.engine.command_line import merge_options, read_config, run
 from kn_detectron.engine.prediction import coco_results, shown
 from kn_detectron.errors import InputError
-from kn_detectron.model_zoo import get_config, get_config_file
+from kn_detectron.model_zoo import get_checkpoint_file, get_config_file
 
 # Behind kn_detectron, which makes old versions of detectron2 importable.
 from detectron2.data import DatasetMapper, MetadataCatalog  # isort: skip
@@ -84,7 +84,7 @@ def load_model(args):
     """
     if not args.config_file:
         args.config_file = get_config_file(_RELEASED)
-        args.opts = ["MODEL.WEIGHTS", get_config(_RELEASED, trained=True).MODEL.WEIGHTS, *args.opts]
+        args.opts = ["MODEL.WEIGHTS", get_checkpoint_file(_RELEASED), *args.opts]
     path = Path(args.config_file)
     if path.name == "config.yaml":
         cfg = load_run(path.parent)

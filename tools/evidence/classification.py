@@ -20,11 +20,8 @@ from kn_detectron.engine.command_line import run
 from kn_detectron.model_zoo import get_config_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evidence.runs import (
-    run_all,
-    run_apart,
-    write_result,
-)  # noqa: E402  # beside this file, not installed
+# Beside this file, not installed.
+from evidence.runs import run_all, run_apart, write_result  # noqa: E402
 
 _CONFIG = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml"  # gives the pixel statistics and the device
 

@@ -13,6 +13,9 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from evidence.subsets import subset, write_linked  # noqa: E402  # beside this file, not installed
+
 EVERY = 5
 
 
@@ -24,14 +27,11 @@ def hold_out(folder: Path, output: Path) -> None:
         output: the new folder, in the same layout.
     """
     content = json.loads((folder / "annotations" / "instances_train.json").read_text())
-    held_out = {image["id"] for image in content["images"][::EVERY]}
-    (output / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        part = dict(content)
-        for key, name in (("images", "id"), ("annotations", "image_id")):
-            part[key] = [e for e in content[key] if (e[name] in held_out) == (split == "val")]
-        (output / "annotations" / f"instances_{split}.json").write_text(json.dumps(part))
-        (output / split).symlink_to((folder / "train").resolve(), target_is_directory=True)
+    ids = [image["id"] for image in content["images"]]
+    held_out = set(ids[::EVERY])
+    photos = folder / "train"
+    train, val = subset(content, set(ids) - held_out), subset(content, held_out)
+    write_linked(output, {"train": (train, photos), "val": (val, photos)})
 
 
 def main():

@@ -4,9 +4,9 @@
 Example:
     python tools/evidence/photo_set.py persons kn_detectron/data/photos --rest output/persons_rest
 
-Only photographs whose licence allows changed copies for any purpose are taken. The training photographs
-of the set come from those of the folder, and so do the validation photographs. REST has all other
-training photographs, so that a detector that is trained on them has seen none of the set.
+Only photographs whose licence allows changed copies for any purpose are taken. Each split of the set
+comes from the same split of the folder. REST has all other training photographs, so that a detector
+that is trained on them has seen none of the set.
 """
 
 import argparse
@@ -17,6 +17,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from kn_detectron.engine.command_line import run
+from kn_detectron.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from evidence.subsets import subset, write_linked  # noqa: E402  # beside this file, not installed
+
 # In COCO's numbering: CC BY, CC BY-SA, no known copyright restrictions, work of the US government.
 LICENSES = (4, 5, 7, 8)
 LONG_SIDE = 320
@@ -25,7 +31,7 @@ MOST_PERSONS = 4
 
 
 def choose(content, count, seed=0):
-    """The photographs of a set: free ones with a few persons, each upright and large enough to be made out.
+    """Chooses free photographs with a few persons, who are upright and large enough to be made out.
 
     Args:
         content (dict): annotations in COCO's format.
@@ -36,7 +42,7 @@ def choose(content, count, seed=0):
         list[int]: ids of images, sorted.
 
     Raises:
-        ValueError: too few are fit.
+        InputError: too few are fit.
     """
     persons = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
@@ -55,7 +61,9 @@ def choose(content, count, seed=0):
 
     fit = sorted(image["id"] for image in content["images"] if fits(image))
     if len(fit) < count:
-        raise ValueError(f"only {len(fit)} photographs are fit for a set of {count}")
+        raise InputError(
+            f"Only {len(fit)} photographs are fit for a set of {count}: give a smaller --count."
+        )
     return sorted(random.Random(seed).sample(fit, count))
 
 
@@ -80,20 +88,16 @@ def resize(content, ids, photos, output, split):
         dict: the annotations of the split.
     """
     (output / split).mkdir(parents=True)
-    images, annotations = [], []
-    for image in content["images"]:
-        if image["id"] not in ids:
-            continue
-        factor = LONG_SIDE / max(image["width"], image["height"])
+    chosen, images, factors = subset(content, ids), [], {}
+    for image in chosen["images"]:
+        factor = factors[image["id"]] = LONG_SIDE / max(image["width"], image["height"])
         size = [round(image[side] * factor) for side in ("width", "height")]
         with Image.open(photos / image["file_name"]) as photo:
             photo = photo.convert("RGB").resize(size, Image.Resampling.LANCZOS)
             photo.save(output / split / image["file_name"], quality=85, optimize=True)
         kept = {key: image[key] for key in ("id", "file_name", "license", "flickr_url", "coco_url")}
         images.append({**kept, "width": size[0], "height": size[1]})
-        for annotation in content["annotations"]:
-            if annotation["image_id"] == image["id"]:
-                annotations.append(_scaled(annotation, factor))
+    annotations = [_scaled(a, factors[a["image_id"]]) for a in chosen["annotations"]]
     part = {key: content[key] for key in ("licenses", "categories")}
     part.update(images=images, annotations=annotations)
     (output / "annotations").mkdir(exist_ok=True)
@@ -137,7 +141,7 @@ def attribution(parts):
         "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). **Changed:** they were scaled with",
         "the photographs, and only persons were kept.",
         "",
-        "The released person detectors were trained on none of these photographs.",
+        "The released person detector was trained on none of these photographs.",
         "`tools/evidence/photo_set.py` chose and resized them, and wrote this page.",
         "",
         "| photograph | page at Flickr | licence |",
@@ -152,21 +156,8 @@ def attribution(parts):
     return "\n".join(lines) + "\n"
 
 
-def leave_out(content, ids, folder, rest):
-    """Makes a folder with all training photographs but some, as links, and the same validation."""
-    (rest / "annotations").mkdir(parents=True)
-    part = dict(content)
-    for key, name in (("images", "id"), ("annotations", "image_id")):
-        part[key] = [entry for entry in content[key] if entry[name] not in ids]
-    (rest / "annotations" / "instances_train.json").write_text(json.dumps(part))
-    whole = folder / "annotations" / "instances_val.json"
-    (rest / "annotations" / "instances_val.json").write_text(whole.read_text())
-    for split in ("train", "val"):
-        (rest / split).symlink_to((folder / split).resolve(), target_is_directory=True)
-
-
 def main():
-    """Parses the command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -175,16 +166,19 @@ def main():
     parser.add_argument("--rest", type=Path, help="folder of all others, to be made")
     parser.add_argument("--count", nargs=2, type=int, default=[100, 36], help="train, val (100 36)")
     args = parser.parse_args()
-    parts = {}
+    parts, rest = {}, {}
     for split, count in zip(("train", "val"), args.count):
         path = args.folder / "annotations" / f"instances_{split}.json"
-        content = json.loads(path.read_text())
+        content, photos = json.loads(path.read_text()), args.folder / split
         ids = choose(content, count)
-        parts[split] = resize(content, ids, args.folder / split, args.output, split)
-        if split == "train" and args.rest:
-            leave_out(content, ids, args.folder, args.rest)
+        parts[split] = resize(content, ids, photos, args.output, split)
+        if split == "train":
+            content = subset(content, {image["id"] for image in content["images"]} - set(ids))
+        rest[split] = content, photos
     (args.output / "ATTRIBUTION.md").write_text(attribution(parts))
+    if args.rest:
+        write_linked(args.rest, rest)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

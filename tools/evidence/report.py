@@ -154,7 +154,7 @@ def summary_table(data: Dict) -> str:
 
 
 def zoo_table(data: Dict) -> str:
-    """One line for each arm in Markdown, with detectron2's columns, for MODEL_ZOO.md."""
+    """One line for each run in Markdown, with its config and its released weights, for MODEL_ZOO.md."""
     released = released_weights()
     rows = []
     for name, arm in arms.ARMS.items():
@@ -246,7 +246,7 @@ def with_tables(page: str, folder: Path) -> str:
     for name, (file, table) in TABLES.items():
         path = folder / f"{file}.json"
         if path.is_file() and f"<!-- {name} -->" in page:
-            text = f"<!-- {name} -->\n\n{table(json.loads(path.read_text()))}\n\n<!-- end -->"
+            text = f"<!-- {name} -->\n\n{table(_read(path))}\n\n<!-- end -->"
             page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: text, page, flags=re.DOTALL)
     return page
 
@@ -281,12 +281,14 @@ def main():
             _write(folder / f"{name}.json", {"runs": runs})
     for page in PAGES:
         page.write_text(with_tables(page.read_text(), folder))
-    for name, draw in (("own_rate", draw_detection), ("classification", draw_classification)):
-        path = folder / f"{name}.json"
-        data = json.loads(path.read_text()) if path.is_file() else {"runs": []}
-        points = {run.get("micro_batch") for run in data["runs"]}
-        if len(points) >= (2 if name == "classification" else 1):  # a line needs two
-            draw(data, folder / f"{name}.png")
+    draw_detection(_read(folder / "own_rate.json"), folder / "own_rate.png")
+    classified = _read(folder / "classification.json")
+    if len({run["micro_batch"] for run in classified["runs"]}) > 1:  # a line needs two points
+        draw_classification(classified, folder / "classification.png")
+
+
+def _read(path: Path) -> Dict:
+    return json.loads(path.read_text())
 
 
 def _write(path: Path, data: Dict) -> None:

@@ -1,8 +1,11 @@
 import json
+import sys
 
 import pytest
-from evidence.photo_set import attribution, choose, leave_out, resize
+from evidence.photo_set import attribution, choose, main, resize
 from PIL import Image
+
+from kn_detectron import InputError
 
 LICENSES = [{"id": 1, "name": "not free", "url": "u1"}, {"id": 4, "name": "free", "url": "u4"}]
 
@@ -38,7 +41,7 @@ def content():
 
 def test_takes_free_photographs_of_upright_persons(content):
     assert choose(content, 1) == [1]
-    with pytest.raises(ValueError, match="only 1 photographs are fit for a set of 2"):
+    with pytest.raises(InputError, match="Only 1 photographs are fit for a set of 2"):
         choose(content, 2)
 
 
@@ -67,13 +70,23 @@ def test_each_photograph_is_attributed(content, tmp_path):
     assert "| val/1.jpg | [101](https://www.flickr.com/photo.gne?id=101) | [free](u4) |" in page
 
 
-def test_the_rest_has_all_others(content, tmp_path):
-    (tmp_path / "annotations").mkdir()
+def test_the_rest_has_all_others(content, tmp_path, monkeypatch):
+    folder = tmp_path / "all"
+    (folder / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-    (tmp_path / "annotations" / "instances_val.json").write_text("{}")
-    leave_out(content, [1], tmp_path, tmp_path / "rest")
-    left = json.loads((tmp_path / "rest" / "annotations" / "instances_train.json").read_text())
-    assert [image["id"] for image in left["images"]] == [2, 3, 4, 5]
-    assert [a["image_id"] for a in left["annotations"]] == [2, 3, 4, 5]
-    assert (tmp_path / "rest" / "val").samefile(tmp_path / "val")
+        (folder / split).mkdir()
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        Image.new("RGB", (640, 480)).save(folder / split / "1.jpg")
+    rest = tmp_path / "rest"
+    words = ["photo_set.py", folder, tmp_path / "set", "--rest", rest, "--count", 1, 1]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    main()
+    train, val = (
+        json.loads((rest / "annotations" / f"instances_{split}.json").read_text())
+        for split in ("train", "val")
+    )
+    assert [image["id"] for image in train["images"]] == [2, 3, 4, 5]
+    assert [a["image_id"] for a in train["annotations"]] == [2, 3, 4, 5]
+    assert val == content
+    for split in ("train", "val"):
+        assert (rest / split).samefile(folder / split)
