@@ -69,6 +69,16 @@ def test_configs_are_measured_side_by_side(monkeypatch, tmp_path):
     assert bn["ratios"][files[0]]["median"] == 1 and kn["parameters"] > bn["parameters"]
 
 
+def test_a_config_of_one_class_is_measured(monkeypatch, tmp_path):
+    base = ROOT / "configs/quick_schedules/mask_rcnn_R50_C4_KN_instant_test.yaml"
+    file = tmp_path / "one.yaml"
+    file.write_text(f"_BASE_: {base}\nMODEL: {{ROI_HEADS: {{NUM_CLASSES: 1}}}}\n")
+    options = ["--size", "64", "--rounds", "1", "--output", str(tmp_path)]
+    (group,), args = prepare(monkeypatch, "--configs", str(file), *options)
+    (row,) = measure_group(group, torch.device(args.device))["rows"]
+    assert row["status"] == "measured"
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
