@@ -209,6 +209,7 @@ class Filtered(NamedTuple):
     Attributes:
         posterior: the statistics to normalise with, shape (rows, groups), or (1, groups) if nothing
             was measured and the prior has one row.
+        invstd: 1 / sqrt(var + eps) of the posterior.
         belief: the belief to pass on, shape (1, C) or (rows, C).
         share: the weight of the measurement in the posterior, a number or shape (rows, 1). It is
             the gain, or 1 if there is no prior or the prior was dropped. If nothing was measured,
@@ -216,6 +217,7 @@ class Filtered(NamedTuple):
     """
 
     posterior: Belief
+    invstd: Tensor
     belief: Belief
     share: Union[float, Tensor] = 1.0
 
@@ -245,11 +247,13 @@ def filter_belief(v: Vectors, measured: Optional[Belief], spec: Spec) -> Filtere
         elif v.gain_logit is not None and v.gain_logit.requires_grad:
             # The gain gets a gradient of 0. DDP would take a missing one for an unused parameter.
             posterior = posterior._replace(mean=posterior.mean + 0.0 * v.gain_logit)
-    return Filtered(posterior, _belief_behind(posterior, channel_prior, v, spec), share)
+    invstd = (posterior.var + spec.eps).rsqrt()
+    belief = _belief_behind(posterior, invstd, channel_prior, v, spec)
+    return Filtered(posterior, invstd, belief, share)
 
 
 def _belief_behind(
-    posterior: Belief, channel_prior: Optional[Belief], v: Vectors, spec: Spec
+    posterior: Belief, invstd: Tensor, channel_prior: Optional[Belief], v: Vectors, spec: Spec
 ) -> Belief:
     """The belief to pass on.
 
@@ -276,7 +280,7 @@ def _belief_behind(
             mean = posterior.mean.new_zeros(1, channels)
             return Belief(mean, torch.ones_like(mean))
         return normalized(v.weight, v.bias)
-    invstd = per_channel((posterior.var + spec.eps).rsqrt())
+    invstd = per_channel(invstd)
     mean = (channel_prior.mean - per_channel(posterior.mean)) * invstd
     var = channel_prior.var * invstd.square()
     if v.weight is None:

@@ -68,7 +68,7 @@ class Filter:
         with torch.enable_grad():
             filtered = filter_belief(v, measured, spec)
             mean = spec.sets.spread(filtered.posterior.mean)
-            scale = _scale(filtered.posterior, v, spec)
+            scale = _scale(filtered.invstd, v, spec)
         if running is not None:
             track(running, filtered, measured, count)
         kept = Kept(v, measured, mean, scale, filtered.belief)
@@ -126,9 +126,9 @@ class Filter:
         return Gradients(d_vectors, passes.input_gradient, (scale, center, d_mean, d_var, count))
 
 
-def _scale(posterior: Belief, v: Vectors, spec: Spec) -> Tensor:
+def _scale(invstd: Tensor, v: Vectors, spec: Spec) -> Tensor:
     """weight / sqrt(var + eps) for each unfolded channel."""
-    invstd = spec.sets.spread((posterior.var + spec.eps).rsqrt())
+    invstd = spec.sets.spread(invstd)
     return invstd if v.weight is None else invstd * spec.sets.repeat(v.weight)
 
 
@@ -210,13 +210,12 @@ def _composed(
     filtered = filter_belief(v, measured, spec)
     if running is not None:
         track(running, filtered, measured, values.numel() // (sets.rows * sets.groups))
-    posterior, belief, _ = filtered
 
     def per_channel(numbers: Tensor) -> Tensor:
         return numbers.view(1 if sets.is_batch else sets.images, sets.channels, 1, 1)
 
-    mean, scale = sets.spread(posterior.mean), _scale(posterior, v, spec)
+    mean, scale = sets.spread(filtered.posterior.mean), _scale(filtered.invstd, v, spec)
     y = (values - per_channel(mean)) * per_channel(scale)
     if v.bias is not None:
         y = y + v.bias.view(-1, 1, 1)
-    return y.to(x.dtype), belief
+    return y.to(x.dtype), filtered.belief

@@ -46,6 +46,7 @@ class Arm(NamedTuple):
 
 _BATCH_SIZE = 64
 _ANNEALED = ("MODEL.KN.GAIN_ANNEAL", "[0.6, 0.9]")
+_NO_GAIN = ("MODEL.KN.GAIN", "0.0", "MODEL.KN.LEARN_GAIN", "False")
 _PREACTIVATION = "cifar_resnet14_preactivation"
 # What the authors' code has: a fixed gain, no process noise, and sampled predictions.
 _RELEASED = (
@@ -60,6 +61,7 @@ ARMS = {
     "BN": Arm("BN", "BN"),
     "KN": Arm("KN", "KN"),
     "KN_annealed": Arm("KN, annealed", "KN", _ANNEALED),
+    "KN_gain0": Arm("KN, gain 0", "KN", _NO_GAIN, shares=False),
     "BN_preactivation": Arm("BN, pre-activation", "BN", network=_PREACTIVATION),
     "KN_released_preactivation": Arm(
         "KN as released, pre-activation",
@@ -100,7 +102,7 @@ def main():
     args = parser.parse_args()
     runs = {}
     for seed, micro_batch, arm in itertools.product(args.seeds, args.micro_batches, args.arms):
-        # GroupNorm's one result stands for all micro-batches.
+        # One result stands for all micro-batches if images share nothing.
         micro_batch = micro_batch if ARMS[arm].shares else 1
         folder = Path(args.output) / f"{arm}_m{micro_batch}_seed{seed}"
         runs[folder] = arm, micro_batch, seed

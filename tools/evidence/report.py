@@ -6,8 +6,9 @@ Examples:
     python tools/evidence/report.py --choice output/choice --classification output/cifar
     python tools/evidence/report.py
 
-The results of the runs are kept in docs/evidence/*.json. Tables and pictures are made from these
-files. Without arguments they are made anew. A test compares the tables with the files.
+The results of the runs are kept in docs/evidence/*.json. New ones are added to those, and a run
+with the same settings as an earlier one takes its place. Tables and pictures are made from these
+files, without arguments too. A test compares the tables with the files.
 """
 
 import argparse
@@ -45,6 +46,29 @@ COMPARED = (
     ("KN_gain0", "BN"),
     ("BN_affine", "BN_frozen"),
 )
+
+
+# What tells two runs, or two differences, of one file apart.
+SETTINGS = {
+    "runs": ("arm", "images", "micro_batch", "seed", "learning_rate"),
+    "differences": ("ours", "theirs", "images", "task", "seeds"),
+}
+
+
+def added(old: Dict, new: Dict) -> Dict:
+    """The entries of one file of results with those of new runs, which replace entries of the same
+    settings (:data:`SETTINGS`)."""
+
+    def place(entry, keys):
+        return [entry.get(key) for key in keys]
+
+    data = {}
+    for kind, entries in new.items():
+        keys = SETTINGS[kind]
+        places = [place(entry, keys) for entry in entries]
+        kept = [entry for entry in old[kind] if place(entry, keys) not in places]
+        data[kind] = kept + entries
+    return data
 
 
 def collect_detection(folder: Path, truth_file: str, samples: int = 1000) -> Dict:
@@ -106,7 +130,7 @@ def detection_tables(data: Dict) -> str:
         rows = _difference_rows([d for d in data["differences"] if d["images"] == images])
         if rows:
             parts.append(f"Differences at {what}, in AP, with the 95% interval over photographs:")
-            header = ["", "seeds", "box", "mask"]
+            header = ["", "of seeds", "box", "mask"]
             parts.append(tabulate(rows, header, tablefmt="github"))
     return _escaped("\n\n".join(parts))
 
@@ -126,18 +150,18 @@ def _average_precisions(runs: List[Dict]) -> List[str]:
 
 
 def _difference_rows(differences: List[Dict]) -> List[List]:
+    def place(difference):
+        return COMPARED.index((difference["ours"], difference["theirs"])), difference["seeds"]
+
     rows = []
-    for pair, found in groupby(
-        sorted(differences, key=lambda d: COMPARED.index((d["ours"], d["theirs"]))),
-        key=lambda d: (d["ours"], d["theirs"]),
-    ):
+    for (pair, seeds), found in groupby(sorted(differences, key=place), key=place):
         by_task = {d["task"]: d for d in found}
         cells = [
             f"{d['difference']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})"
             for d in (by_task[task] for task in TASKS)
         ]
-        names = " minus ".join(arms.ARMS[name].label for name in pair)
-        rows.append([names, len(by_task["bbox"]["seeds"]), *cells])
+        names = " minus ".join(arms.ARMS[name].label for name in COMPARED[pair])
+        rows.append([names, ", ".join(map(str, seeds)), *cells])
     return rows
 
 
@@ -232,6 +256,7 @@ TABLES = {
     "zoo": ("long", zoo_table),
     "summary": ("own_rate", summary_table),
     "classification": ("classification", classification_table),
+    "paper_variant": ("paper_variant", classification_table),
 }
 PAGES = (DOCS / "evidence.md", DOCS.parent / "README.md", DOCS.parent / "MODEL_ZOO.md")
 
@@ -266,6 +291,7 @@ def main():
         "--choice", metavar="FOLDER", help="runs of detection.py on the folder of hold_out.py"
     )
     parser.add_argument("--classification", metavar="FOLDER", help="the runs of classification.py")
+    parser.add_argument("--paper-variant", metavar="FOLDER", help="those with pre-activation")
     args = parser.parse_args()
     folder = DOCS / "evidence"
     folder.mkdir(exist_ok=True)
@@ -274,24 +300,24 @@ def main():
             if not args.truth:
                 parser.error("detectors need --truth FILE")
             data = collect_detection(Path(getattr(args, name)), args.truth)
-            _write(folder / f"{name}.json", data)
-    for name in ("choice", "classification"):
+            _add(folder / f"{name}.json", data)
+    for name in ("choice", "classification", "paper_variant"):
         if getattr(args, name):
             runs = list(read_results(Path(getattr(args, name))).values())
-            _write(folder / f"{name}.json", {"runs": runs})
+            _add(folder / f"{name}.json", {"runs": runs})
     for page in PAGES:
         page.write_text(with_tables(page.read_text(), folder))
     draw_detection(_read(folder / "own_rate.json"), folder / "own_rate.png")
-    classified = _read(folder / "classification.json")
-    if len({run["micro_batch"] for run in classified["runs"]}) > 1:  # a line needs two points
-        draw_classification(classified, folder / "classification.png")
+    if (folder / "classification.json").is_file():
+        draw_classification(_read(folder / "classification.json"), folder / "classification.png")
 
 
 def _read(path: Path) -> Dict:
     return json.loads(path.read_text())
 
 
-def _write(path: Path, data: Dict) -> None:
+def _add(path: Path, new: Dict) -> None:
+    data = added(_read(path), new) if path.is_file() else new
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 

@@ -37,16 +37,37 @@ def test_a_table_has_means_ranges_and_differences():
         "runs": [run("BN_frozen", 2, 1, 10.0), run("BN_frozen", 2, 2, 12.0), run("KN", 2, 1, 13.0)],
         "differences": [
             {
-                **{"ours": "KN", "theirs": "BN_frozen", "images": 2, "task": task, "seeds": [1]},
-                **{"difference": 3.0, "low": -0.5, "high": 4.25},
+                **{"ours": "KN", "theirs": "BN_frozen", "images": 2, "task": task, "seeds": seeds},
+                **{"difference": value, "low": -0.5, "high": 4.25},
             }
+            for seeds, value in (([1], 3.0), ([2, 3], 2.0))
             for task in ("bbox", "segm")
         ],
     }
     text = report.detection_tables(data)
     assert "11.0 (10.0 to 12.0)" in text and "22.0 (20.0 to 24.0)" in text
-    assert "+3.0 (-0.5 to +4.2)" in text and "1.0 / 2.0 / 3.0" in text
+    assert "| 1          | +3.0 (-0.5 to +4.2)" in text
+    assert "| 2, 3       | +2.0 (-0.5 to +4.2)" in text and "1.0 / 2.0 / 3.0" in text
     assert "1 image per step" not in text
+
+
+def test_new_runs_join_the_old_ones_and_replace_those_with_their_settings():
+    def difference(seeds, value):
+        names = {"ours": "KN", "theirs": "BN", "images": 2, "task": "bbox", "seeds": seeds}
+        return {**names, "difference": value}
+
+    old = {
+        "runs": [run("KN", 2, 1, 1.0), run("KN", 2, 2, 2.0)],
+        "differences": [difference([1], 0.1), difference([2], 0.2)],
+    }
+    new = {
+        "runs": [run("KN", 2, 2, 3.0), run("KN", 1, 2, 4.0)],
+        "differences": [difference([2], 0.3)],
+    }
+    data = report.added(old, new)
+    found = [(r["images"], r["seed"], r["results"]["bbox"]["AP"]) for r in data["runs"]]
+    assert found == [(2, 1, 1.0), (2, 2, 3.0), (1, 2, 4.0)]
+    assert [(d["seeds"], d["difference"]) for d in data["differences"]] == [([1], 0.1), ([2], 0.3)]
 
 
 def test_norms_that_share_nothing_have_one_result_for_all_micro_batches():
