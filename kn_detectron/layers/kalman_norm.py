@@ -6,6 +6,7 @@ from typing import Dict, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 
+from .absorb import absorb, has_hooks
 from .belief import Belief
 from .filter import Running, Spec, Vectors, filter_belief, group_belief, process
 from .normalize import filter_and_normalize
@@ -415,13 +416,56 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
             )
         measures = self.measures and not empty
         vectors = self._prior_vectors(prior, statistics_dtype(x))
-        running = None
-        if self.training and self.track_running_stats and not empty:
-            statistics = self.running_mean, self.running_var, self.num_batches_tracked
-            running = Running(*statistics, self.momentum)
+        running = None if empty else self._running()
         if not measures:
             rows = prior.mean.shape[0]
         return filter_and_normalize(x, vectors, self._spec(x, rows, measures), running)
+
+    def _running(self) -> Optional[Running]:
+        """The moving statistics, if the layer updates them."""
+        if not (self.training and self.track_running_stats):
+            return None
+        statistics = self.running_mean, self.running_var, self.num_batches_tracked
+        return Running(*statistics, self.momentum)
+
+    def can_be_absorbed(self, x: Tensor, prior: Prior) -> bool:
+        """Whether :meth:`absorbed` may be called instead of a convolution of x and this layer.
+
+        It may in training at gain 0, when there is one prior for the whole batch, and nobody
+        watches the layer by a hook.
+        """
+        return (
+            self.training
+            and isinstance(prior, Belief)
+            and prior.mean.shape[0] == 1
+            and x.numel() > 0
+            and not self.measures
+            and not has_hooks(self)
+        )
+
+    def absorbed(self, conv: nn.Conv2d, x: Tensor, prior: Belief) -> Tuple[Tensor, Belief]:
+        """``norm(conv(x), prior=prior)`` at gain 0, in one convolution (ours).
+
+        It makes no pass over the features for the norm, and keeps none for the backward pass. See
+        :func:`~kn_detectron.layers.absorb.absorb`. The moving statistics are updated as always.
+
+        Args:
+            conv: the convolution, whose ``forward`` is that of :class:`torch.nn.Conv2d`.
+            x: its input, shape (N, C_in, H, W).
+            prior: the predicted belief about its output, shape (1, C).
+
+        Raises:
+            ValueError: the convolution has a wrong number of channels, or the layer is a head.
+        """
+        self._check_prior(prior)
+        channels = conv.weight.shape[0]
+        if channels != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels (got a conv to {channels})")
+        vectors = self._prior_vectors(prior, statistics_dtype(conv.weight))
+        sets = Sets(1, channels, 1, channels)
+        spec = Spec(sets, self.eps, self.variant == "paper", measures=False)
+        weight, bias, belief = absorb(conv, vectors, spec, self._running())
+        return conv._conv_forward(x, weight, bias), belief
 
     def _rows(self, x: Tensor) -> int:
         """The number of micro-batches in x."""

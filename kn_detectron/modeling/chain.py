@@ -264,11 +264,11 @@ def normalized_convolution(
     Raises:
         TypeError: the norm is of another kind.
     """
-    convolved = nn.Conv2d.forward(conv, x.value)
     if isinstance(norm, FrozenBatchNorm2d):
-        return Feature(norm(convolved), _frozen_belief(norm, chain))
+        return Feature(norm(nn.Conv2d.forward(conv, x.value)), _frozen_belief(norm, chain))
     if norm is None:
-        return Feature(convolved, chain.transition.conv(x.belief, conv))
+        belief = chain.transition.conv(x.belief, conv)
+        return Feature(nn.Conv2d.forward(conv, x.value), belief)
     if not isinstance(norm, (KalmanNorm2d, GroupKalmanNorm2d)):
         raise TypeError(
             f"a {type(norm).__name__} is in a chain of Kalman Normalization, which takes "
@@ -277,7 +277,9 @@ def normalized_convolution(
             "priors are the same on every GPU anyway)"
         )
     prior = chain.transition.conv(x.belief, conv) if norm.needs_prior else None
-    return Feature(*norm(convolved, prior=prior))
+    if isinstance(norm, KalmanNorm2d) and norm.can_be_absorbed(x.value, prior):
+        return Feature(*norm.absorbed(conv, x.value, prior))
+    return Feature(*norm(nn.Conv2d.forward(conv, x.value), prior=prior))
 
 
 def _frozen_belief(norm: FrozenBatchNorm2d, chain: ChainConfig) -> Belief:

@@ -51,6 +51,39 @@ def test_same_network_and_keys_as_detectron2(network):
     assert set(got) == set(want)  # no beliefs in evaluation
 
 
+@pytest.mark.parametrize("variant", ["network", "paper"])
+def test_at_gain_0_convolutions_absorb_their_norms(variant):
+    """The same values, gradients and statistics, and fewer features are kept, than with hooks on
+    the norms, which are called then."""
+    cfg = resnet_cfg("KN", MODEL__KN__VARIANT=variant, MODEL__KN__PREDICTION="closed_form")
+    backbone = randomize(build_backbone(cfg)).double()
+    set_gain_scale(backbone, 0.0)
+    twin = copy.deepcopy(backbone)
+    called = []
+    for layer in kalman_layers(twin).values():
+        layer.register_forward_hook(lambda *_: called.append(1))
+    results = []
+    for network in (backbone, twin):
+        kept = {}
+
+        def note(t, kept=kept):
+            kept[t.data_ptr()] = t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            y = network(images().double())["res4"]
+        y.square().mean().backward()
+        gradients = {name: p.grad for name, p in network.named_parameters()}
+        results.append((y, gradients, dict(network.named_buffers()), sum(kept.values())))
+    (y, gradients, buffers, kept), (twins_y, twins_gradients, twins_buffers, twins_kept) = results
+    assert len(called) == len(kalman_layers(twin))
+    torch.testing.assert_close(y, twins_y)
+    torch.testing.assert_close(buffers, twins_buffers)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, twins_gradients[name], rtol=1e-6, atol=1e-9)
+    assert kept < 0.8 * twins_kept
+
+
 @pytest.mark.parametrize("norm", ["KN", "GKN"])
 @pytest.mark.parametrize("variant", ["network", "paper"])
 @pytest.mark.parametrize("prediction", ["closed_form", "monte_carlo"])
@@ -320,10 +353,14 @@ def test_it_is_a_detectron2_resnet():
     assert backbone.output_shape()["res4"] == ShapeSpec(channels=64, stride=16)
 
 
+@pytest.mark.parametrize("gain", [0.1, 0.0])
 @pytest.mark.parametrize("norm, statistics", [("KN", "moving"), ("KN", "batch"), ("GKN", "moving")])
-def test_training_and_evaluation_have_the_same_keys_and_call_the_same_modules(norm, statistics):
+def test_training_and_evaluation_have_the_same_keys_and_call_the_same_modules(
+    norm, statistics, gain
+):
     """Beliefs are no features, and a hook on a module does not depend on the mode."""
     cfg = resnet_cfg(norm, MODEL__KN__EVAL_STATISTICS=statistics, **ALL_STAGES)
+    cfg.MODEL.KN.GAIN, cfg.MODEL.KN.LEARN_GAIN = gain, gain > 0
     backbone = build_backbone(cfg)
     called = []
     for name, module in backbone.named_modules():

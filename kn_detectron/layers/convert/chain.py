@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import belief as closed_form
+from ..absorb import has_hooks
 from ..belief import Belief
+from ..kalman_norm import KalmanNorm2d
 from ..passes import pooled_moments
 from ..transition import ClosedFormTransition, Transition
 
@@ -104,6 +106,15 @@ class Chain(nn.Module):
         if belief is None:
             return None
         return Belief(*(v[None] for v in pooled_moments(*belief, 0)))
+
+    def conv_norm(
+        self, x: Tensor, conv: nn.Module, norm: nn.Module, prior: Optional[Belief]
+    ) -> Tuple[Tensor, Optional[Belief]]:
+        """A convolution and its norm, which are one convolution if nothing is measured."""
+        is_plain = type(conv).forward is nn.Conv2d.forward and not has_hooks(conv)
+        if is_plain and isinstance(norm, KalmanNorm2d) and norm.can_be_absorbed(x, prior):
+            return norm.absorbed(conv, x, prior)
+        return norm(conv(x), prior=prior)
 
     # Through the transition.
 

@@ -101,8 +101,10 @@ def convert_kalman_norm(
         variant,
         in_evaluation=grouped or eval_statistics == "batch",
     )
+    beliefs = walks["training"].beliefs_alone()
+    walks["training"].join_convolutions()
+    graphs = {**graphs, "beliefs": beliefs}
     programs = {mode: Program.of_graph(graph) for mode, graph in graphs.items()}
-    programs["beliefs"] = Program.of_graph(walks["training"].beliefs_alone())
     layers = {
         name: _layer(norm, None if name in ends else gain, eval_statistics, options)
         for name, norm in norms.items()

@@ -177,6 +177,26 @@ class Walk:
         _remove_unused(graph, constants)
         return graph
 
+    def join_convolutions(self) -> None:
+        """Makes one call of each norm and the convolution in front of it.
+
+        A convolution whose output is used elsewhere too stays by itself. Afterwards ``norms`` is
+        out of date.
+        """
+        for node, _ in self.norms:
+            conv, prior = node.args[0], node.kwargs["prior"]
+            if prior is None or conv.op != "call_module" or len(conv.users) > 1:
+                continue
+            if not isinstance(self.network.get_submodule(conv.target), nn.Conv2d):
+                continue
+            self._here = node
+            modules = [self._add("get_attr", n.target) for n in (conv, node)]
+            arguments = (self.chain, *conv.args, *modules, prior)
+            joined = self._add("call_method", "conv_norm", arguments, node.name)
+            node.replace_all_uses_with(joined)
+            self.graph.erase_node(node)
+            self.graph.erase_node(conv)
+
     # The pass itself.
 
     def _insert(self, method: str, *args) -> fx.Node:

@@ -88,6 +88,49 @@ def test_in_training_at_gain_0_it_is_the_frozen_network(original, converted, bat
         assert relative_error(converted(images(batch)), want) > 1e-2
 
 
+class Doubled(nn.Conv2d):
+    """A convolution that does something of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("who", ["nobody", "a hook on a norm", "a hook on a convolution"])
+def test_at_gain_0_convolutions_absorb_their_norms_unless_somebody_watches(converted, who):
+    """With the same values and gradients, and what is watched is called."""
+    set_gain_scale(converted.double(), 0.0)
+    twin, called = copy.deepcopy(converted), []
+    for module in twin.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda *_: None)
+    watched = {"a hook on a norm": "block.bn1", "a hook on a convolution": "block.conv1"}.get(who)
+    if watched:
+        module = converted.get_submodule(watched)
+        module.register_forward_hook(lambda module, *_: called.append(module))
+    x = images().double()
+    outputs = [network.train()(x) for network in (converted, twin)]
+    for y in outputs:
+        y.square().mean().backward()
+    assert called == ([module] if watched else [])
+    torch.testing.assert_close(*outputs)
+    for p, q in zip(converted.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("when", ["before the conversion", "after it"])
+def test_a_convolution_that_does_more_is_called(original, when):
+    conv = original.block.conv1
+    doubled = Doubled(conv.in_channels, conv.out_channels, 3, padding=1, bias=False)
+    doubled.load_state_dict(conv.state_dict())
+    if when == "before the conversion":
+        original.block.conv1 = doubled
+    network = convert_kalman_norm(original, gain=0.0, learn_gain=False).train()
+    network.block.conv1 = doubled
+    y = network(images())
+    network.block.bn1.register_forward_hook(lambda *_: None)  # so that it is not absorbed
+    torch.testing.assert_close(network(images()), y)
+
+
 def test_fresh_statistics_are_not_calibrated_to():
     for layer in kalman_layers(convert_kalman_norm(Branchy())).values():
         assert (layer.mean_offset == 0).all() and (layer.log_var_scale == 0).all()

@@ -1,0 +1,118 @@
+"""A norm that measures nothing, absorbed by the convolution in front of it (ours).
+
+At gain 0 the posterior is known before the convolution. The two are then one convolution, whose
+filters are scaled. It makes no pass over the features for the norm, and keeps none for the backward
+pass: a training step costs what it costs without a norm.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .belief import Belief
+from .filter import Running, Spec, Vectors, filter_belief, track
+from .normalize import Filter
+from .triton import fastest, is_traced
+
+__all__ = ["Absorbed", "absorb", "has_hooks"]
+
+
+class Absorbed(NamedTuple):
+    """The convolution that a convolution and its norm amount to.
+
+    Attributes:
+        weight, bias: its parameters, like those of the convolution.
+        belief: the belief to pass on.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    belief: Belief
+
+
+def absorb(
+    conv: nn.Conv2d, v: Vectors, spec: Spec, running: Optional[Running] = None
+) -> Absorbed:
+    """The parameters of a convolution that normalises its output with the posterior (ours).
+
+    With the posterior (mu, Sigma), scale = gamma / sqrt(Sigma + eps), and W and c of the
+    convolution::
+
+        W' = scale W        c' = beta + scale (c - mu)
+
+    Args:
+        conv: the convolution. Its weight has the shape (C, C_in, kH, kW).
+        v: the vectors of a layer with a prior of one row, in the dtype of the statistics.
+        spec: the settings of its filter, which measures nothing.
+        running: the moving statistics to be updated, or None.
+    """
+    compute = _composed if is_traced(conv.weight) else _Absorb.apply
+    weight, bias, *belief = compute(conv.weight, conv.bias, spec, running, *v)
+    return Absorbed(weight, bias, Belief(*belief))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody watches the calls of a module, which then have to be made."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+
+
+def _offset(conv_bias: Optional[Tensor], mean: Tensor) -> Tensor:
+    return -mean if conv_bias is None else conv_bias - mean
+
+
+class _Absorb(torch.autograd.Function):
+    """Saves the filters, and vectors. The backward needs no features: with the gradients dW' and
+    sum_dy of the parameters, ``sum_dy_xmu`` is <dW', W> + (c - mu) sum_dy."""
+
+    @staticmethod
+    def forward(ctx, weight, conv_bias, spec, running, *vectors):
+        arguments = Vectors(*vectors), None, spec, running, 1
+        ctx.filter, ctx.spec = fastest(Filter, *arguments), spec
+        found, ctx.kept = ctx.filter.forward(*arguments)
+        offset = _offset(conv_bias, found.mean)
+        shift = offset * found.scale
+        if vectors[-1] is not None:
+            shift = shift + vectors[-1]
+        ctx.has_bias = conv_bias is not None
+        ctx.save_for_backward(weight, found.scale, offset, *vectors)
+        ctx.set_materialize_grads(False)
+        return _scaled(weight, found.scale), shift.to(weight.dtype), *found.belief
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_weight, sum_dy, *d_belief):
+        weight, scale, offset, *vectors = ctx.saved_tensors
+        if d_weight is None:
+            d_weight = torch.zeros_like(weight)
+        sum_dy = torch.zeros_like(scale) if sum_dy is None else sum_dy.to(scale.dtype)
+        d_conv_bias = (scale * sum_dy).to(weight.dtype) if ctx.has_bias else None
+        d_vectors = Vectors()
+        if any(ctx.needs_input_grad[4:]):
+            sum_dy_xmu = (d_weight * weight).sum((1, 2, 3), dtype=scale.dtype) + offset * sum_dy
+            arguments = Vectors(*vectors), None, ctx.spec, (sum_dy, sum_dy_xmu), d_belief, 1
+            d_vectors = ctx.filter.backward(ctx.kept, *arguments).vectors
+        return _scaled(d_weight, scale), d_conv_bias, None, None, *d_vectors
+
+
+def _composed(weight, conv_bias, spec, running, *vectors):
+    """The same by torch's own nodes, which a compiler sees and fuses."""
+    v = Vectors(*vectors)
+    filtered = filter_belief(v, None, spec)
+    if running is not None:
+        track(running, filtered, None, 1)
+    scale = filtered.invstd[0] if v.weight is None else filtered.invstd[0] * v.weight
+    shift = _offset(conv_bias, filtered.posterior.mean[0]) * scale
+    if v.bias is not None:
+        shift = shift + v.bias
+    return _scaled(weight, scale), shift.to(weight.dtype), *filtered.belief
