@@ -158,7 +158,8 @@ def _merge_file(cfg, path):
         ) from error
     except OSError as error:  # of _BASE_
         raise InputError(
-            f"Config file {path} has a _BASE_ that cannot be read ({_one_line(error)}): correct it."
+            f"Config file {path} has a _BASE_ that cannot be read ({_one_line(error)}): give a path "
+            "from the folder of the config file, or an absolute one."
         ) from error
     # What detectron2 and yacs raise depends on how the content is wrong.
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -221,11 +222,22 @@ def set_up(cfg, args):
     """
     register_named_folders(cfg)
     use_checked_datasets(cfg)
-    default_setup(cfg, args)
+    with _training_config_kept(cfg, args):
+        default_setup(cfg, args)
     logger = setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="kn_detectron")
     _escape_what_the_locale_lacks()
     if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():
         logger.info("No GPU is found: the CPU is used, in full precision.")
+
+
+@contextlib.contextmanager
+def _training_config_kept(cfg, args):
+    """Keeps an evaluation from replacing the config.yaml that the training wrote."""
+    path = Path(cfg.OUTPUT_DIR, "config.yaml")
+    written = path.read_bytes() if args.eval_only and path.is_file() else None
+    yield
+    if written is not None and comm.is_main_process():
+        path.write_bytes(written)
 
 
 def _on_rank(main, cfg, args):

@@ -279,9 +279,11 @@ def test_fine_tuning_on_a_folder(command, plain, own_data, tmp_path):
     results = json.loads((run / "inference/results.json").read_text())
     assert {f"AP-{name}" for name in ("circle", "square", "triangle")} <= set(results["segm"])
     assert "AP-star" not in results["segm"]
+    written = (run / "config.yaml").read_text()
     options = ["--eval-only", "OUTPUT_DIR", run, "MODEL.WEIGHTS", run / "model_final.pth"]
     status, out, err = command("--dataset", own_data, *options)
     assert status == 0, err
+    assert (run / "config.yaml").read_text() == written
     assert results == json.loads((run / "inference/results.json").read_text())
 
 
