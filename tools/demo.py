@@ -114,7 +114,10 @@ def main():
     )
     with open(results) as file:
         found = json.load(file)
-    print(f"box AP {found['bbox']['AP']:.1f}, mask AP {found['segm']['AP']:.1f}")
+    print(
+        f"box AP {found['bbox']['AP']:.1f}, mask AP {found['segm']['AP']:.1f} "
+        "(MODEL_ZOO.md, The demo: what to compare them with)"
+    )
 
 
 if __name__ == "__main__":

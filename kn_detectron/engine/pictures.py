@@ -129,6 +129,10 @@ def draw_gains(output_dir: str, model: nn.Module, path: str) -> None:
     at = range(len(gains))
     axes[0].bar(at, gains.values(), color="tab:blue")
     axes[0].set(ylabel="gain q", title="weight of the measurement against the prediction, by layer")
+    if not any(gains.values()):  # as at the end of an annealed run
+        axes[0].set_ylim(0, 1)
+        said = "all gains are 0: each layer normalises by its prediction alone"
+        axes[0].text(0.5, 0.5, said, ha="center", va="center", transform=axes[0].transAxes)
     for row, kind, label in (
         (axes[1], "innovation_mean", "|mean innovation|\n(prior std)"),
         (axes[2], "innovation_logvar", "|log variance\nratio|"),
