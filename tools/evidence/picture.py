@@ -16,23 +16,34 @@ __all__ = ["draw_classification", "draw_detection"]
 
 
 def draw_detection(data: Dict, path: Path) -> None:
-    """Draws the box and mask AP of each run, one row for each arm, and the means as bars.
+    """Draws the box and mask AP of each run, and the means as bars.
+
+    There is one row for each arm and number of images per step.
 
     Args:
         data: ``runs`` of tools/evidence/detection.py.
         path: of the picture.
     """
-    runs_of = {name: [r for r in data["runs"] if r["arm"] == name] for name in arms.ARMS}
-    names = [name for name in reversed(runs_of) if runs_of[name]]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.9 + 0.45 * len(names)), sharey=True)
+    rows = [
+        (name, images)
+        for images in sorted({run["images"] for run in data["runs"]})
+        for name in reversed(arms.ARMS)
+        if any((run["arm"], run["images"]) == (name, images) for run in data["runs"])
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.9 + 0.45 * len(rows)), sharey=True)
     for axis, (task, title) in zip(axes, (("bbox", "box AP"), ("segm", "mask AP"))):
-        for row, name in enumerate(names):
-            values = [run["results"][task]["AP"] for run in runs_of[name]]
+        for row, (name, images) in enumerate(rows):
+            runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, images)]
+            values = [run["results"][task]["AP"] for run in runs]
             axis.barh(row, mean(values), color="C0" if name.startswith("KN") else "0.75")
             axis.plot(values, [row] * len(values), "o", color="black", markersize=4)
         axis.set(title=title, xlim=(0, None))
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), [arms.ARMS[name].label for name in names])
+    labels = [
+        f"{arms.ARMS[name].label}: {images} image{'s' if images > 1 else ''} per step"
+        for name, images in rows
+    ]
+    axes[0].set_yticks(range(len(rows)), labels)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -166,14 +166,16 @@ def _difference_rows(differences: List[Dict]) -> List[List]:
 
 
 def summary_table(data: Dict) -> str:
-    """One line for each arm in Markdown, for README."""
+    """One line for each arm and number of images per step in Markdown, for README."""
     rows = []
-    for name, arm in arms.ARMS.items():
-        runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, 2)]
-        if runs:
-            box, mask, *_ = _average_precisions(runs)
-            rows.append([arm.label, runs[0]["learning_rate"], len(runs), box, mask])
-    header = ["norm in the backbone", "learning rate", "seeds", "box AP", "mask AP"]
+    for images in sorted({run["images"] for run in data["runs"]}, reverse=True):
+        for name, arm in arms.ARMS.items():
+            runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, images)]
+            if runs:
+                box, mask, *_ = _average_precisions(runs)
+                rate = runs[0]["learning_rate"]
+                rows.append([arm.label, images, rate, len(runs), box, mask])
+    header = ["norm in the backbone", "images", "learning rate", "seeds", "box AP", "mask AP"]
     return _escaped(tabulate(rows, header, tablefmt="github"))
 
 
