@@ -160,7 +160,7 @@ def main():
     classes = cfg.DATASETS.CLASS_NAMES or metadata.get("thing_classes") or []
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    results, faults, drawn_paths = [], [], set()
+    results, faults, paths, count = [], [], set(), 0
     for path in tqdm.tqdm(photos, unit="photo"):
         try:
             image, found = detect(mapper, model, path)
@@ -168,14 +168,16 @@ def main():
             faults.append(error)
             continue
         results += coco_results(found, str(path), classes)
+        found = shown(found, args.min_score)
+        count += len(found)
         visualizer = Visualizer(image, metadata, instance_mode=ColorMode.IMAGE)
-        drawn = visualizer.draw_instance_predictions(shown(found, args.min_score))
-        Image.fromarray(drawn.get_image()).save(_free(output, path.stem, drawn_paths))
+        picture = visualizer.draw_instance_predictions(found)
+        Image.fromarray(picture.get_image()).save(_free(output, path.stem, paths))
     (output / "detections.json").write_text(json.dumps(results))
     read = len(photos) - len(faults)
-    print(
-        f"{len(results)} detections in {read} photos: {output}/*.png and {output}/detections.json"
-    )
+    number = f"{read} photo{'' if read == 1 else 's'}"
+    print(f"{number} with {count} detections drawn: {output}/*.png")
+    print(f"All {len(results)} detections, down to the lowest score: {output}/detections.json")
     if faults:
         more = f"; {len(faults) - 1} others could not be read either" if len(faults) > 1 else ""
         raise InputError(f"{str(faults[0]).rstrip('.')}{more}.")
