@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..checkpoint.files import explained_full_disk
+from ..checkpoint.files import atomic_write, explained_full_disk
 from ..compat import without_notices
 from ..config import add_kn_config, check_config
 from ..data import (
@@ -237,7 +237,8 @@ def _training_config_kept(cfg, args):
     written = path.read_bytes() if args.eval_only and path.is_file() else None
     yield
     if written is not None and comm.is_main_process():
-        path.write_bytes(written)
+        with atomic_write(str(path)) as file:
+            file.write(written)
 
 
 def _on_rank(main, cfg, args):

@@ -2,7 +2,7 @@
 
 At gain 0 the posterior is known before the convolution. The two are then one convolution, whose
 filters are scaled. It makes no pass over the features for the norm, and keeps none for the backward
-pass: a training step costs what it costs without a norm.
+pass. What remains is the arithmetic on vectors, and a scaled copy of the filters.
 """
 
 from typing import NamedTuple, Optional
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .belief import Belief
 from .filter import Running, Spec, Vectors, filter_belief, track
-from .normalize import Filter
+from .normalize import Filter, scale_of
 from .triton import fastest, is_traced
 
 __all__ = ["Absorbed", "absorb", "has_hooks"]
@@ -32,9 +32,7 @@ class Absorbed(NamedTuple):
     belief: Belief
 
 
-def absorb(
-    conv: nn.Conv2d, v: Vectors, spec: Spec, running: Optional[Running] = None
-) -> Absorbed:
+def absorb(conv: nn.Conv2d, v: Vectors, spec: Spec, running: Optional[Running] = None) -> Absorbed:
     """The parameters of a convolution that normalises its output with the posterior (ours).
 
     With the posterior (mu, Sigma), scale = gamma / sqrt(Sigma + eps), and W and c of the
@@ -67,6 +65,11 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
 
 
+def _shift(offset: Tensor, scale: Tensor, bias: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+    shift = offset * scale
+    return (shift if bias is None else shift + bias).to(dtype)
+
+
 def _offset(conv_bias: Optional[Tensor], mean: Tensor) -> Tensor:
     return -mean if conv_bias is None else conv_bias - mean
 
@@ -77,17 +80,16 @@ class _Absorb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, conv_bias, spec, running, *vectors):
-        arguments = Vectors(*vectors), None, spec, running, 1
+        v = Vectors(*vectors)
+        arguments = v, None, spec, running, 1
         ctx.filter, ctx.spec = fastest(Filter, *arguments), spec
         found, ctx.kept = ctx.filter.forward(*arguments)
         offset = _offset(conv_bias, found.mean)
-        shift = offset * found.scale
-        if vectors[-1] is not None:
-            shift = shift + vectors[-1]
+        shift = _shift(offset, found.scale, v.bias, weight.dtype)
         ctx.has_bias = conv_bias is not None
         ctx.save_for_backward(weight, found.scale, offset, *vectors)
         ctx.set_materialize_grads(False)
-        return _scaled(weight, found.scale), shift.to(weight.dtype), *found.belief
+        return _scaled(weight, found.scale), shift, *found.belief
 
     @staticmethod
     @once_differentiable
@@ -111,8 +113,6 @@ def _composed(weight, conv_bias, spec, running, *vectors):
     filtered = filter_belief(v, None, spec)
     if running is not None:
         track(running, filtered, None, 1)
-    scale = filtered.invstd[0] if v.weight is None else filtered.invstd[0] * v.weight
-    shift = _offset(conv_bias, filtered.posterior.mean[0]) * scale
-    if v.bias is not None:
-        shift = shift + v.bias
-    return _scaled(weight, scale), shift.to(weight.dtype), *filtered.belief
+    scale, offset = scale_of(filtered, v, spec), _offset(conv_bias, filtered.posterior.mean[0])
+    shift = _shift(offset, scale, v.bias, weight.dtype)
+    return _scaled(weight, scale), shift, *filtered.belief

@@ -18,6 +18,7 @@ from .sets import Sets
 
 __all__ = [
     "GATE_LIMIT",
+    "Filtered",
     "Gradients",
     "Running",
     "Spec",

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from . import passes
 from .belief import Belief
 from .filter import (
+    Filtered,
     Gradients,
     Running,
     Spec,
@@ -23,7 +24,7 @@ from .filter import (
 )
 from .triton import fastest, is_traced
 
-__all__ = ["Filter", "filter_and_normalize"]
+__all__ = ["Filter", "filter_and_normalize", "scale_of"]
 
 
 class Kept(NamedTuple):
@@ -68,7 +69,7 @@ class Filter:
         with torch.enable_grad():
             filtered = filter_belief(v, measured, spec)
             mean = spec.sets.spread(filtered.posterior.mean)
-            scale = _scale(filtered.invstd, v, spec)
+            scale = scale_of(filtered, v, spec)
         if running is not None:
             track(running, filtered, measured, count)
         kept = Kept(v, measured, mean, scale, filtered.belief)
@@ -126,9 +127,9 @@ class Filter:
         return Gradients(d_vectors, passes.input_gradient, (scale, center, d_mean, d_var, count))
 
 
-def _scale(invstd: Tensor, v: Vectors, spec: Spec) -> Tensor:
-    """weight / sqrt(var + eps) for each unfolded channel."""
-    invstd = spec.sets.spread(invstd)
+def scale_of(filtered: Filtered, v: Vectors, spec: Spec) -> Tensor:
+    """weight / sqrt(var + eps) of the posterior, for each unfolded channel."""
+    invstd = spec.sets.spread(filtered.invstd)
     return invstd if v.weight is None else invstd * spec.sets.repeat(v.weight)
 
 
@@ -214,7 +215,7 @@ def _composed(
     def per_channel(numbers: Tensor) -> Tensor:
         return numbers.view(1 if sets.is_batch else sets.images, sets.channels, 1, 1)
 
-    mean, scale = sets.spread(filtered.posterior.mean), _scale(filtered.invstd, v, spec)
+    mean, scale = sets.spread(filtered.posterior.mean), scale_of(filtered, v, spec)
     y = (values - per_channel(mean)) * per_channel(scale)
     if v.bias is not None:
         y = y + v.bias.view(-1, 1, 1)

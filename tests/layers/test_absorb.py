@@ -57,34 +57,31 @@ def test_values_gradients_and_statistics_are_those_of_the_two(variant, bias, gro
     assert norm.num_batches_tracked == 1
 
 
-@VARIANTS
-def test_the_derivative_is_that_of_the_function(variant):
-    conv, norm = pair(variant, bias=True, track_running_stats=False)
-    x, prior = features(shape=(2, 6, 3, 3)).requires_grad_(), beliefs()
-    names, values = zip(*norm.named_parameters())
+class Pair(nn.Module):
+    """A convolution that absorbs its norm."""
 
-    def run(x, weight, bias, mean, var, *parameters):
-        layer = torch.func.functional_call
-        conv_now = nn.Conv2d(6, 4, 3, padding=1, stride=2).double()
-        conv_now._parameters.update(weight=weight, bias=bias)
+    def __init__(self, conv, norm):
+        super().__init__()
+        self.conv, self.norm = conv, norm
 
-        class Absorbing(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.norm = norm
-
-            def forward(self, x, prior):
-                return self.norm.absorbed(conv_now, x, prior)
-
-        state = {f"norm.{name}": value for name, value in zip(names, parameters)}
-        y, belief = layer(Absorbing(), state, (x, Belief(mean, var)))
+    def forward(self, x, mean, var):
+        y, belief = self.norm.absorbed(self.conv, x, Belief(mean, var))
         return y, *belief
 
-    inputs = (x, conv.weight, conv.bias, *prior, *values)
+
+@VARIANTS
+def test_the_derivative_is_that_of_the_function(variant):
+    both = Pair(*pair(variant, bias=True, track_running_stats=False))
+    names, values = zip(*both.named_parameters())
+
+    def run(x, mean, var, *parameters):
+        return torch.func.functional_call(both, dict(zip(names, parameters)), (x, mean, var))
+
+    inputs = (features(shape=(2, 6, 3, 3)).requires_grad_(), *beliefs(), *values)
     assert torch.autograd.gradcheck(run, inputs)
     # Second derivatives raise, as those of the layer.
     y, *_ = run(*inputs)
-    (first,) = torch.autograd.grad(y.square().sum(), conv.weight, create_graph=True)
+    (first,) = torch.autograd.grad(y.square().sum(), both.conv.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
@@ -172,8 +169,6 @@ def test_compiled_without_a_break(bias):
         want, wanted_belief = twin.absorbed(conv, x, prior)
         torch.testing.assert_close(y, want)
         torch.testing.assert_close(belief.mean, wanted_belief.mean)
-        got, wanted = (
-            torch.autograd.grad(out.square().sum(), conv.weight) for out in (y, want)
-        )
+        got, wanted = (torch.autograd.grad(out.square().sum(), conv.weight) for out in (y, want))
         torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(norm.running_var, twin.running_var)

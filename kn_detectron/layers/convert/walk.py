@@ -187,9 +187,12 @@ class Walk:
             conv, prior = node.args[0], node.kwargs["prior"]
             if prior is None or conv.op != "call_module" or len(conv.users) > 1:
                 continue
+            if len(conv.args) != 1 or conv.kwargs:
+                continue
             if not isinstance(self.network.get_submodule(conv.target), nn.Conv2d):
                 continue
-            self._here = node
+            # Where the convolution was: what comes later may change its input in place.
+            self._here = prior
             modules = [self._add("get_attr", n.target) for n in (conv, node)]
             arguments = (self.chain, *conv.args, *modules, prior)
             joined = self._add("call_method", "conv_norm", arguments, node.name)

@@ -131,6 +131,29 @@ def test_a_convolution_that_does_more_is_called(original, when):
     torch.testing.assert_close(network(images()), y)
 
 
+class ChangesItsInput(nn.Module):
+    """Between a convolution and its norm it changes the convolution's input in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.conv, self.bn2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.bn1(self.stem(x))
+        y = self.conv(x)
+        x.relu_()
+        return self.bn2(y).mean((2, 3)) + x.mean((2, 3))
+
+
+def test_a_joined_convolution_sees_its_input_before_it_is_changed():
+    original = trained(ChangesItsInput())
+    network = convert_kalman_norm(copy.deepcopy(original), gain=0.0, learn_gain=False)
+    with torch.no_grad():
+        want = original.eval()(images())
+        assert relative_error(network.train()(images()), want) < 1e-5
+
+
 def test_fresh_statistics_are_not_calibrated_to():
     for layer in kalman_layers(convert_kalman_norm(Branchy())).values():
         assert (layer.mean_offset == 0).all() and (layer.log_var_scale == 0).all()
