@@ -310,8 +310,7 @@ def main():
     for page in PAGES:
         page.write_text(with_tables(page.read_text(), folder))
     draw_detection(_read(folder / "own_rate.json"), folder / "own_rate.png")
-    if (folder / "classification.json").is_file():
-        draw_classification(_read(folder / "classification.json"), folder / "classification.png")
+    draw_classification(_read(folder / "classification.json"), folder / "classification.png")
 
 
 def _read(path: Path) -> Dict:
