@@ -133,19 +133,20 @@ def test_none_is_lost():
     expected |= {f"shapes/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in NORMS}
     expected.add("shapes/mask_rcnn_slim_R50_FPN_KN.yaml")
     expected |= {f"photos/mask_rcnn_lite0_FPN_{norm}.yaml" for norm in ("BN", "KN", "KN_finetune")}
+    expected |= {f"photos/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in ("BN", "GN", "KN")}
     expected.add("mask_rcnn_R50_C4_KN_finetune.yaml")
     assert expected == set(NAMES) - set(BASES)
 
 
-# The others have the same models: see test_2im_... and test_instant_tests_... below. Those of
-# photos/ are built in tests/modeling/test_network.py.
+# The others have the same models: see test_2im_... and test_instant_tests_... below. Those on
+# EfficientNet-Lite0 are built in tests/modeling/test_network.py.
 @pytest.mark.parametrize(
     "name",
     [
         name
         for name in NAMES
         if name not in BASES and not name.endswith(("_2im.yaml", "_finetune.yaml", "_test.yaml"))
-        if not name.startswith("photos/")
+        if not name.startswith("photos/mask_rcnn_lite0")
     ],
 )
 def test_model_is_built_with_its_norm(name):
@@ -214,6 +215,12 @@ def test_coco_configs_differ_in_the_norm_alone():
         configs = [flat(load(f"{architecture}_{norm}.yaml")) for norm in norms]
         differing = {key for key in configs[0] for cfg in configs if cfg[key] != configs[0][key]}
         assert differing == of_norms
+
+
+def test_slim_configs_on_photographs_differ_in_the_norm_alone():
+    names = [f"photos/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in ("BN", "GN", "KN")]
+    for other in names[1:]:
+        assert set(changes(other, names[0])) <= OF_THE_NORM | {"MODEL.KN.LEARN_GAIN"}
 
 
 def test_shapes_configs_differ_in_the_norm_alone():

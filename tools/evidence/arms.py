@@ -1,8 +1,12 @@
-"""The arms of the comparison: one detector and its weights, with several norms in the backbone."""
+"""The arms of the comparisons: a detector and its weights, with several norms in the backbone.
+
+``LITE0`` starts from one set of ImageNet weights for all norms. ``R50`` is the paper's protocol: each
+norm has weights that were pre-trained with it.
+"""
 
 from typing import Dict, NamedTuple, Tuple
 
-__all__ = ["ARMS", "Arm", "solver_options"]
+__all__ = ["ARMS", "LITE0", "R50", "Arm", "solver_options"]
 
 _FOLDER = "photos"
 
@@ -26,7 +30,7 @@ class Arm(NamedTuple):
 _BN = f"{_FOLDER}/mask_rcnn_lite0_FPN_BN.yaml"
 _KN = f"{_FOLDER}/mask_rcnn_lite0_FPN_KN.yaml"
 
-ARMS: Dict[str, Arm] = {
+LITE0: Dict[str, Arm] = {
     "BN_frozen": Arm("BN*, frozen", _BN),
     "BN_affine": Arm("BN*, scale and shift trained", _BN, trains_affine=True),
     "BN": Arm("BN, live", _BN, ("MODEL.RESNETS.NORM", "BN")),
@@ -44,6 +48,21 @@ ARMS: Dict[str, Arm] = {
     ),
     "KN_gain0": Arm("KN, gain 0", _KN),
 }
+
+_R50 = f"{_FOLDER}/mask_rcnn_slim_R50_C4"
+
+R50: Dict[str, Arm] = {
+    "R50_BN_frozen": Arm("BN*, frozen", f"{_R50}_BN.yaml"),
+    "R50_GN": Arm("GN, 8 groups", f"{_R50}_GN.yaml"),
+    "R50_KN_gain0": Arm("KN, gain 0", f"{_R50}_KN.yaml"),
+    "R50_KN_from_BN": Arm(
+        "KN, gain 0, from the weights of BN",
+        f"{_R50}_KN.yaml",
+        ("MODEL.WEIGHTS", "output/tiny200/R50_BN_m64_seed1/backbone.pth"),
+    ),
+}
+
+ARMS = {**LITE0, **R50}
 
 
 def solver_options(cfg, images: int) -> Tuple[str, ...]:

@@ -1,8 +1,12 @@
 #!/usr/bin/env python
 """Trains a ResNet for CIFAR with each norm, normalising 1 to 64 images of a batch together.
 
-Example:
+Examples:
     python tools/evidence/classification.py --data cifar10 --output output/cifar --micro-batches 1 2 64
+    python tools/evidence/classification.py --data tiny200 --output output/tiny200 --micro-batches 64 \\
+        --epochs 6 --arms R50_BN R50_GN R50_KN_annealed
+
+The arms R50_* pre-train the slim ResNet-50 of the detectors in configs/photos/ on photographs.
 
 All runs have the same batch, learning rate and epochs. They differ in the norm and in the number of
 images that share statistics (tools/pretrain_net.py --norm-batch-size). Each run has a folder of its
@@ -23,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 # Beside this file, not installed.
 from evidence.runs import run_all, run_apart, write_result  # noqa: E402
 
-_CONFIG = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml"  # gives the pixel statistics and the device
 
 
 class Arm(NamedTuple):
@@ -33,8 +36,10 @@ class Arm(NamedTuple):
         label: its name in the tables.
         norm: --norm of tools/pretrain_net.py.
         options: KEY, VALUE, ... for the config.
-        network: --network of tools/pretrain_net.py.
+        network: --network of tools/pretrain_net.py; "" is the ResNet of the config.
         shares: whether images share statistics, so that the micro-batch matters.
+        config: gives the pixel statistics, the device, and the ResNet if no network is named.
+        image_size: in pixels.
     """
 
     label: str
@@ -42,6 +47,8 @@ class Arm(NamedTuple):
     options: Tuple[str, ...] = ()
     network: str = "cifar_resnet14"
     shares: bool = True
+    config: str = "shapes/mask_rcnn_slim_R50_FPN_KN.yaml"
+    image_size: int = 32
 
 
 _BATCH_SIZE = 64
@@ -56,7 +63,7 @@ _RELEASED = (
     *("MODEL.KN.PROCESS_MODEL", "False"),
     *("MODEL.KN.PREDICTION", "monte_carlo"),
 )
-ARMS = {
+CIFAR = {
     "GN": Arm("GN, 4 groups", "GN4", shares=False),
     "BN": Arm("BN", "BN"),
     "KN": Arm("KN", "KN"),
@@ -72,12 +79,28 @@ ARMS = {
 }
 
 
+def _r50(label: str, norm: str, config: str, options: Tuple[str, ...] = (), shares=True) -> Arm:
+    # The same ResNet as in configs/photos/, where a gain is not learned.
+    config = f"shapes/mask_rcnn_slim_R50_C4_{config}.yaml"
+    return Arm(label, norm, options, network="", shares=shares, config=config, image_size=64)
+
+
+R50 = {
+    "R50_BN": _r50("BN", "BN", "BN"),
+    "R50_GN": _r50("GN, 8 groups", "GN8", "GN", shares=False),
+    "R50_KN_annealed": _r50("KN, annealed", "KN", "KN", _ANNEALED),
+}
+
+ARMS = {**CIFAR, **R50}
+
+
 def train(args, name: str, micro_batch: int, seed: int, folder: Path) -> None:
     """Runs tools/pretrain_net.py for one arm and writes its result."""
     arm = ARMS[name]
     command = [sys.executable, str(Path(__file__).parents[1] / "pretrain_net.py"), "--resume"]
-    command += ["--config", get_config_file(_CONFIG), "--data", args.data, "--image-size", "32"]
-    command += ["--network", arm.network, "--norm", arm.norm, "--norm-batch-size", str(micro_batch)]
+    command += ["--config", get_config_file(arm.config), "--data", args.data]
+    command += ["--network", arm.network, "--image-size", str(arm.image_size)]
+    command += ["--norm", arm.norm, "--norm-batch-size", str(micro_batch)]
     command += ["--epochs", str(args.epochs), "--batch-size", str(_BATCH_SIZE)]
     command += arm.options
     command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
@@ -93,7 +116,9 @@ def main():
     )
     parser.add_argument("--data", required=True, help="folder with train/<class>/ and val/<class>/")
     parser.add_argument("--output", default="output/cifar", help="folder of the runs (%(default)s)")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(all)")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(CIFAR), choices=ARMS, help="(those on CIFAR)"
+    )
     parser.add_argument(
         "--micro-batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64], help="%(default)s"
     )

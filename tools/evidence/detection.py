@@ -22,7 +22,7 @@ from kn_detectron.engine.command_line import argument_parser, load_config, run, 
 from kn_detectron.model_zoo import get_config, get_config_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evidence.arms import ARMS, solver_options  # noqa: E402  # beside this file, not installed
+from evidence.arms import ARMS, LITE0, solver_options  # noqa: E402  # beside this file, not installed
 from evidence.runs import run_all, run_apart, write_result  # noqa: E402
 
 
@@ -103,7 +103,9 @@ def main():
     parser.add_argument(
         "--output", default="output/evidence", help="folder of the runs (%(default)s)"
     )
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(all)")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(LITE0), choices=ARMS, help="(those of EfficientNet-Lite0)"
+    )
     parser.add_argument("--images", nargs="+", type=int, default=[2, 1], help="per step (2 1)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(1 2 3)")
     parser.add_argument("--opts", nargs="+", default=[], help="KEY VALUE pairs for all configs")

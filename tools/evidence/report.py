@@ -45,6 +45,11 @@ COMPARED = (
     ("KN_gain0", "BN_affine"),
     ("KN_gain0", "BN"),
     ("BN_affine", "BN_frozen"),
+    ("R50_KN_gain0", "R50_BN_frozen"),
+    ("R50_KN_gain0", "R50_GN"),
+    ("R50_KN_gain0", "R50_KN_from_BN"),
+    ("R50_KN_from_BN", "R50_BN_frozen"),
+    ("R50_GN", "R50_BN_frozen"),
 )
 
 
@@ -255,6 +260,9 @@ TABLES = {
     "detection": ("detection", detection_tables),
     "own_rate": ("own_rate", detection_tables),
     "long": ("long", detection_tables),
+    "own_weights": ("own_weights", detection_tables),
+    "own_choice": ("own_choice", choice_table),
+    "pretraining": ("pretraining", classification_table),
     "zoo": ("long", zoo_table),
     "summary": ("own_rate", summary_table),
     "classification": ("classification", classification_table),
@@ -288,22 +296,25 @@ def main():
         "--own-rate", metavar="FOLDER", help="runs with a learning rate for each arm"
     )
     parser.add_argument("--long", metavar="FOLDER", help="the same, with a longer schedule")
+    parser.add_argument("--own-weights", metavar="FOLDER", help="those of the arms R50_*")
     parser.add_argument("--truth", metavar="FILE", help="annotations that these were evaluated on")
     parser.add_argument(
         "--choice", metavar="FOLDER", help="runs of detection.py on the folder of hold_out.py"
     )
+    parser.add_argument("--own-choice", metavar="FOLDER", help="those of the arms R50_*")
+    parser.add_argument("--pretraining", metavar="FOLDER", help="R50_* of classification.py")
     parser.add_argument("--classification", metavar="FOLDER", help="the runs of classification.py")
     parser.add_argument("--paper-variant", metavar="FOLDER", help="those with pre-activation")
     args = parser.parse_args()
     folder = DOCS / "evidence"
     folder.mkdir(exist_ok=True)
-    for name in ("detection", "own_rate", "long"):
+    for name in ("detection", "own_rate", "long", "own_weights"):
         if getattr(args, name):
             if not args.truth:
                 parser.error("detectors need --truth FILE")
             data = collect_detection(Path(getattr(args, name)), args.truth)
             _add(folder / f"{name}.json", data)
-    for name in ("choice", "classification", "paper_variant"):
+    for name in ("choice", "own_choice", "classification", "paper_variant", "pretraining"):
         if getattr(args, name):
             runs = list(read_results(Path(getattr(args, name))).values())
             _add(folder / f"{name}.json", {"runs": runs})
