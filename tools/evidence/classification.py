@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from evidence.runs import run_all, run_apart, write_result  # noqa: E402
 
 
-
 class Arm(NamedTuple):
     """One line of the picture.
 

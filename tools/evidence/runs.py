@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import time
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List
 
 import torch
+import tqdm
 
 from kn_detectron.checkpoint.files import atomic_write
 from kn_detectron.errors import InputError
@@ -17,7 +17,7 @@ _NAME = "result.json"
 
 
 def run_all(folders: Iterable[Path], do: Callable[[Path], None]) -> None:
-    """Does the runs that have no result yet, and says how long the rest will take.
+    """Does the runs that have no result yet, and shows the progress with the time that is left.
 
     Args:
         folders: the folders of the runs.
@@ -26,12 +26,9 @@ def run_all(folders: Iterable[Path], do: Callable[[Path], None]) -> None:
     folders = list(folders)
     to_do = [folder for folder in folders if not (folder / _NAME).is_file()]
     print(f"{len(folders)} runs, of which {len(folders) - len(to_do)} are done.", flush=True)
-    started = time.time()
-    for done, folder in enumerate(to_do):
+    for folder in tqdm.tqdm(to_do, unit="run"):
         folder.mkdir(parents=True, exist_ok=True)
         do(folder)
-        left = (time.time() - started) / (done + 1) * (len(to_do) - done - 1)
-        print(f"{folder.name} is done; about {left / 60:.0f} min are left.", flush=True)
 
 
 def run_apart(command: List[str], folder: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from evidence import classification, detection
-from evidence.arms import ARMS, solver_options
+from evidence.arms import ARMS, R50, solver_options
 from evidence.runs import run_all, run_apart, write_result
 
 from kn_detectron import InputError
@@ -57,6 +57,17 @@ def test_only_scale_and_shift_of_frozen_norms_are_trained():
     norms = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 49
     assert all(norm.weight.requires_grad and not norm.training for norm in norms)
+
+
+@pytest.mark.parametrize("arm", R50.values(), ids=list(R50))
+def test_detectors_start_from_what_the_pretraining_writes(arm):
+    written = [
+        f"output/tiny200/{name}_m{64 if arm.shares else 1}_seed1/backbone.pth"
+        for name, arm in classification.R50.items()
+    ]
+    cfg = get_config(arm.config)
+    cfg.merge_from_list(list(arm.options))
+    assert cfg.MODEL.WEIGHTS in written
 
 
 def test_another_number_of_images_sees_as_many():
