@@ -51,6 +51,7 @@ venv: $(installed)
 	&& $(bin)/python -m pip install --quiet --no-deps --only-binary=:all: --platform win_amd64 \
 	  --python-version 3.7 --implementation cp --require-hashes -r requirements/detectron2.txt \
 	  --target "$$($(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; }
+	$(if $(filter venv,$(MAKECMDGOALS)),@echo "Installed. Activate it: . .venv/bin/activate")
 
 $(installed): $(requirements) setup.py pyproject.toml
 	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON) here: install Python 3.10\

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt  # noqa: E402  # after the choice of the ba
 from . import arms  # noqa: E402
 from .classification import ARMS  # noqa: E402
 
-__all__ = ["draw_classification", "draw_detection"]
+__all__ = ["draw_classification", "draw_detection", "draw_gaps"]
 
 
 def draw_detection(data: Dict, path: Path) -> None:
@@ -79,6 +79,33 @@ def draw_classification(data: Dict, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1, percent")
     axes[1].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_gaps(gaps: Dict[str, Dict], path: Path) -> None:
+    """Draws the gap between the variance of each micro-batch and the moving one (paper, Fig. 5).
+
+    Args:
+        gaps: for each run by its name, those of tools/evidence/variance_gap.py. The last norm of
+            each is drawn channel by channel.
+        path: of the picture.
+    """
+    figure, axes = plt.subplots(1, len(gaps) + 1, figsize=(4.5 * (len(gaps) + 1), 4))
+    last = {name: list(by_norm.values())[-1] for name, by_norm in gaps.items()}
+    highest = max(gap.quantile(0.99).item() for gap in last.values())
+    for axis, (name, gap) in zip(axes, last.items()):
+        shown = axis.imshow(
+            gap.numpy(), aspect="auto", vmin=0, vmax=highest, interpolation="nearest"
+        )
+        axis.set(title=name, xlabel="micro-batch", ylabel="channel of the last norm")
+        figure.colorbar(shown, ax=axis)
+    for name, by_norm in gaps.items():
+        axes[-1].plot([gap.mean().item() for gap in by_norm.values()], "o-", label=name)
+    axes[-1].set(title="average of each norm", xlabel="norm", ylim=(0, None))
+    axes[-1].grid(alpha=0.3)
+    axes[-1].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
