@@ -14,8 +14,6 @@ from kn_detectron.data import ShapesSpec, generate_shapes, register_shapes_lazil
 from .documents import ROOT, blocks, commands
 from .engine.conftest import fresh_logs  # noqa: F401
 
-pytestmark = pytest.mark.trains
-
 _QUICK = "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0".split()
 _STEPS = {"output/first": 2, "resume": 4, "output/my_data": 2, "output/second": 2}
 

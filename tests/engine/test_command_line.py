@@ -20,8 +20,6 @@ from kn_detectron.engine.command_line import argument_parser, load_config, run
 
 from . import tiny
 
-pytestmark = pytest.mark.trains
-
 _TWELVE = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
 
 

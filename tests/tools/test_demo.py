@@ -3,8 +3,6 @@ from PIL import Image
 
 from kn_detectron.data import ShapesSpec, generate_shapes
 
-pytestmark = pytest.mark.trains
-
 PICTURES = ("predictions.png", "curves.png", "gains.png")
 
 

@@ -23,7 +23,6 @@ def call(monkeypatch, tool, *arguments):
     tool.main()
 
 
-@pytest.mark.trains
 def test_a_detector_is_trained_and_evaluated(tmp_path, monkeypatch):
     shapes, output = tmp_path / "shapes", tmp_path / "runs"
     generate_shapes(str(shapes), ShapesSpec(num_train=4, num_val=2, size=64, max_shapes=2))
@@ -39,7 +38,6 @@ def test_a_detector_is_trained_and_evaluated(tmp_path, monkeypatch):
     assert not list((shapes / "val").glob("*.json"))
 
 
-@pytest.mark.trains
 def test_a_classifier_is_trained_and_evaluated(tmp_path, monkeypatch, folder):  # noqa: F811
     arguments = ("--data", folder, "--output", tmp_path, "--arms", "GN", "--epochs", 1)
     monkeypatch.setattr(classification, "_BATCH_SIZE", 8)

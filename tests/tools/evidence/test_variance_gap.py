@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from evidence import classification, variance_gap
 from torch import nn
@@ -45,7 +44,6 @@ def test_kalman_norms_gap_is_that_of_the_posterior():
     torch.testing.assert_close(gap, (0.75 * 3 + 0.25 * measured).log().abs().T)
 
 
-@pytest.mark.trains
 def test_a_run_is_drawn(tmp_path, monkeypatch, folder, capsys):  # noqa: F811
     arguments = ("--data", folder, "--output", tmp_path / "runs", "--arms", "KN")
     monkeypatch.setattr(classification, "_BATCH_SIZE", 8)
