@@ -61,9 +61,14 @@ def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[s
         deviations.
 
     Raises:
-        InputError: if a layer has no process model that could be set.
+        InputError: if there is no KN layer, or a layer has no process model that could be set.
     """
     layers = _chosen(model, names)
+    if names is None and not layers:
+        raise InputError(
+            f"{type(model).__name__} has no KN layer that could be calibrated: convert it first, or "
+            'build it with MODEL.RESNETS.NORM "KN"'
+        )
     for name, layer in layers.items():
         if not is_exact(layer):
             raise InputError(

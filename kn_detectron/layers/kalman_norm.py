@@ -182,7 +182,9 @@ class _KalmanFilter(nn.Module):
             self._remember_that_it_measures(bool(self.gain > 0))
         return self._measures
 
-    def _check_prior(self, prior: Prior) -> None:
+    def _check_prior(self, prior: Prior, channels: int) -> None:
+        if not isinstance(prior, (Belief, _OutsideAChain, type(None))):
+            raise ValueError(f"a prior is a Belief(mean, var), not a {type(prior).__name__}")
         if self.is_head and isinstance(prior, Belief):
             raise ValueError(
                 f"{type(self).__name__}(gain=None) is the head of a chain and takes no prior"
@@ -192,6 +194,13 @@ class _KalmanFilter(nn.Module):
                 f"{type(self).__name__} with a gain needs prior=: pass the belief predicted from "
                 "the layer below, or build the layer with gain=None as the head of a chain"
             )
+        if isinstance(prior, Belief) and not torch.jit.is_tracing():
+            for part, shape in (("mean", prior.mean.shape), ("var", prior.var.shape)):
+                if shape[-1] != channels:
+                    raise ValueError(
+                        f"expected a prior about {channels} channels (got a {part} of shape "
+                        f"{tuple(shape)})"
+                    )
 
     def _check_channels(self, x: Tensor, channels: int) -> None:
         if x.dim() != 4:
@@ -364,8 +373,8 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
 
         Raises:
             ValueError: x is not 4-dimensional or has a wrong number of channels; a head is given a
-                prior, or another layer lacks the prior that it needs; the prior has a wrong number
-                of rows; a head in training has one value per channel; or the batch is not a
+                prior, or another layer lacks the prior that it needs; the prior is no Belief, or
+                has a wrong number of rows or channels; a head in training has one value per channel; or the batch is not a
                 multiple of ``norm_batch_size``.
         """
         self._check_channels(x, self.num_features)
@@ -398,7 +407,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         return Spec(sets, self.eps, self.variant == "paper", measures)
 
     def _filter(self, x: Tensor, prior: Prior) -> Tuple[Tensor, Belief]:
-        self._check_prior(prior)
+        self._check_prior(prior, self.num_features)
         rows = self._rows(x)
         in_chain = isinstance(prior, Belief)
         if in_chain and prior.mean.shape[0] not in (1, rows):
@@ -457,7 +466,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         Raises:
             ValueError: the convolution has a wrong number of channels, or the layer is a head.
         """
-        self._check_prior(prior)
+        self._check_prior(prior, self.num_features)
         channels = conv.weight.shape[0]
         if channels != self.num_features:
             raise ValueError(f"expected {self.num_features} channels (got a conv to {channels})")
@@ -557,10 +566,10 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
 
         Raises:
             ValueError: x is not 4-dimensional or has a wrong number of channels, a head is given a
-                prior, or another layer is given none.
+                prior, another layer is given none, or the prior is no Belief about x's channels.
         """
         self._check_channels(x, self.num_channels)
-        self._check_prior(prior)
+        self._check_prior(prior, self.num_channels)
         vectors = self._prior_vectors(prior, statistics_dtype(x))
         measures = self.measures and x.numel() > 0
         if vectors.prior_mean is None and not measures:  # an empty batch: any statistics will do

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from kn_detectron import InputError
 from kn_detectron.checkpoint import calibrate, fit_process_noise
@@ -259,3 +260,8 @@ def test_how_far_the_paper_variant_is_from_exact():
 def test_noise_is_for_the_paper_variant_only():
     with pytest.raises(InputError, match="not a layer of the paper variant"):
         fit_process_noise(build_rcnn(rcnn_cfg("KN")))
+
+
+def test_a_model_without_kalman_layers_is_refused():
+    with pytest.raises(InputError, match="Sequential has no KN layer"):
+        calibrate(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))

@@ -510,6 +510,20 @@ def test_one_value_per_channel(case):
 
 
 @cases()
+def test_a_prior_that_does_not_fit_is_a_sentence(case):
+    layer, x = case.make(), batch()
+    if case.is_head:
+        with pytest.raises(ValueError, match="takes no prior"):
+            layer(x, prior=Belief(torch.zeros(1, 2), torch.ones(1, 2)))
+        return
+    with pytest.raises(ValueError, match=r"a prior is a Belief\(mean, var\), not a tuple"):
+        layer(x, prior=(torch.zeros(1, CHANNELS), torch.ones(1, CHANNELS)))
+    for mean, var in ((CHANNELS + 1, CHANNELS + 1), (CHANNELS, 1)):
+        with pytest.raises(ValueError, match=f"expected a prior about {CHANNELS} channels"):
+            layer(x, prior=Belief(torch.zeros(1, mean), torch.ones(1, var)))
+
+
+@cases()
 def test_in_a_chain_and_outside(case):
     """A chain gives a prior, or None to its head, and gets a belief too. Elsewhere there is only y."""
     layer, x = case.make(), batch()

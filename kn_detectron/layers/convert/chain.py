@@ -6,6 +6,7 @@ from typing import NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
+from ...errors import InputError
 from .. import belief as closed_form
 from ..absorb import has_hooks
 from ..belief import Belief
@@ -40,6 +41,9 @@ class Chain(nn.Module):
         transition: how a belief crosses activations and convolutions.
         variant: the variant of the layers, ``"network"`` or ``"paper"``.
         in_evaluation: whether the layers need priors in evaluation too.
+
+    Raises:
+        InputError: mean and standard deviation are about different numbers of channels.
     """
 
     def __init__(
@@ -51,6 +55,11 @@ class Chain(nn.Module):
         in_evaluation: bool,
     ):
         super().__init__()
+        if len(image_mean) != len(image_std):
+            raise InputError(
+                f"image_mean has {len(image_mean)} numbers and image_std has {len(image_std)}: give "
+                "one number for each channel of the images."
+            )
         self.transition = transition
         self.variant = variant
         self.in_evaluation = in_evaluation

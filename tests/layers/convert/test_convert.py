@@ -474,3 +474,8 @@ def test_a_transposed_convolution_ends_the_chain(caplog):
     network = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4))
     assert convert_kalman_norm(network).get_submodule("1").is_head
     assert "ConvTranspose2d: there is no rule for it (at 0)" in caplog.text
+
+
+def test_mean_and_deviation_are_about_the_same_channels():
+    with pytest.raises(InputError, match="image_mean has 1 numbers and image_std has 3"):
+        convert_kalman_norm(Branchy(), image_mean=[0.5])
