@@ -254,6 +254,15 @@ def classification_table(data: Dict) -> str:
     return tabulate(rows, header, tablefmt="github")
 
 
+def similarity_table(data: Dict) -> str:
+    """The results of tools/evidence/similarity.py in Markdown."""
+    rows = [
+        [classification.ARMS[re.sub(r"_m\d+_seed\d+$", "", run)].label, f"{value:.2f}"]
+        for run, value in data.items()
+    ]
+    return tabulate(rows, ["norm", "average cosine"], tablefmt="github", disable_numparse=True)
+
+
 # By NAME, what a page has between "<!-- NAME -->" and "<!-- end -->": its file, and its function.
 TABLES = {
     "choice": ("choice", choice_table),
@@ -263,6 +272,7 @@ TABLES = {
     "own_weights": ("own_weights", detection_tables),
     "own_choice": ("own_choice", choice_table),
     "pretraining": ("pretraining", classification_table),
+    "similarity": ("similarity", similarity_table),
     "zoo": ("long", zoo_table),
     "summary": ("own_rate", summary_table),
     "classification": ("classification", classification_table),

@@ -12,21 +12,22 @@ picture shows the last norm, channel by channel, and the average gap of every no
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Dict, Iterable, Iterator
+from typing import Dict, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from kn_detectron.checkpoint import KNCheckpointer
-from kn_detectron.engine.command_line import read_config, run
-from kn_detectron.pretraining import ClassificationTrainer, add_pretraining_config
-from kn_detectron.pretraining.data import build_train_loader
+from kn_detectron.engine.command_line import run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evidence.picture import draw_gaps  # noqa: E402  # beside this file, not installed
+# Beside this file, not installed.
+from evidence.classifiers import build_classifier, training_images  # noqa: E402
+from evidence.picture import draw_gaps  # noqa: E402
 
 
 @torch.no_grad()
@@ -63,22 +64,11 @@ def variance_gaps(network: nn.Module, batches: Iterable[Tensor]) -> Dict[str, Te
 
 def read_run(folder: Path, count: int) -> Dict[str, Tensor]:
     """The gaps of a run, over ``count`` micro-batches of training images."""
-    config = argparse.Namespace(config_file=str(folder / "config.yaml"), opts=[])
-    cfg = read_config(config, add_pretraining_config)
-    model = ClassificationTrainer.build_model(cfg)
+    cfg, model = build_classifier(folder)
     KNCheckpointer(model, str(folder)).load_for_evaluation("", resume=True)
     size = cfg.PRETRAINING.NORM_BATCH_SIZE
-
-    def batches() -> Iterator[Tensor]:
-        left = count
-        for batch in build_train_loader(cfg):
-            for images in batch["image"].split(size)[:left]:
-                yield (images.to(model.device) - model.pixel_mean) / model.pixel_std
-                left -= 1
-            if not left:
-                return
-
-    return variance_gaps(model.backbone, batches())
+    parts = (part for batch in training_images(cfg, model) for part in batch.split(size))
+    return variance_gaps(model.backbone, itertools.islice(parts, count))
 
 
 def main():
