@@ -52,6 +52,8 @@ def draw_detection(data: Dict, path: Path) -> None:
 def draw_classification(data: Dict, path: Path) -> None:
     """Draws one line per norm, with moving (left) and with online statistics (right).
 
+    The lines are means over seeds, and the dots are single runs.
+
     Args:
         data: ``runs`` of tools/evidence/classification.py.
         path: of the picture.
@@ -72,7 +74,10 @@ def draw_classification(data: Dict, path: Path) -> None:
                 points = [(size, mean(tops[size])) for size in sorted(tops)]
             else:
                 points = [(size, mean(tops[1])) for size in sizes]
-            axis.plot(*zip(*points), marker="o" if arm.shares else None, label=arm.label)
+            (line,) = axis.plot(*zip(*points), label=arm.label)
+            if arm.shares:
+                dots = [(size, top) for size in tops for top in tops[size]]
+                axis.plot(*zip(*dots), "o", color=line.get_color(), markersize=4)
         axis.set(title=title, xlabel="images that share statistics", xscale="log")
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()

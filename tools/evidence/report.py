@@ -234,7 +234,10 @@ def choice_table(data: Dict) -> str:
 
 
 def classification_table(data: Dict) -> str:
-    """Top-1 over images per micro-batch in Markdown, with moving and with online statistics."""
+    """Top-1 over images per micro-batch in Markdown, with moving and with online statistics.
+
+    Cells are means over seeds; the number of seeds stands behind them if it is not 1.
+    """
     sizes = sorted({r["micro_batch"] for r in data["runs"] if classification.ARMS[r["arm"]].shares})
     rows = []
     for name, arm in classification.ARMS.items():
@@ -247,7 +250,8 @@ def classification_table(data: Dict) -> str:
                 for kind in ("moving", "online")
                 if runs
             ]
-            cells.append(" / ".join(f"{top:.1f}" for top in tops) or "not run")
+            cell = " / ".join(f"{top:.1f}" for top in tops) or "not run"
+            cells.append(f"{cell} ({len(runs)})" if len(runs) > 1 else cell)
         if any(cell != "not run" for cell in cells):
             rows.append([arm.label, *cells])
     header = ["norm", *(f"{size} image{'s' if size > 1 else ''}" for size in sizes)]

@@ -78,7 +78,9 @@ def test_norms_that_share_nothing_have_one_result_for_all_micro_batches():
     runs = [result("GN", 1, 50.0, 50.0), result("BN", 2, 40.0, 41.0), result("BN", 64, 60.0, 61.0)]
     lines = report.classification_table({"runs": runs}).splitlines()
     assert lines[2].count("50.0 / 50.0") == 2
-    assert "40.0 / 41.0" in lines[3] and "60.0 / 61.0" in lines[3]
+    assert "40.0 / 41.0 " in lines[3] and "60.0 / 61.0 " in lines[3]
+    second = {**result("BN", 2, 44.0, 42.0), "seed": 2}
+    assert "42.0 / 41.5 (2)" in report.classification_table({"runs": [*runs, second]})
     assert len(lines) == 4  # norms without any run have no line
 
 
