@@ -258,13 +258,21 @@ def classification_table(data: Dict) -> str:
     return tabulate(rows, header, tablefmt="github")
 
 
+def _label(run: str) -> str:
+    """The label of a run of tools/evidence/classification.py, by the name of its folder."""
+    return classification.ARMS[re.sub(r"_m\d+_seed\d+$", "", run)].label
+
+
 def similarity_table(data: Dict) -> str:
     """The results of tools/evidence/similarity.py in Markdown."""
-    rows = [
-        [classification.ARMS[re.sub(r"_m\d+_seed\d+$", "", run)].label, f"{value:.2f}"]
-        for run, value in data.items()
-    ]
+    rows = [[_label(run), f"{value:.2f}"] for run, value in data.items()]
     return tabulate(rows, ["norm", "average cosine"], tablefmt="github", disable_numparse=True)
+
+
+def variance_gap_table(data: Dict) -> str:
+    """The results of tools/evidence/variance_gap.py in Markdown: the average over all norms."""
+    rows = [[_label(run), f"{mean(by_norm.values()):.3f}"] for run, by_norm in data.items()]
+    return tabulate(rows, ["norm", "average gap"], tablefmt="github", disable_numparse=True)
 
 
 # By NAME, what a page has between "<!-- NAME -->" and "<!-- end -->": its file, and its function.
@@ -277,6 +285,7 @@ TABLES = {
     "own_choice": ("own_choice", choice_table),
     "pretraining": ("pretraining", classification_table),
     "similarity": ("similarity", similarity_table),
+    "variance_gap": ("variance_gap", variance_gap_table),
     "zoo": ("long", zoo_table),
     "summary": ("own_rate", summary_table),
     "classification": ("classification", classification_table),
