@@ -16,18 +16,19 @@ from kn_detectron.engine.command_line import read_config, run
 
 from detectron2.utils.logger import setup_logger  # isort: skip  # made importable by kn_detectron
 
-_NAMES = """
-    predictor.metadata.thing_classes = {names}"""
-
 _USE = """
-With detectron2 alone, in its folder:
-    tools/train_net.py --eval-only --config-file {config}{device}
-In Python:
-    cfg = detectron2.config.get_cfg()
-    cfg.merge_from_file("{config}")
-    predictor = detectron2.engine.DefaultPredictor(cfg){names}
+With detectron2 alone, in Python:
+    from detectron2.config import get_cfg
+    from detectron2.engine import DefaultPredictor
+    cfg = get_cfg()
+    cfg.merge_from_file("{config}"){device}
+    predictor = DefaultPredictor(cfg){names}
+In detectron2's folder, to evaluate on {datasets}, which must be registered there:
+    tools/train_net.py --eval-only --config-file {config}{option}
 If you move the two files, set MODEL.WEIGHTS to the new place of the weights.
 """
+_DEVICE = '\n    cfg.MODEL.DEVICE = "cpu"'
+_NAMES = "\n    predictor.metadata.thing_classes = {names}"
 
 
 def main():
@@ -56,10 +57,16 @@ def main():
     setup_logger(name="kn_detectron")
     cfg = read_config(args)
     weights, config = fold_weights(cfg, args.output)
-    device = "" if torch.cuda.is_available() else " MODEL.DEVICE cpu"
     print(f"{weights} and {config} are written.")
-    names = _NAMES.format(names=cfg.DATASETS.CLASS_NAMES) if cfg.DATASETS.CLASS_NAMES else ""
-    print(_USE.format(config=config, device=device, names=names).rstrip())
+    has_gpu, names = torch.cuda.is_available(), cfg.DATASETS.CLASS_NAMES
+    use = _USE.format(
+        config=config,
+        device="" if has_gpu else _DEVICE,
+        option="" if has_gpu else " MODEL.DEVICE cpu",
+        names=_NAMES.format(names=names) if names and cfg.DATASETS.TEST else "",
+        datasets=", ".join(cfg.DATASETS.TEST) or "a dataset",
+    )
+    print(use.rstrip())
 
 
 if __name__ == "__main__":

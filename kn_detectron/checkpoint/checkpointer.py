@@ -145,9 +145,8 @@ class KNCheckpointer(DetectionCheckpointer):
         try:
             return fetch(path)
         except InputError as error:
-            raise InputError(
-                f'MODEL.WEIGHTS {error}, or MODEL.WEIGHTS "" to train from scratch.'
-            ) from error
+            otherwise = "" if self._strict else ', or MODEL.WEIGHTS "" to train from scratch'
+            raise InputError(f"MODEL.WEIGHTS {error}{otherwise}.") from error
 
     def _load_file(self, filename):
         self._weights = read_weights(filename)

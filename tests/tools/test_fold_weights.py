@@ -1,5 +1,7 @@
 import os
+import textwrap
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +15,7 @@ from ..models import build_rcnn, randomize
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The working directory, with a checkpoint and its config."""
-    cfg = c4_cfg(DATASETS__CLASS_NAMES=["dog", "horse"])
+    cfg = c4_cfg(DATASETS__CLASS_NAMES=["dog", "horse"], DATASETS__TEST=("animals_val",))
     KNCheckpointer(randomize(build_rcnn(cfg)), str(tmp_path)).save("trained")
     (tmp_path / "trained.yaml").write_text(cfg.dump())
     monkeypatch.chdir(tmp_path)
@@ -31,8 +33,16 @@ def test_writes_both_files_and_says_how_to_use_them(folder, command):
     assert torch.equal(folded[name], source[name])
     assert yaml.safe_load(config.read_text())["MODEL"]["WEIGHTS"] == str(weights)
     assert f"tools/train_net.py --eval-only --config-file {config}" in out
-    assert f'cfg.merge_from_file("{config}")' in out
-    assert "predictor.metadata.thing_classes = ['dog', 'horse']" in out
+    # The lines for Python run as they are printed.
+    _, _, rest = out.partition("in Python:\n")
+    code, _, _ = rest.partition("\nIn detectron2's folder")
+    names = {}
+    exec(textwrap.dedent(code), names)
+    predictor = names["predictor"]
+    assert names["cfg"].MODEL.WEIGHTS == str(weights)
+    assert predictor.metadata.thing_classes == ["dog", "horse"]
+    found = predictor(np.full((40, 60, 3), 100, dtype=np.uint8))["instances"]
+    assert found.image_size == (40, 60)
 
 
 def test_says_what_is_wrong_in_a_sentence(folder, process):
