@@ -18,7 +18,8 @@ def check_boxes(objects, image_sizes, report):
         report (Report): gets the counts.
 
     Raises:
-        InputError: a box is not, and its object has no mask to take a box from.
+        InputError: a box is not, and its object has no mask to take a box from; or the boxes are
+            corners.
     """
     corners = _Corners()
     for index, annotation in objects:
@@ -51,6 +52,17 @@ def check_boxes(objects, image_sizes, report):
                 index,
             )
         corners.look_at(annotation["bbox"], size, index)
+    if corners.are_certain():
+        index = corners.first
+        annotation = next(annotation for place, annotation in objects if place == index)
+        raise report.fault(
+            f"has boxes [left, top, right, bottom]: {corners.outside} of them stick out of their "
+            "images as [x, y, width, height], the first",
+            "write COCO's [x, y, width, height]",
+            "annotations",
+            annotation,
+            index,
+        )
     if corners.are_likely():
         report.noted(
             "a bbox sticks out of its image if it is [x, y, width, height], while all could be "
@@ -117,23 +129,29 @@ class _Corners:
 
     def __init__(self):
         self.first = None
-        self._outside = 0
+        self.outside = 0
+        self._looked_at = 0
         self._all_fit = True
 
     def look_at(self, box, size, index):
         """Takes a box into account."""
         if not self._all_fit:
             return
+        self._looked_at += 1
         x, y, right, bottom = box
         self._all_fit = x < right <= size[0] + 1 and y < bottom <= size[1] + 1
         if x + right > size[0] + 1 or y + bottom > size[1] + 1:
-            self._outside += 1
+            self.outside += 1
             if self.first is None:
                 self.first = index
 
+    def are_certain(self):
+        """Whether all boxes can be corners, and most of many can be nothing else."""
+        return self._all_fit and self.outside >= max(10, self._looked_at / 2)
+
     def are_likely(self):
         """Whether all boxes can be corners and some can hardly be anything else."""
-        return self._all_fit and self._outside >= 3
+        return self._all_fit and self.outside >= 3
 
 
 def check_areas(objects, image_sizes, report):

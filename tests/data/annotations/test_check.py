@@ -490,6 +490,18 @@ def test_corners_for_sizes_are_pointed_out(tiny, tmp_path, kn_log):
     assert "could be [left, top, right, bottom]" in kn_log.text
 
 
+def test_many_corners_for_sizes_are_refused(tiny, tmp_path):
+    content = sound_content()
+    for entry in content["annotations"]:
+        entry["bbox"] = [25, 20, 39, 29]
+    objects = content["annotations"]
+    for round in range(1, 4):
+        objects += [{**entry, "id": entry["id"] + 1000 * round} for entry in objects[:5]]
+    tiny.write(content)
+    with pytest.raises(InputError, match="20 of them stick out .* in entry 0 .*width, height"):
+        check_dataset("tiny", tmp_path / "run")
+
+
 def test_keypoints_that_are_learned(tiny, tmp_path, kn_log):
     content = sound_content()
     for entry in content["annotations"]:
