@@ -374,8 +374,8 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         Raises:
             ValueError: x is not 4-dimensional or has a wrong number of channels; a head is given a
                 prior, or another layer lacks the prior that it needs; the prior is no Belief, or
-                has a wrong number of rows or channels; a head in training has one value per channel; or the batch is not a
-                multiple of ``norm_batch_size``.
+                has a wrong number of rows or channels; a head in training has one value per
+                channel; or the batch is not a multiple of ``norm_batch_size``.
         """
         self._check_channels(x, self.num_features)
         if self._uses_moving_statistics():

@@ -22,11 +22,8 @@ from kn_detectron.engine.command_line import argument_parser, load_config, run, 
 from kn_detectron.model_zoo import get_config, get_config_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evidence.arms import (
-    ARMS,
-    LITE0,
-    solver_options,
-)  # noqa: E402  # beside this file, not installed
+# Beside this file, not installed.
+from evidence.arms import ARMS, LITE0, solver_options  # noqa: E402
 from evidence.runs import run_all, run_apart, write_result  # noqa: E402
 
 

@@ -53,15 +53,13 @@ def check_boxes(objects, image_sizes, report):
             )
         corners.look_at(annotation["bbox"], size, index)
     if corners.are_certain():
-        index = corners.first
-        annotation = next(annotation for place, annotation in objects if place == index)
         raise report.fault(
             f"has boxes [left, top, right, bottom]: {corners.outside} of them stick out of their "
             "images as [x, y, width, height], the first",
             "write COCO's [x, y, width, height]",
             "annotations",
-            annotation,
-            index,
+            dict(objects)[corners.first],
+            corners.first,
         )
     if corners.are_likely():
         report.noted(

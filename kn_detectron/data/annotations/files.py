@@ -69,12 +69,12 @@ def find_images(images, image_root, dataset_name, report):
 
 def _check_root(image_root, dataset_name):
     if not PathManager.isdir(image_root):
-        otherwise = (
-            ", or set the environment variable DETECTRON2_DATASETS to the folder that holds the "
-            "datasets"
-        )
-        if os.sep in dataset_name:  # a folder of --dataset, which is not looked for elsewhere
-            otherwise = ""
+        otherwise = ""
+        if os.sep not in dataset_name:  # a folder of --dataset is not looked for elsewhere
+            otherwise = (
+                ", or set the environment variable DETECTRON2_DATASETS to the folder that holds "
+                "the datasets"
+            )
         raise InputError(
             f"Image folder {image_root} of dataset {dataset_name} does not exist: put the images "
             f"there{otherwise}."
