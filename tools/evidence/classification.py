@@ -68,6 +68,10 @@ CIFAR = {
     "KN": Arm("KN", "KN"),
     "KN_annealed": Arm("KN, annealed", "KN", _ANNEALED),
     "KN_gain0": Arm("KN, gain 0", "KN", _NO_GAIN, shares=False),
+    "GKN": Arm("GKN, 4 groups", "GKN", ("MODEL.KN.NUM_GROUPS", "4"), shares=False),
+    "LN": Arm("LN", "LN", shares=False),
+    "WN": Arm("WN", "WN", shares=False),
+    "BRN": Arm("BRN", "BRN"),
     "BN_preactivation": Arm("BN, pre-activation", "BN", network=_PREACTIVATION),
     "KN_released_preactivation": Arm(
         "KN as released, pre-activation",
