@@ -111,8 +111,6 @@ def _build_backbone(cfg):
             f"--norm {cfg.PRETRAINING.NORM} does not fit the backbone ({error}): give another one."
         ) from error
     _replace_for_comparison(cfg, backbone)
-    if cfg.PRETRAINING.NORM == "WN":
-        apply_weight_norm(backbone)
     set_norm_batch_size(backbone, micro_batch(cfg))
     return backbone
 
@@ -124,6 +122,8 @@ def _replace_for_comparison(cfg, module):
         replace_batch_norms(module, lambda n: KalmanNorm2d(n.num_features, n.eps, gain=None))
     elif norm == "BRN":
         replace_batch_norms(module, lambda n: BatchRenorm2d(n.num_features, steps, together))
+    elif norm == "WN":
+        apply_weight_norm(module)
 
 
 def _build_network(cfg):

@@ -177,9 +177,10 @@ def _set_norm(cfg, norm, norm_batch_size, image_size):
     if name not in NORMS and not re.fullmatch(r"GN[1-9]\d*", name):
         origin = "MODEL.RESNETS.NORM" if norm is None else "--norm"
         raise InputError(f"{origin} is {name!r}: give one of {', '.join(NORMS)} or GN<n>.")
-    if network and name == "WN":
+    if name == "WN" and network and not network.startswith("cifar_resnet"):
         raise InputError(
-            f"--norm WN is made for the ResNet of the config: give another norm for {network}."
+            f"--norm WN is made for the ResNet of the config and for those named cifar_resnet<n>: "
+            f"give another norm for {network}."
         )
     if norm_batch_size < 0:
         raise InputError(

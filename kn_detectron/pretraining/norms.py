@@ -5,11 +5,11 @@ from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import CNNBlockBase, Conv2d
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers.sets import Sets
+from ..networks import CifarResNet
 
 __all__ = ["BatchRenorm2d", "apply_weight_norm", "replace_batch_norms"]
 
@@ -94,8 +94,8 @@ def replace_batch_norms(module: nn.Module, build: Callable[[nn.BatchNorm2d], nn.
             replace_batch_norms(child, build)
 
 
-def apply_weight_norm(backbone: nn.Module) -> None:
-    """Weight normalization (Salimans & Kingma, 2016) of a ResNet without norms.
+def apply_weight_norm(network: nn.Module) -> None:
+    """Weight normalization (Salimans & Kingma, 2016) of a ResNet, in the place of its BatchNorms.
 
     Each filter becomes g v / |v| with g and v learned, and gets a bias. The start of g needs no
     data and keeps variances about the same from layer to layer. It is 1 for the stem, whose images
@@ -103,7 +103,8 @@ def apply_weight_norm(backbone: nn.Module) -> None:
     divided by sqrt(L), so that the sums over the branches stay bounded.
 
     Args:
-        backbone: a detectron2 ResNet that was built with the norm "".
+        network: a detectron2 ResNet that was built with the norm "", or a
+            :class:`~kn_detectron.networks.CifarResNet`.
 
     Raises:
         InputError: torch does not have it.
@@ -113,12 +114,15 @@ def apply_weight_norm(backbone: nn.Module) -> None:
     except ImportError as error:
         raise InputError("--norm WN needs torch 2.1 or newer: update torch.") from error
 
-    blocks = [
-        m for m in backbone.modules() if isinstance(m, CNNBlockBase) and m is not backbone.stem
-    ]
-    last = {[m for m in b.children() if isinstance(m, Conv2d)][-1] for b in blocks}
-    for conv in [m for m in backbone.modules() if isinstance(m, Conv2d)]:
-        gain = 1.0 if conv is backbone.stem.conv1 else math.sqrt(2)
+    if isinstance(network, CifarResNet):
+        first, blocks = network.conv1, list(network.blocks)
+    else:
+        first = network.stem.conv1
+        blocks = [block for stage in network.stages for block in stage]
+    replace_batch_norms(network, lambda _: nn.Identity())
+    last = {[m for m in b.children() if isinstance(m, nn.Conv2d)][-1] for b in blocks}
+    for conv in [m for m in network.modules() if isinstance(m, nn.Conv2d)]:
+        gain = 1.0 if conv is first else math.sqrt(2)
         conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
         weight_norm(conv)
         g = conv.parametrizations.weight.original0

@@ -174,7 +174,7 @@ def test_the_chain_of_a_network_starts_at_the_pixels_of_the_config():
 @pytest.mark.parametrize(
     "norm, network, sentence",
     [
-        ("WN", "cifar_resnet32", "--norm WN is made for the ResNet of the config"),
+        ("WN", "small_inception", "give another norm for small_inception"),
         ("GN32", "cifar_resnet32", "--norm GN32 does not fit cifar_resnet32"),
         ("KN", "no_such", "There is no network 'no_such'"),
     ],

@@ -7,6 +7,7 @@ import torch
 from detectron2.layers import Conv2d
 from torch import nn
 
+from kn_detectron.networks import CifarResNet
 from kn_detectron.pretraining.norms import BatchRenorm2d, apply_weight_norm, replace_batch_norms
 
 from ..models import build_backbone, images, resnet_cfg
@@ -131,6 +132,21 @@ def test_weight_norm_is_in_every_convolution(depth, branches):
     ends = [norms.pop(name) for name in list(norms) if name.endswith(last)]
     assert ends == pytest.approx([math.sqrt(2 / branches)] * branches)
     assert list(norms.values()) == pytest.approx([math.sqrt(2)] * len(norms))
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_weight_norm_takes_the_place_of_the_batch_norms_of_a_cifar_resnet(preactivation):
+    network = CifarResNet(5, preactivation=preactivation)
+    apply_weight_norm(network)
+    assert not [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    length = lambda conv: conv.weight.flatten(1).norm(dim=1).mean().item()  # noqa: E731
+    assert length(network.conv1) == pytest.approx(1)
+    for block in network.blocks:
+        assert length(block.conv1) == pytest.approx(math.sqrt(2))
+        assert length(block.conv2) == pytest.approx(math.sqrt(2 / 15))
+    features = network.blocks(network.conv1(torch.randn(4, 3, 32, 32)))
+    # Over 15 blocks a plain initialisation would be off by some powers of ten.
+    assert 0.2 < features.square().mean().sqrt() < 5
 
 
 def test_weight_norm_keeps_the_scale_of_features():
