@@ -68,10 +68,6 @@ CIFAR = {
     "KN": Arm("KN", "KN"),
     "KN_annealed": Arm("KN, annealed", "KN", _ANNEALED),
     "KN_gain0": Arm("KN, gain 0", "KN", _NO_GAIN, shares=False),
-    "GKN": Arm("GKN, 4 groups", "GKN", ("MODEL.KN.NUM_GROUPS", "4"), shares=False),
-    "LN": Arm("LN", "LN", shares=False),
-    "WN": Arm("WN", "WN", shares=False),
-    "BRN": Arm("BRN", "BRN"),
     "BN_preactivation": Arm("BN, pre-activation", "BN", network=_PREACTIVATION),
     "KN_released_preactivation": Arm(
         "KN as released, pre-activation",
@@ -79,6 +75,13 @@ CIFAR = {
         _RELEASED,
         network=_PREACTIVATION,
     ),
+}
+# Other norms that the paper compares with.
+OTHERS = {
+    "GKN": Arm("GKN, 4 groups", "GKN", ("MODEL.KN.NUM_GROUPS", "4"), shares=False),
+    "LN": Arm("LN", "LN", shares=False),
+    "WN": Arm("WN", "WN", shares=False),
+    "BRN": Arm("BRN", "BRN"),
 }
 
 
@@ -96,7 +99,7 @@ R50 = {
     "R50_KN_gain0": _r50("KN, gain 0", "KN", "KN", _NO_GAIN, shares=False),
 }
 
-ARMS = {**CIFAR, **R50}
+ARMS = {**CIFAR, **OTHERS, **R50}
 
 
 def train(args, name: str, micro_batch: int, seed: int, folder: Path) -> None:

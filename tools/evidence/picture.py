@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  # after the choice of the backend
 
 from . import arms  # noqa: E402
-from .classification import ARMS  # noqa: E402
+from .classification import CIFAR  # noqa: E402
 
 __all__ = ["draw_classification", "draw_detection", "draw_gaps"]
 
@@ -59,13 +59,14 @@ def draw_classification(data: Dict, path: Path) -> None:
         path: of the picture.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    sizes = sorted({r["micro_batch"] for r in data["runs"] if ARMS[r["arm"]].shares})
+    runs = [run for run in data["runs"] if run["arm"] in CIFAR]
+    sizes = sorted({run["micro_batch"] for run in runs if CIFAR[run["arm"]].shares})
     for axis, (kind, title) in zip(
         axes, (("moving", "moving averages (Option A)"), ("online", "the batch's own (Option B)"))
     ):
-        for name, arm in ARMS.items():
+        for name, arm in CIFAR.items():
             tops: Dict[int, list] = {}
-            for run in data["runs"]:
+            for run in runs:
                 if run["arm"] == name:
                     tops.setdefault(run["micro_batch"], []).append(run["results"][kind]["top1"])
             if not tops:

@@ -52,6 +52,20 @@ COMPARED = (
     ("R50_GN", "R50_BN_frozen"),
 )
 
+# The paper's top-1 on CIFAR-10 (Tables 7 and 8), by arm.
+PAPER_NETWORKS = ("Inception, 2", "Inception, 128", "ResNet-32, 2", "ResNet-110, 128")
+PAPER = {
+    "BN": ("89.4", "92.1", "91.2", "93.8"),
+    "BRN": ("90.4", "", "", ""),
+    "WN": ("87.8", "", "", ""),
+    "LN": ("77.7", "", "", ""),
+    "GN": ("", "", "91.3", "92.6"),
+    "GKN": ("", "", "", ""),
+    "KN": ("90.9", "", "92.7", "94.3"),
+    "KN_annealed": ("", "", "", ""),
+    "KN_gain0": ("", "", "", ""),
+}
+_NOT_RUN = "not run"
 
 # What tells two runs, or two differences, of one file apart.
 SETTINGS = {
@@ -229,7 +243,7 @@ def choice_table(data: Dict) -> str:
             for rate in rates
         ]
         if runs:
-            rows.append([arm.label, *(cell or "not run" for cell in cells)])
+            rows.append([arm.label, *(cell or _NOT_RUN for cell in cells)])
     return _escaped(tabulate(rows, ["norm", *map(str, rates)], tablefmt="github"))
 
 
@@ -238,24 +252,40 @@ def classification_table(data: Dict) -> str:
 
     Cells are means over seeds; the number of seeds stands behind them if it is not 1.
     """
-    sizes = sorted({r["micro_batch"] for r in data["runs"] if classification.ARMS[r["arm"]].shares})
+    arms_shown = {**classification.CIFAR, **classification.R50}
+    runs = [run for run in data["runs"] if run["arm"] in arms_shown]
+    sizes = sorted({run["micro_batch"] for run in runs if arms_shown[run["arm"]].shares})
     rows = []
-    for name, arm in classification.ARMS.items():
-        cells = []
-        for size in sizes:
-            wanted = size if arm.shares else 1
-            runs = [r for r in data["runs"] if (r["arm"], r["micro_batch"]) == (name, wanted)]
-            tops = [
-                mean(run["results"][kind]["top1"] for run in runs)
-                for kind in ("moving", "online")
-                if runs
-            ]
-            cell = " / ".join(f"{top:.1f}" for top in tops) or "not run"
-            cells.append(f"{cell} ({len(runs)})" if len(runs) > 1 else cell)
-        if any(cell != "not run" for cell in cells):
+    for name, arm in arms_shown.items():
+        cells = [_top1(runs, name, size) for size in sizes]
+        if any(cell != _NOT_RUN for cell in cells):
             rows.append([arm.label, *cells])
     header = ["norm", *(f"{size} image{'s' if size > 1 else ''}" for size in sizes)]
     return tabulate(rows, header, tablefmt="github")
+
+
+def _top1(runs: List[Dict], name: str, size: int, kinds=("moving", "online")) -> str:
+    """One cell: means over the seeds of an arm for ``size`` images that share statistics."""
+    wanted = size if classification.ARMS[name].shares else 1
+    found = [run["results"] for run in runs if (run["arm"], run["micro_batch"]) == (name, wanted)]
+    if not found:
+        return _NOT_RUN
+    cell = " / ".join(f"{mean(results[kind]['top1'] for results in found):.1f}" for kind in kinds)
+    return f"{cell} ({len(found)})" if len(found) > 1 else cell
+
+
+def against_paper_table(data: Dict) -> str:
+    """Top-1 with moving statistics beside what the paper has on CIFAR-10 (Tables 7 and 8), in Markdown."""
+    rows = [
+        [
+            classification.ARMS[name].label,
+            *(_top1(data["runs"], name, size, ("moving",)) for size in (2, 64)),
+            *paper,
+        ]
+        for name, paper in PAPER.items()
+    ]
+    header = ["norm", "ours, 2 images", "ours, 64", *(f"paper, {what}" for what in PAPER_NETWORKS)]
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
 def _label(run: str) -> str:
@@ -289,6 +319,7 @@ TABLES = {
     "zoo": ("long", zoo_table),
     "summary": ("own_rate", summary_table),
     "classification": ("classification", classification_table),
+    "against_paper": ("classification", against_paper_table),
     "paper_variant": ("paper_variant", classification_table),
 }
 PAGES = (DOCS / "evidence.md", DOCS.parent / "README.md", DOCS.parent / "MODEL_ZOO.md")

@@ -143,3 +143,18 @@ def test_the_pictures_show_every_run(tmp_path):
         blue = ((pixels[:, 2] - pixels[:, 0]) > 80).any()
         assert blue == (name == "more")  # the bar of KN
     assert heights[0] < heights[1]
+
+
+def test_the_paper_stands_beside_our_runs_and_has_no_part_in_them():
+    def result(arm, size, seed, top1):
+        results = {"moving": {"top1": top1}, "online": {"top1": 0.0}}
+        return {"arm": arm, "micro_batch": size, "seed": seed, "results": results}
+
+    runs = [result("BRN", 2, 1, 40.0), result("BRN", 2, 2, 41.0), result("WN", 1, 1, 30.0)]
+    header, _, *lines = report.against_paper_table({"runs": runs}).splitlines()
+    cells = {row[0]: row[1:] for row in ([c.strip() for c in li.split("|")[1:-1]] for li in lines)}
+    assert cells["BRN"][:3] == ["40.5 (2)", "not run", "90.4"]
+    assert cells["WN"][:3] == ["30.0", "30.0", "87.8"]
+    assert "ours, 64" in header and "paper, Inception, 2" in header
+    # The rows of the other table are those of the picture.
+    assert "BRN" not in report.classification_table({"runs": runs + [result("BN", 2, 1, 1.0)]})
