@@ -4,9 +4,11 @@
 norm has weights that were pre-trained with it.
 """
 
-from typing import Dict, NamedTuple, Tuple
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
-__all__ = ["ARMS", "LITE0", "R50", "Arm", "solver_options"]
+from torch import nn
+
+__all__ = ["ARMS", "LITE0", "R50", "Arm", "put_group_norm", "solver_options", "train_affine"]
 
 _FOLDER = "photos"
 
@@ -18,13 +20,36 @@ class Arm(NamedTuple):
         label: its name in the tables.
         config: a config of the model zoo.
         options: KEY, VALUE, ... for the config.
-        trains_affine: whether scale and shift are trained although BatchNorm is frozen.
+        change: what is done to the backbone after its weights were loaded.
     """
 
     label: str
     config: str
     options: Tuple[str, ...] = ()
-    trains_affine: bool = False
+    change: Optional[Callable[[nn.Module], None]] = None
+
+
+def train_affine(backbone: nn.Module) -> None:
+    """Trains scale and shift of a frozen BatchNorm, whose statistics stay frozen."""
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(True)
+
+
+def put_group_norm(backbone: nn.Module) -> None:
+    """Replaces each BatchNorm by a GroupNorm with its scale and shift, as loading its weights into a
+    network with GroupNorm would.
+
+    Groups have 8 channels, since all widths of EfficientNet-Lite0 are multiples of 8. timm's networks
+    with GroupNorm have groups of that size too.
+    """
+    for name, old in list(backbone.named_modules()):
+        if isinstance(old, nn.BatchNorm2d):
+            norm = nn.GroupNorm(old.num_features // 8, old.num_features, old.eps)
+            norm.load_state_dict({"weight": old.weight, "bias": old.bias})
+            parent, _, last = name.rpartition(".")
+            # timm's BatchNorm is followed by the activation inside of the same module.
+            setattr(backbone.get_submodule(parent), last, nn.Sequential(norm, old.drop, old.act))
 
 
 _BN = f"{_FOLDER}/mask_rcnn_lite0_FPN_BN.yaml"
@@ -32,8 +57,11 @@ _KN = f"{_FOLDER}/mask_rcnn_lite0_FPN_KN.yaml"
 
 LITE0: Dict[str, Arm] = {
     "BN_frozen": Arm("BN*, frozen", _BN),
-    "BN_affine": Arm("BN*, scale and shift trained", _BN, trains_affine=True),
+    "BN_affine": Arm("BN*, scale and shift trained", _BN, change=train_affine),
     "BN": Arm("BN, live", _BN, ("MODEL.RESNETS.NORM", "BN")),
+    "GN": Arm(
+        "GN with the scale and shift of BN", _BN, ("MODEL.RESNETS.NORM", "BN"), put_group_norm
+    ),
     "KN": Arm(
         "KN, gain 0.02 annealed",
         _KN,

@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 
 from kn_detectron.engine import Trainer
 from kn_detectron.engine.command_line import argument_parser, load_config, run, set_up
@@ -36,21 +35,19 @@ def trainer_class(arm):
     Returns:
         type: a :class:`~kn_detectron.engine.Trainer`.
     """
-    if not arm.trains_affine:
+    if arm.change is None:
         return Trainer
 
-    class TrainerWithAffine(Trainer):
-        """Trains scale and shift of BatchNorm. The statistics stay frozen."""
+    class ChangingTrainer(Trainer):
+        """Changes the backbone of a new model as the arm says."""
 
         @classmethod
         def build_model(cls, cfg):
             model = super().build_model(cfg)
-            for module in model.backbone.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
-                    module.requires_grad_(True)
-            return model
+            arm.change(model.backbone)
+            return model.to(cfg.MODEL.DEVICE)
 
-    return TrainerWithAffine
+    return ChangingTrainer
 
 
 def train(args, name, images, seed, folder):

@@ -44,6 +44,8 @@ COMPARED = (
     ("KN_gain0", "BN_frozen"),
     ("KN_gain0", "BN_affine"),
     ("KN_gain0", "BN"),
+    ("KN_gain0", "GN"),
+    ("GN", "BN_frozen"),
     ("BN_affine", "BN_frozen"),
     ("R50_KN_gain0", "R50_BN_frozen"),
     ("R50_KN_gain0", "R50_GN"),
@@ -206,7 +208,7 @@ def zoo_table(data: Dict) -> str:
         for run in data["runs"]:
             if run["arm"] == name:
                 weights = f"{Path(arm.config).stem}.pth"
-                is_released = weights in released and not arm.options and not arm.trains_affine
+                is_released = weights in released and not arm.options and not arm.change
                 rows.append(
                     [
                         arm.label,

@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from evidence import classification, detection
 from evidence.arms import ARMS, R50, solver_options
 from evidence.runs import run_all, run_apart, write_result
+from torch import nn
 
 from kn_detectron import InputError
 from kn_detectron.data import ShapesSpec, generate_shapes
@@ -47,14 +48,33 @@ def test_a_classifier_is_trained_and_evaluated(tmp_path, monkeypatch, folder):  
     assert 0 <= found["moving"]["top1"] <= 100 and found["moving"] == found["online"]
 
 
-def test_only_scale_and_shift_of_frozen_norms_are_trained():
-    arm = ARMS["BN_affine"]
+def built(name):
+    arm = ARMS[name]
     cfg = get_config(arm.config)
-    cfg.MODEL.DEVICE = "cpu"
-    model = detection.trainer_class(arm).build_model(cfg).train()
-    norms = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *arm.options])
+    return detection.trainer_class(arm).build_model(cfg).train()
+
+
+def test_only_scale_and_shift_of_frozen_norms_are_trained():
+    norms = [m for m in built("BN_affine").backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 49
     assert all(norm.weight.requires_grad and not norm.training for norm in norms)
+
+
+def test_group_norm_takes_over_scale_shift_and_activation():
+    batch, group = built("BN").backbone, built("GN").backbone
+    assert not [m for m in group.modules() if isinstance(m, nn.BatchNorm2d)]
+    pairs = [
+        (old, group.get_submodule(name))
+        for name, old in batch.named_modules()
+        if isinstance(old, nn.BatchNorm2d)
+    ]
+    assert len(pairs) == 49
+    for old, new in pairs:
+        norm = nn.GroupNorm(old.num_features // 8, old.num_features, eps=old.eps)
+        x = torch.randn(2, old.num_features, 5, 4)
+        y = norm(x) * old.weight[:, None, None] + old.bias[:, None, None]
+        torch.testing.assert_close(new(x), old.act(y))
 
 
 @pytest.mark.parametrize("arm", R50.values(), ids=list(R50))
