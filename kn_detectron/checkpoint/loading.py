@@ -142,7 +142,7 @@ def _check_resnet(model, found, state, model_state, name):
         if extra and shown is found:
             shown = f"{len(extra)} filters that the model lacks, the first {extra[0]}"
         raise InputError(
-            f"{name} is of another architecture than the ResNet that it is for ({shown}): give "
+            f"{name} is of another architecture than the backbone that it is for ({shown}): give "
             "weights of the same architecture in MODEL.WEIGHTS, set MODEL.BACKBONE and "
             'MODEL.RESNETS to theirs, or MODEL.WEIGHTS "" to train from scratch.'
         )
