@@ -307,6 +307,17 @@ def variance_gap_table(data: Dict) -> str:
     return tabulate(rows, ["norm", "average gap"], tablefmt="github", disable_numparse=True)
 
 
+def drift_table(data: List[Dict]) -> str:
+    """The results of tools/evidence/drift.py in Markdown."""
+    rows = [["none", "", "", *data[0]["before"]]]
+    for run in data:
+        schedule = f"{run['steps']} x {run['images']}"
+        rows.append([arms.ARMS[run["arm"]].label, run["learning_rate"], schedule, *run["after"]])
+    rows = [[*row[:3], *(f"{value:.2f}" for value in row[3:])] for row in rows]
+    header = ["fine-tuned with", "learning rate", "steps", "of the variance", "of the mean"]
+    return _escaped(tabulate(rows, header, tablefmt="github", disable_numparse=True))
+
+
 # By NAME, what a page has between "<!-- NAME -->" and "<!-- end -->": its file, and its function.
 TABLES = {
     "choice": ("choice", choice_table),
@@ -317,6 +328,7 @@ TABLES = {
     "own_choice": ("own_choice", choice_table),
     "pretraining": ("pretraining", classification_table),
     "similarity": ("similarity", similarity_table),
+    "drift": ("drift", drift_table),
     "variance_gap": ("variance_gap", variance_gap_table),
     "zoo": ("long", zoo_table),
     "summary": ("own_rate", summary_table),
