@@ -209,18 +209,20 @@ def zoo_table(data: Dict) -> str:
             if run["arm"] == name:
                 weights = f"{Path(arm.config).stem}.pth"
                 is_released = weights in released and not arm.options and not arm.change
+                is_released = is_released and run["seed"] == 1
                 rows.append(
                     [
                         arm.label,
                         f"{run['steps']} x {run['images']} images",
                         run["learning_rate"],
+                        run["seed"],
                         f"{run['results']['bbox']['AP']:.1f}",
                         f"{run['results']['segm']['AP']:.1f}",
                         f"[config](kn_detectron/model_zoo/configs/{arm.config})",
                         f"`kn://{weights}`" if is_released else "",
                     ]
                 )
-    header = ["norm", "schedule", "learning rate", "box AP", "mask AP", "config", "weights"]
+    header = ["norm", "schedule", "learning rate", "seed", "box AP", "mask AP", "config", "weights"]
     return _escaped(tabulate(rows, header, tablefmt="github"))
 
 
