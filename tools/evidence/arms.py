@@ -59,9 +59,7 @@ LITE0: Dict[str, Arm] = {
     "BN_frozen": Arm("BN*, frozen", _BN),
     "BN_affine": Arm("BN*, scale and shift trained", _BN, change=train_affine),
     "BN": Arm("BN, live", _BN, ("MODEL.RESNETS.NORM", "BN")),
-    "GN": Arm(
-        "GN with the scale and shift of BN", _BN, ("MODEL.RESNETS.NORM", "BN"), put_group_norm
-    ),
+    "GN": Arm("GN with BN's scale and shift", _BN, ("MODEL.RESNETS.NORM", "BN"), put_group_norm),
     "KN": Arm(
         "KN, gain 0.02 annealed",
         _KN,
