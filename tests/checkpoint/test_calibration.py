@@ -41,20 +41,21 @@ def relative_error(got, want):
 @pytest.mark.parametrize("freeze_at", [0, 2])
 @pytest.mark.parametrize("batch", [1, 2, 16])
 def test_features_at_gain_0_are_the_frozen_networks(freeze_at, batch):
-    frozen = trained_batch_norm("FrozenBN")
-    model = trained_batch_norm("KN", MODEL__BACKBONE__FREEZE_AT=freeze_at)
+    # In double precision, or the bound would depend on the rounding of the machine.
+    frozen = trained_batch_norm("FrozenBN").double()
+    model = trained_batch_norm("KN", MODEL__BACKBONE__FREEZE_AT=freeze_at).double()
     assert set(calibrate(model)) == set(kalman_layers(model))
     set_gain_scale(model, 0.0)
     x = frozen.preprocess_image(scenes(batch, seed=99)).tensor
     with torch.no_grad():
         want = frozen.backbone(x)["res4"]
         features = model.train().backbone(x)
-        assert relative_error(features["res4"], want) <= 1e-4
+        assert relative_error(features["res4"], want) <= 1e-9
         boxes = [Boxes(torch.tensor([[10.0, 10.0, 70.0, 80.0]]))] * batch
         want = frozen.roi_heads._shared_roi_transform([want], boxes)
         got = model.roi_heads._with_beliefs(features)
         got = model.roi_heads._shared_roi_transform([got["res4"]], boxes)
-    assert relative_error(got, want) <= 1e-4
+    assert relative_error(got, want) <= 1e-9
 
 
 def first_losses(model, inputs):
@@ -69,7 +70,8 @@ def test_losses_and_detections_at_gain_0_are_the_frozen_networks(batch):
     frozen, model = trained_batch_norm("FrozenBN"), at_gain_0()
     inputs = scenes(batch, seed=77)
     want = first_losses(frozen, inputs)
-    assert first_losses(model, inputs) == pytest.approx(want, rel=1e-4)
+    # In single precision, which is all that detectron2's proposals know: wide enough for any machine.
+    assert first_losses(model, inputs) == pytest.approx(want, rel=1e-3)
     # Detections, with the layers computing what they compute in training.
     frozen.eval()
     model.eval()
@@ -77,7 +79,7 @@ def test_losses_and_detections_at_gain_0_are_the_frozen_networks(batch):
     model.roi_heads.res5.train()
     want = detect(frozen, inputs)
     assert sum(len(one["scores"]) for one in want) > 5 * batch
-    assert_same_detections(detect(model, inputs), want, tolerance=1e-4)
+    assert_same_detections(detect(model, inputs), want, tolerance=1e-3)
 
 
 # At the gains of the configs.
