@@ -179,7 +179,7 @@ def _set_norm(cfg, norm, norm_batch_size, image_size):
         raise InputError(f"{origin} is {name!r}: give one of {', '.join(NORMS)} or GN<n>.")
     if name == "WN" and network and not network.startswith("cifar_resnet"):
         raise InputError(
-            f"--norm WN is made for the ResNet of the config and for those named cifar_resnet<n>: "
+            "--norm WN is made for the ResNet of the config and for those named cifar_resnet<n>: "
             f"give another norm for {network}."
         )
     if norm_batch_size < 0:

@@ -45,7 +45,7 @@ def trainer_class(arm):
         def build_model(cls, cfg):
             model = super().build_model(cfg)
             arm.change(model.backbone)
-            return model.to(cfg.MODEL.DEVICE)
+            return model.to(cfg.MODEL.DEVICE)  # new layers are on the CPU
 
     return ChangingTrainer
 

@@ -208,8 +208,8 @@ def zoo_table(data: Dict) -> str:
         for run in data["runs"]:
             if run["arm"] == name:
                 weights = f"{Path(arm.config).stem}.pth"
-                is_released = weights in released and not arm.options and not arm.change
-                is_released = is_released and run["seed"] == 1
+                as_released = not arm.options and not arm.change and run["seed"] == 1
+                is_released = weights in released and as_released
                 rows.append(
                     [
                         arm.label,
@@ -279,7 +279,7 @@ def _top1(runs: List[Dict], name: str, size: int, kinds=("moving", "online")) ->
 
 
 def against_paper_table(data: Dict) -> str:
-    """Top-1 with moving statistics beside what the paper has on CIFAR-10 (Tables 7 and 8), in Markdown."""
+    """Top-1 with moving statistics beside the paper's on CIFAR-10 (Tables 7 and 8), in Markdown."""
     rows = [
         [
             classification.ARMS[name].label,
