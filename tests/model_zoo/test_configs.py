@@ -21,6 +21,8 @@ NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*
 BASES = [name for name in NAMES if Path(name).name.startswith("Base-")]
 NORMS = ("BN", "GN", "KN", "GKN", "KN_paper")
 FPN_NORMS = ("BN", "GN", "KN")
+# Those of the detectors that are fine-tuned from weights of their own norm on photographs.
+PHOTO_NORMS = ("BN", "GN", "GKN", "KN")
 COCO = [f"C4_{norm}" for norm in NORMS] + [f"FPN_{norm}" for norm in FPN_NORMS]
 MASK_RCNN = [f"mask_rcnn_R50_{model}" for model in COCO]
 RETINANET = [f"retinanet_R50_FPN_{norm}" for norm in FPN_NORMS]
@@ -133,7 +135,7 @@ def test_none_is_lost():
     expected |= {f"shapes/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in NORMS}
     expected.add("shapes/mask_rcnn_slim_R50_FPN_KN.yaml")
     expected |= {f"photos/mask_rcnn_lite0_FPN_{norm}.yaml" for norm in ("BN", "KN", "KN_finetune")}
-    expected |= {f"photos/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in ("BN", "GN", "KN")}
+    expected |= {f"photos/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in PHOTO_NORMS}
     expected.add("mask_rcnn_R50_C4_KN_finetune.yaml")
     assert expected == set(NAMES) - set(BASES)
 
@@ -218,9 +220,10 @@ def test_coco_configs_differ_in_the_norm_alone():
 
 
 def test_slim_configs_on_photographs_differ_in_the_norm_alone():
-    names = [f"photos/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in ("BN", "GN", "KN")]
+    names = [f"photos/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in PHOTO_NORMS]
+    of_slim = {"MODEL.KN.LEARN_GAIN", "MODEL.KN.NUM_GROUPS"}
     for other in names[1:]:
-        assert set(changes(other, names[0])) <= OF_THE_NORM | {"MODEL.KN.LEARN_GAIN"}
+        assert set(changes(other, names[0])) <= OF_THE_NORM | of_slim
 
 
 def test_shapes_configs_differ_in_the_norm_alone():

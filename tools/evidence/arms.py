@@ -80,6 +80,7 @@ _R50 = f"{_FOLDER}/mask_rcnn_slim_R50_C4"
 R50: Dict[str, Arm] = {
     "R50_BN_frozen": Arm("BN*, frozen", f"{_R50}_BN.yaml"),
     "R50_GN": Arm("GN, 8 groups", f"{_R50}_GN.yaml"),
+    "R50_GKN": Arm("GKN, 8 groups", f"{_R50}_GKN.yaml"),
     "R50_KN_gain0": Arm("KN, gain 0", f"{_R50}_KN.yaml"),
     "R50_KN_from_BN": Arm(
         "KN, gain 0, from the weights of BN",

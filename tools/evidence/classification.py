@@ -95,6 +95,13 @@ R50 = {
     "R50_BN": _r50("BN", "BN", "BN"),
     # At the default rate of 0.025 GroupNorm was still at chance after an epoch.
     "R50_GN": _r50("GN, rate 0.1", "GN8", "GN", ("SOLVER.BASE_LR", "0.1"), shares=False),
+    "R50_GKN": _r50(
+        "GKN, rate 0.1",
+        "GKN",
+        "GKN",
+        ("SOLVER.BASE_LR", "0.1", "MODEL.KN.GAIN", "0.9"),
+        shares=False,
+    ),
     "R50_KN_annealed": _r50("KN, annealed", "KN", "KN", _ANNEALED),
     "R50_KN_gain0": _r50("KN, gain 0", "KN", "KN", _NO_GAIN, shares=False),
 }

@@ -52,6 +52,8 @@ COMPARED = (
     ("R50_KN_gain0", "R50_KN_from_BN"),
     ("R50_KN_from_BN", "R50_BN_frozen"),
     ("R50_GN", "R50_BN_frozen"),
+    ("R50_GKN", "R50_BN_frozen"),
+    ("R50_GKN", "R50_GN"),
 )
 
 # The paper's top-1 on CIFAR-10 (Tables 7 and 8), by arm.
