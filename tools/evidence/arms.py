@@ -85,7 +85,7 @@ R50: Dict[str, Arm] = {
     "R50_KN_from_BN": Arm(
         "KN, gain 0, from the weights of BN",
         f"{_R50}_KN.yaml",
-        ("MODEL.WEIGHTS", "output/tiny200/R50_BN_m64_seed1/backbone.pth"),
+        ("MODEL.WEIGHTS", "kn://slim_R50_BN.pth"),
     ),
 }
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from kn_detectron import InputError
 from kn_detectron.data import ShapesSpec, generate_shapes
-from kn_detectron.model_zoo import get_config
+from kn_detectron.model_zoo import get_config, released_weights
 
 from ...engine.conftest import fresh_logs  # noqa: F401
 from ...pretraining.conftest import folder, write_images  # noqa: F401
@@ -78,11 +78,12 @@ def test_group_norm_takes_over_scale_shift_and_activation():
 
 
 @pytest.mark.parametrize("arm", R50.values(), ids=list(R50))
-def test_detectors_start_from_what_the_pretraining_writes(arm):
+def test_detectors_start_from_released_weights_or_what_the_pretraining_writes(arm):
     written = [
         f"output/tiny200/{name}_m{64 if arm.shares else 1}_seed1/backbone.pth"
         for name, arm in classification.R50.items()
     ]
+    written += [f"kn://{name}" for name in released_weights() if name.startswith("slim_R50")]
     cfg = get_config(arm.config)
     cfg.merge_from_list(list(arm.options))
     assert cfg.MODEL.WEIGHTS in written
