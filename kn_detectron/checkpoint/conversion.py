@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import add_kn_config
 from ..errors import InputError
 from ..layers import KN_STATE
-from ..layers.kalman_norm import VARIANTS
+from ..layers.kalman_filter import VARIANTS
 from .architecture import resnet_of
 from .conventions import CHECKPOINT_KEY
 from .files import atomic_write, explained_write_errors, fetch

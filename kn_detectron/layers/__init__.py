@@ -2,8 +2,8 @@
 
 from .belief import Belief
 from .convert import KalmanNetwork, convert_kalman_norm
+from .kalman_filter import KN_STATE
 from .kalman_norm import (
-    KN_STATE,
     GroupKalmanNorm2d,
     KalmanNorm2d,
     kalman_layers,

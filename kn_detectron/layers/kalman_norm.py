@@ -1,6 +1,5 @@
 """Kalman Normalization as drop-in layers: KalmanNorm2d and GroupKalmanNorm2d."""
 
-import math
 from typing import Dict, Optional, Tuple, Union
 
 import torch
@@ -8,250 +7,25 @@ from torch import Tensor, nn
 
 from .absorb import absorb, has_hooks
 from .belief import Belief
-from .filter import Running, Spec, Vectors, filter_belief, group_belief, process
+from .filter import Running, Spec, Vectors, filter_belief, group_belief
+from .kalman_filter import OUTSIDE, KalmanFilter, Prior, cast
 from .normalize import filter_and_normalize
 from .passes import statistics_dtype
 from .sets import Sets
-from .triton import is_traced
 
 __all__ = [
     "EVAL_STATISTICS",
     "GroupKalmanNorm2d",
-    "KN_STATE",
     "KalmanNorm2d",
-    "VARIANTS",
     "kalman_layers",
     "set_gain_scale",
     "set_norm_batch_size",
 ]
 
-VARIANTS = ("network", "paper")
 EVAL_STATISTICS = ("moving", "batch")
 
-# The entries of a KN layer's state_dict that BatchNorm and GroupNorm do not have.
-KN_STATE = ("gain_logit", "gain_scale", "mean_offset", "log_var_scale", "process_noise")
 
-# softplus(-5) = 0.0067: R starts small beside the variance of 1 that normalised features have.
-_INITIAL_PROCESS_NOISE = -5.0
-
-
-class _OutsideAChain:
-    """The default of ``prior``: the layer is called like BatchNorm, and returns y alone."""
-
-    def __repr__(self) -> str:
-        return "<outside a chain>"
-
-
-_OUTSIDE = _OutsideAChain()
-Prior = Union[Belief, None, _OutsideAChain]
-
-
-def _logit(gain: float) -> float:
-    if gain in (0.0, 1.0):
-        return math.inf if gain else -math.inf
-    return math.log(gain / (1.0 - gain))
-
-
-class _KalmanFilter(nn.Module):
-    """The gain and the process model, which the batch and the group version share.
-
-    It is a mixin for a norm of torch. The gain is ``gain_scale * sigmoid(gain_logit)``: it stays in
-    (0, 1) whatever the optimiser does, and a hook can anneal it.
-    """
-
-    def _init_filter(
-        self,
-        channels: int,
-        gain: Optional[float],
-        learn_gain: bool,
-        variant: str,
-        process_model: bool,
-        prior_gradient: bool,
-        device,
-        dtype,
-    ) -> None:
-        if variant not in VARIANTS:
-            raise ValueError(f"variant is one of {VARIANTS}, not {variant!r}")
-        if gain is not None and not 0.0 <= gain <= 1.0:
-            raise ValueError(f"gain lies between 0 and 1, or is None for a head, not {gain}")
-        if gain in (0.0, 1.0) and learn_gain:
-            raise ValueError(
-                f"a gain of {gain:g} cannot be learned (its logit is infinite): "
-                "pass learn_gain=False, or a gain strictly between 0 and 1"
-            )
-        self.variant = variant
-        self.initial_gain = gain
-        self.prior_gradient = prior_gradient
-        self.has_process_model = process_model and gain is not None
-        if self.is_head:  # a parameter that gets no gradient would break DDP
-            return
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device=device, dtype=dtype)
-
-        if learn_gain:
-            self.gain_logit = nn.Parameter(empty())
-        else:
-            self.register_buffer("gain_logit", empty())
-        self.register_buffer("gain_scale", empty())
-        if self.has_process_model and variant == "network":
-            self.mean_offset = nn.Parameter(empty(channels))
-            self.log_var_scale = nn.Parameter(empty(channels))
-        elif self.has_process_model:
-            self.process_noise = nn.Parameter(empty(channels))
-        self._reset_filter()
-
-    @torch.no_grad()
-    def _reset_filter(self) -> None:
-        if self.is_head:
-            return
-        self.gain_logit.fill_(_logit(self.initial_gain))
-        self.gain_scale.fill_(1.0)
-        if self.has_process_model and self.variant == "network":
-            self.mean_offset.zero_()
-            self.log_var_scale.zero_()
-        elif self.has_process_model:
-            self.process_noise.fill_(_INITIAL_PROCESS_NOISE)
-        self._remember_that_it_measures(self.initial_gain > 0.0)
-
-    def reset_parameters(self) -> None:
-        """Sets the norm, the gain and the process model to their initial values."""
-        super().reset_parameters()
-        if hasattr(self, "initial_gain"):  # torch's constructor calls this before it is set
-            self._reset_filter()
-
-    @property
-    def is_head(self) -> bool:
-        """Whether the layer is the head of a chain, with no prior, gain and process model."""
-        return self.initial_gain is None
-
-    @property
-    def gain(self) -> Optional[Tensor]:
-        """The effective gain q in [0, 1], a scalar tensor; None for a head."""
-        if self.is_head:
-            return None
-        dtype = torch.promote_types(self.gain_logit.dtype, torch.float32)
-        return self.gain_scale.to(dtype) * self.gain_logit.to(dtype).sigmoid()
-
-    def set_gain_scale(self, scale: float) -> None:
-        """Multiplies the gain by ``scale`` in [0, 1], for annealing. At 0 nothing is measured.
-
-        The scale is in the state_dict, so the gain of an annealed model stays annealed in its
-        checkpoints. A head has no gain and ignores the scale.
-        """
-        if not 0.0 <= scale <= 1.0:
-            raise ValueError(f"the scale of a gain lies between 0 and 1, not {scale}")
-        if not self.is_head:
-            measures = scale > 0.0 and (self._learns_gain or self.measures or self._logit_allows())
-            self.gain_scale.fill_(scale)
-            self._remember_that_it_measures(measures)
-
-    # What forward does depends on whether the gain is 0. The gain is on the device, and reading it
-    # would wait for the device. So the answer is kept, with the tensors that decide it and their
-    # version counters: these tell whether anything wrote to the tensors since. A learned gain is a
-    # sigmoid, which is never 0 by itself.
-
-    @property
-    def _learns_gain(self) -> bool:
-        return isinstance(self.gain_logit, nn.Parameter)
-
-    def _logit_allows(self) -> bool:
-        return bool(self.gain_logit > -math.inf)
-
-    def _gain_state(self):
-        deciding = [self.gain_scale] if self._learns_gain else [self.gain_scale, self.gain_logit]
-        # Tensors made in inference mode have no version. NaN equals nothing, so they are read anew.
-        return [(t, math.nan if t.is_inference() else t._version) for t in deciding]
-
-    def _remember_that_it_measures(self, measures: bool) -> None:
-        self._measures, self._measures_as_of = measures, self._gain_state()
-
-    @property
-    def measures(self) -> bool:
-        """Whether the layer measures its features: it is a head, or its gain is not 0.
-
-        The device is asked only if something other than :meth:`set_gain_scale` wrote the gain.
-        """
-        if self.is_head:
-            return True
-        if is_traced(self.gain_scale):  # neither the value nor its version can be read
-            return self._measures
-        known = self._measures_as_of
-        now = self._gain_state()
-        if any(a is not b or old != new for (a, old), (b, new) in zip(known, now)):
-            self._remember_that_it_measures(bool(self.gain > 0))
-        return self._measures
-
-    def _check_prior(self, prior: Prior, channels: int) -> None:
-        if not isinstance(prior, (Belief, _OutsideAChain, type(None))):
-            raise ValueError(f"a prior is a Belief(mean, var), not a {type(prior).__name__}")
-        if self.is_head and isinstance(prior, Belief):
-            raise ValueError(
-                f"{type(self).__name__}(gain=None) is the head of a chain and takes no prior"
-            )
-        if not self.is_head and not isinstance(prior, Belief):
-            raise ValueError(
-                f"{type(self).__name__} with a gain needs prior=: pass the belief predicted from "
-                "the layer below, or build the layer with gain=None as the head of a chain"
-            )
-        if isinstance(prior, Belief) and not torch.jit.is_tracing():
-            for part, shape in (("mean", prior.mean.shape), ("var", prior.var.shape)):
-                if shape[-1] != channels:
-                    raise ValueError(
-                        f"expected a prior about {channels} channels (got a {part} of shape "
-                        f"{tuple(shape)})"
-                    )
-
-    def _check_channels(self, x: Tensor, channels: int) -> None:
-        if x.dim() != 4:
-            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-        # Under torch.jit.trace a size is a tensor, and comparing it gives a warning.
-        if not torch.jit.is_tracing() and x.shape[1] != channels:
-            raise ValueError(
-                f"expected {channels} channels (got an input of shape {tuple(x.shape)})"
-            )
-
-    def _process_model(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-        """The arguments of :func:`~.filter.process` that follow the prior."""
-        if not self.has_process_model:
-            return None, None, None
-        if self.variant == "network":
-            return self.mean_offset, self.log_var_scale, None
-        return None, None, self.process_noise
-
-    def _prior_vectors(self, prior: Prior, dtype: torch.dtype) -> Vectors:
-        """The vectors of a layer that was given this prior."""
-        if not isinstance(prior, Belief):
-            return Vectors(weight=_cast(self.weight, dtype), bias=_cast(self.bias, dtype))
-        if not self.prior_gradient:
-            prior = prior.detach()
-        tensors = (*prior, self.gain_logit, self.gain_scale, *self._process_model())
-        return Vectors(*(_cast(t, dtype) for t in (*tensors, self.weight, self.bias)))
-
-    def _processed(self, prior: Belief, dtype: torch.dtype) -> Belief:
-        prior = Belief(*(_cast(t, dtype) for t in prior))
-        return process(prior, *(_cast(t, dtype) for t in self._process_model()))
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        own = [name for name in KN_STATE if getattr(self, name, None) is not None]
-        if not any(prefix + name in state_dict for name in own):
-            # The checkpoint is BatchNorm's or GroupNorm's: the filter keeps its values.
-            state_dict.update({prefix + name: getattr(self, name).detach() for name in own})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def extra_repr(self) -> str:
-        if self.is_head:
-            return f"{super().extra_repr()}, head of a chain"
-        learned = "learned" if self._learns_gain else "fixed"
-        gain = self.initial_gain if self.gain_logit.is_meta else self.gain.item()
-        return f"{super().extra_repr()}, variant={self.variant}, gain={gain:.3g} ({learned})"
-
-
-def _cast(t: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
-    return None if t is None else t.to(dtype)
-
-
-class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
+class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
     r"""Kalman Normalization of a batch of feature maps (Sec. 3.2, Eq. 7).
 
     BatchNorm measures a layer's mean and variance on the images at hand. This layer also takes a
@@ -358,7 +132,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         return moving and not self.training
 
     def forward(
-        self, x: Tensor, prior: Prior = _OUTSIDE
+        self, x: Tensor, prior: Prior = OUTSIDE
     ) -> Union[Tensor, Tuple[Tensor, Optional[Belief]]]:
         """Normalises x: ``y = norm(x)`` outside a chain, ``y, belief = norm(x, prior=...)`` in one.
 
@@ -389,7 +163,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
                 belief = filter_belief(self._running_vectors(x), None, spec).belief
         else:
             y, belief = self._filter(x, prior)
-        return y if prior is _OUTSIDE else (y, belief)
+        return y if prior is OUTSIDE else (y, belief)
 
     def _running_vectors(self, x: Tensor) -> Vectors:
         """The vectors of a layer whose posterior is its moving statistics."""
@@ -399,7 +173,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         else:
             mean = x.new_zeros((1, self.num_features), dtype=dtype)
             var = torch.ones_like(mean)
-        weight, bias = _cast(self.weight, dtype), _cast(self.bias, dtype)
+        weight, bias = cast(self.weight, dtype), cast(self.bias, dtype)
         return Vectors(mean, var, weight=weight, bias=bias)
 
     def _spec(self, x: Tensor, rows: int, measures: bool) -> Spec:
@@ -500,7 +274,7 @@ class KalmanNorm2d(_KalmanFilter, nn.BatchNorm2d):
         return _innovation(self._processed(prior, statistics_dtype(x)), sets, x, self.eps)
 
 
-class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
+class GroupKalmanNorm2d(KalmanFilter, nn.GroupNorm):
     r"""Group Kalman Normalization (Sec. 3.3, Eq. 8): Eq. 7 on GroupNorm's statistics.
 
     The measurement is the mean and biased variance of each image and group of channels. The prior,
@@ -553,7 +327,7 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
             dtype,
         )
 
-    def forward(self, x: Tensor, prior: Prior = _OUTSIDE) -> Union[Tensor, Tuple[Tensor, Belief]]:
+    def forward(self, x: Tensor, prior: Prior = OUTSIDE) -> Union[Tensor, Tuple[Tensor, Belief]]:
         """Normalises x: ``y = norm(x)`` outside a chain, ``y, belief = norm(x, prior=...)`` in one.
 
         Args:
@@ -577,7 +351,7 @@ class GroupKalmanNorm2d(_KalmanFilter, nn.GroupNorm):
             vectors = vectors._replace(prior_mean=zeros, prior_var=torch.ones_like(zeros))
         rows = x.shape[0] if measures else vectors.prior_mean.shape[0]
         y, belief = filter_and_normalize(x, vectors, self._spec(x, rows, measures))
-        return y if prior is _OUTSIDE else (y, belief)
+        return y if prior is OUTSIDE else (y, belief)
 
     def _spec(self, x: Tensor, rows: int, measures: bool) -> Spec:
         sets = Sets(x.shape[0], self.num_channels, rows, self.num_groups)
@@ -601,7 +375,7 @@ def kalman_layers(module: nn.Module) -> Dict[str, Union[KalmanNorm2d, GroupKalma
     return {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(layer, _KalmanFilter) and not layer.is_head
+        if isinstance(layer, KalmanFilter) and not layer.is_head
     }
 
 

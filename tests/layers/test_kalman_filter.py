@@ -1,0 +1,113 @@
+"""The gain: its range, its annealing, and whether the layer measures."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kn_detectron.layers import (
+    Belief,
+    GroupKalmanNorm2d,
+    KalmanNorm2d,
+    kalman_layers,
+    set_gain_scale,
+)
+
+from .inputs import prior_of
+
+
+def make(kind="KN", channels=4, **options):
+    if kind == "KN":
+        return KalmanNorm2d(channels, **options)
+    return GroupKalmanNorm2d(2, channels, **options)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(1)) * 2 + 0.7
+
+
+BOTH = pytest.mark.parametrize("kind", ["KN", "GKN"])
+
+
+def test_gain_is_a_sigmoid_and_starts_where_it_is_told():
+    norm = KalmanNorm2d(4, gain=0.02)
+    assert norm.gain.item() == pytest.approx(0.02)
+    for logit in (-50.0, 50.0):
+        norm.gain_logit.data.fill_(logit)
+        assert 0 <= norm.gain.item() <= 1
+    assert KalmanNorm2d(4, gain=None).gain is None
+
+
+def test_set_gain_scale_reaches_all_layers_but_heads():
+    model = nn.ModuleDict({"a": KalmanNorm2d(4), "b": make("GKN"), "c": KalmanNorm2d(4, gain=None)})
+    assert list(kalman_layers(model)) == ["a", "b"]
+    set_gain_scale(model, 0.5)
+    assert model["a"].gain.item() == pytest.approx(0.05)
+    assert model["b"].gain.item() == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="between 0 and 1, not 1.5"):
+        set_gain_scale(model, 1.5)
+
+
+def test_no_prior_gradient(x):
+    prior = Belief(*(v.requires_grad_() for v in prior_of()))
+    norm = KalmanNorm2d(4, prior_gradient=False)
+    norm(x, prior=prior)[0].square().sum().backward()
+    assert prior.mean.grad is None and norm.log_var_scale.grad.abs().sum() > 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that read a number off the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@BOTH
+@pytest.mark.parametrize("learn_gain", [True, False])
+def test_annealing_waits_for_no_device(kind, learn_gain, x):
+    norm = make(kind, learn_gain=learn_gain)
+    with Waits() as waits:
+        for scale in (1.0, 0.7, 0.2, 0.0):
+            set_gain_scale(norm, scale)
+            norm(x, prior=prior_of())
+    assert waits.count == 0
+
+
+@BOTH
+@pytest.mark.parametrize("learn_gain", [True, False])
+def test_whether_it_measures_follows_from_its_state(kind, learn_gain):
+    """Whoever writes the state, and however: by loading, in place, or with another tensor."""
+    norm, annealed = make(kind, learn_gain=learn_gain), make(kind, learn_gain=learn_gain)
+    annealed.set_gain_scale(0.0)
+    assert norm.measures and not annealed.measures
+    norm.load_state_dict(annealed.state_dict())
+    assert not norm.measures
+    norm.gain_scale.fill_(0.5)
+    assert norm.measures and copy.deepcopy(norm).measures
+    for own, other in zip(norm.buffers(), annealed.buffers()):
+        own.copy_(other)
+    assert not norm.measures and not copy.deepcopy(norm).measures
+    norm.gain_scale = torch.ones(())
+    assert norm.measures
+    with torch.inference_mode():
+        norm.gain_scale = torch.zeros(())
+        assert not norm.measures
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(gain=1.2), "between 0 and 1, or is None for a head, not 1.2"),
+        (dict(gain=0.0), "cannot be learned"),
+        (dict(variant="nets"), "variant is one of .* not 'nets'"),
+    ],
+)
+def test_bad_arguments(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        KalmanNorm2d(4, **options)
