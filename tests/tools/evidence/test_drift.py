@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evidence import detection, drift, report
+from evidence import detection, drift, tables
 from torch import nn
 
 from kn_detectron import data
@@ -49,4 +49,4 @@ def test_runs_are_measured_before_and_after(tmp_path, monkeypatch):
     # These are not ImageNet's photographs, and two steps change the weights a little.
     assert min(found["before"]) > 0.05
     assert found["before"] != found["after"] == pytest.approx(found["before"], abs=0.5)
-    assert "| BN\\*, frozen" in report.drift_table(rows)
+    assert "| BN\\*, frozen" in tables.drift_table(rows)

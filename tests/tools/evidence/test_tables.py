@@ -1,0 +1,60 @@
+"""What the tables of docs/evidence.md say of the runs."""
+
+from evidence import tables
+
+from .results import run
+
+
+def test_a_table_has_means_ranges_and_differences():
+    data = {
+        "runs": [run("BN_frozen", 2, 1, 10.0), run("BN_frozen", 2, 2, 12.0), run("KN", 2, 1, 13.0)],
+        "differences": [
+            {
+                **{"ours": "KN", "theirs": "BN_frozen", "images": 2, "task": task, "seeds": seeds},
+                **{"difference": value, "low": -0.5, "high": 4.25},
+            }
+            for seeds, value in (([1], 3.0), ([2, 3], 2.0))
+            for task in ("bbox", "segm")
+        ],
+    }
+    text = tables.detection_tables(data)
+    assert "11.0 (10.0 to 12.0)" in text and "22.0 (20.0 to 24.0)" in text
+    assert "| 1          | +3.0 (-0.5 to +4.2)" in text
+    assert "| 2, 3       | +2.0 (-0.5 to +4.2)" in text and "1.0 / 2.0 / 3.0" in text
+    assert "1 image per step" not in text
+
+
+def test_norms_that_share_nothing_have_one_result_for_all_micro_batches():
+    def result(arm, size, moving, online):
+        results = {"moving": {"top1": moving}, "online": {"top1": online}}
+        return {"arm": arm, "micro_batch": size, "seed": 1, "results": results}
+
+    runs = [result("GN", 1, 50.0, 50.0), result("BN", 2, 40.0, 41.0), result("BN", 64, 60.0, 61.0)]
+    lines = tables.classification_table({"runs": runs}).splitlines()
+    assert lines[2].count("50.0 / 50.0") == 2
+    assert "40.0 / 41.0 " in lines[3] and "60.0 / 61.0 " in lines[3]
+    second = {**result("BN", 2, 44.0, 42.0), "seed": 2}
+    assert "42.0 / 41.5 (2)" in tables.classification_table({"runs": [*runs, second]})
+    assert len(lines) == 4  # norms without any run have no line
+
+
+def test_learning_rates_are_compared():
+    runs = [run("KN", 2, 1, 3.0), {**run("BN", 2, 1, 1.0), "learning_rate": 0.02}]
+    lines = tables.choice_table({"runs": runs}).splitlines()
+    assert "0.01" in lines[0] and "0.02" in lines[0]
+    assert "1.0 / 1.0" in lines[2] and "not run" in lines[2] and "3.0 / 3.0" in lines[3]
+
+
+def test_the_paper_stands_beside_our_runs_and_has_no_part_in_them():
+    def result(arm, size, seed, top1):
+        results = {"moving": {"top1": top1}, "online": {"top1": 0.0}}
+        return {"arm": arm, "micro_batch": size, "seed": seed, "results": results}
+
+    runs = [result("BRN", 2, 1, 40.0), result("BRN", 2, 2, 41.0), result("WN", 1, 1, 30.0)]
+    header, _, *lines = tables.against_paper_table({"runs": runs}).splitlines()
+    cells = {row[0]: row[1:] for row in ([c.strip() for c in li.split("|")[1:-1]] for li in lines)}
+    assert cells["BRN"][:3] == ["40.5 (2)", "not run", "90.4"]
+    assert cells["WN"][:3] == ["30.0", "30.0", "87.8"]
+    assert "ours, 64" in header and "paper, Inception, 2" in header
+    # The rows of the other table are those of the picture.
+    assert "BRN" not in tables.classification_table({"runs": runs + [result("BN", 2, 1, 1.0)]})

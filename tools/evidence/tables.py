@@ -1,0 +1,260 @@
+"""The tables of docs/evidence.md, README and MODEL_ZOO.md in Markdown, from the results of runs."""
+
+import re
+from itertools import groupby
+from pathlib import Path
+from statistics import mean
+from typing import Dict, List
+
+from tabulate import tabulate
+
+from kn_detectron.model_zoo import released_weights
+
+from . import arms, classification
+
+__all__ = [
+    "COMPARED",
+    "TASKS",
+    "against_paper_table",
+    "choice_table",
+    "classification_table",
+    "detection_tables",
+    "drift_table",
+    "similarity_table",
+    "summary_table",
+    "variance_gap_table",
+    "zoo_table",
+]
+
+TASKS = {"bbox": "box", "segm": "mask"}
+# The differences that docs/evidence.md reports: (ours, theirs).
+COMPARED = (
+    ("KN", "BN_frozen"),
+    ("KN", "BN_affine"),
+    ("KN", "BN"),
+    ("KN", "KN_gain0"),
+    ("KN_gain0", "BN_frozen"),
+    ("KN_gain0", "BN_affine"),
+    ("KN_gain0", "BN"),
+    ("KN_gain0", "GN"),
+    ("GN", "BN_frozen"),
+    ("BN_affine", "BN_frozen"),
+    ("R50_KN_gain0", "R50_BN_frozen"),
+    ("R50_KN_gain0", "R50_GN"),
+    ("R50_KN_gain0", "R50_KN_from_BN"),
+    ("R50_KN_from_BN", "R50_BN_frozen"),
+    ("R50_GN", "R50_BN_frozen"),
+    ("R50_GKN", "R50_BN_frozen"),
+    ("R50_GKN", "R50_GN"),
+)
+
+# The paper's top-1 on CIFAR-10 (Tables 7 and 8), by arm.
+PAPER_NETWORKS = ("Inception, 2", "Inception, 128", "ResNet-32, 2", "ResNet-110, 128")
+PAPER = {
+    "BN": ("89.4", "92.1", "91.2", "93.8"),
+    "BRN": ("90.4", "", "", ""),
+    "WN": ("87.8", "", "", ""),
+    "LN": ("77.7", "", "", ""),
+    "GN": ("", "", "91.3", "92.6"),
+    "GKN": ("", "", "", ""),
+    "KN": ("90.9", "", "92.7", "94.3"),
+    "KN_annealed": ("", "", "", ""),
+    "KN_gain0": ("", "", "", ""),
+}
+_NOT_RUN = "not run"
+
+
+def detection_tables(data: Dict) -> str:
+    """The tables of the detectors in Markdown, one pair for each number of images per step."""
+    parts = []
+    for images in sorted({run["images"] for run in data["runs"]}, reverse=True):
+        rows = []
+        for name, arm in arms.ARMS.items():
+            runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, images)]
+            if runs:
+                rates = {run["learning_rate"] for run in runs}
+                rate = ", ".join(map(str, sorted(rates)))
+                rows.append([arm.label, rate, len(runs), *_average_precisions(runs)])
+        header = [
+            "norm",
+            "learning rate",
+            "seeds",
+            "box AP",
+            "mask AP",
+            "box AP50",
+            "mask AP50",
+            "box APs / m / l",
+        ]
+        what = f"{images} image{'s' if images > 1 else ''} per step"
+        parts.append(f"**{what}**, mean (lowest to highest of the seeds):")
+        parts.append(tabulate(rows, header, tablefmt="github"))
+        rows = _difference_rows([d for d in data["differences"] if d["images"] == images])
+        if rows:
+            parts.append(f"Differences at {what}, in AP, with the 95% interval over photographs:")
+            header = ["", "of seeds", "box", "mask"]
+            parts.append(tabulate(rows, header, tablefmt="github"))
+    return _escaped("\n\n".join(parts))
+
+
+def _average_precisions(runs: List[Dict]) -> List[str]:
+    def values(task, key):
+        return [run["results"][task][key] for run in runs]
+
+    def spread(task, key):
+        found = values(task, key)
+        text = f"{mean(found):.1f}"
+        return f"{text} ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else text
+
+    sizes = " / ".join(f"{mean(values('bbox', key)):.1f}" for key in ("APs", "APm", "APl"))
+    overall = [spread(task, key) for key in ("AP", "AP50") for task in TASKS]
+    return [*overall, sizes]
+
+
+def _difference_rows(differences: List[Dict]) -> List[List]:
+    def place(difference):
+        return COMPARED.index((difference["ours"], difference["theirs"])), difference["seeds"]
+
+    rows = []
+    for (pair, seeds), found in groupby(sorted(differences, key=place), key=place):
+        by_task = {d["task"]: d for d in found}
+        cells = [
+            f"{d['difference']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})"
+            for d in (by_task[task] for task in TASKS)
+        ]
+        names = " minus ".join(arms.ARMS[name].label for name in COMPARED[pair])
+        rows.append([names, ", ".join(map(str, seeds)), *cells])
+    return rows
+
+
+def summary_table(data: Dict) -> str:
+    """One line for each arm and number of images per step in Markdown, for README."""
+    rows = []
+    for images in sorted({run["images"] for run in data["runs"]}, reverse=True):
+        for name, arm in arms.ARMS.items():
+            runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, images)]
+            if runs:
+                box, mask, *_ = _average_precisions(runs)
+                rate = runs[0]["learning_rate"]
+                rows.append([arm.label, images, rate, len(runs), box, mask])
+    header = ["norm in the backbone", "images", "learning rate", "seeds", "box AP", "mask AP"]
+    return _escaped(tabulate(rows, header, tablefmt="github"))
+
+
+def zoo_table(data: Dict) -> str:
+    """One line for each run in Markdown, with its config and its released weights, for MODEL_ZOO.md."""
+    released = released_weights()
+    rows = []
+    for name, arm in arms.ARMS.items():
+        for run in data["runs"]:
+            if run["arm"] == name:
+                weights = f"{Path(arm.config).stem}.pth"
+                as_released = not arm.options and not arm.change and run["seed"] == 1
+                is_released = weights in released and as_released
+                rows.append(
+                    [
+                        arm.label,
+                        f"{run['steps']} x {run['images']} images",
+                        run["learning_rate"],
+                        run["seed"],
+                        f"{run['results']['bbox']['AP']:.1f}",
+                        f"{run['results']['segm']['AP']:.1f}",
+                        f"[config](kn_detectron/model_zoo/configs/{arm.config})",
+                        f"`kn://{weights}`" if is_released else "",
+                    ]
+                )
+    header = ["norm", "schedule", "learning rate", "seed", "box AP", "mask AP", "config", "weights"]
+    return _escaped(tabulate(rows, header, tablefmt="github"))
+
+
+def _escaped(table: str) -> str:
+    """A table in which Markdown shows the star of BN* as a star."""
+    return table.replace("BN*", r"BN\*")
+
+
+def choice_table(data: Dict) -> str:
+    """Box / mask AP over the learning rate in Markdown, on photographs held out of the training."""
+    rates = sorted({run["learning_rate"] for run in data["runs"]})
+    rows = []
+    for name, arm in arms.ARMS.items():
+        runs = [run for run in data["runs"] if run["arm"] == name]
+        by_rate = {run["learning_rate"]: run["results"] for run in runs}
+        cells = [
+            (
+                " / ".join(f"{by_rate[rate][task]['AP']:.1f}" for task in TASKS)
+                if rate in by_rate
+                else ""
+            )
+            for rate in rates
+        ]
+        if runs:
+            rows.append([arm.label, *(cell or _NOT_RUN for cell in cells)])
+    return _escaped(tabulate(rows, ["norm", *map(str, rates)], tablefmt="github"))
+
+
+def classification_table(data: Dict) -> str:
+    """Top-1 over images per micro-batch in Markdown, with moving and with online statistics.
+
+    Cells are means over seeds; the number of seeds stands behind them if it is not 1.
+    """
+    arms_shown = {**classification.CIFAR, **classification.R50}
+    runs = [run for run in data["runs"] if run["arm"] in arms_shown]
+    sizes = sorted({run["micro_batch"] for run in runs if arms_shown[run["arm"]].shares})
+    rows = []
+    for name, arm in arms_shown.items():
+        cells = [_top1(runs, name, size) for size in sizes]
+        if any(cell != _NOT_RUN for cell in cells):
+            rows.append([arm.label, *cells])
+    header = ["norm", *(f"{size} image{'s' if size > 1 else ''}" for size in sizes)]
+    return tabulate(rows, header, tablefmt="github")
+
+
+def _top1(runs: List[Dict], name: str, size: int, kinds=("moving", "online")) -> str:
+    """One cell: means over the seeds of an arm for ``size`` images that share statistics."""
+    wanted = size if classification.ARMS[name].shares else 1
+    found = [run["results"] for run in runs if (run["arm"], run["micro_batch"]) == (name, wanted)]
+    if not found:
+        return _NOT_RUN
+    cell = " / ".join(f"{mean(results[kind]['top1'] for results in found):.1f}" for kind in kinds)
+    return f"{cell} ({len(found)})" if len(found) > 1 else cell
+
+
+def against_paper_table(data: Dict) -> str:
+    """Top-1 with moving statistics beside the paper's on CIFAR-10 (Tables 7 and 8), in Markdown."""
+    rows = [
+        [
+            classification.ARMS[name].label,
+            *(_top1(data["runs"], name, size, ("moving",)) for size in (2, 64)),
+            *paper,
+        ]
+        for name, paper in PAPER.items()
+    ]
+    header = ["norm", "ours, 2 images", "ours, 64", *(f"paper, {what}" for what in PAPER_NETWORKS)]
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+def _label(run: str) -> str:
+    """The label of a run of tools/evidence/classification.py, by the name of its folder."""
+    return classification.ARMS[re.sub(r"_m\d+_seed\d+$", "", run)].label
+
+
+def similarity_table(data: Dict) -> str:
+    """The results of tools/evidence/similarity.py in Markdown."""
+    rows = [[_label(run), f"{value:.2f}"] for run, value in data.items()]
+    return tabulate(rows, ["norm", "average cosine"], tablefmt="github", disable_numparse=True)
+
+
+def variance_gap_table(data: Dict) -> str:
+    """The results of tools/evidence/variance_gap.py in Markdown: the average over all norms."""
+    rows = [[_label(run), f"{mean(by_norm.values()):.3f}"] for run, by_norm in data.items()]
+    return tabulate(rows, ["norm", "average gap"], tablefmt="github", disable_numparse=True)
+
+
+def drift_table(data: List[Dict]) -> str:
+    """The results of tools/evidence/drift.py in Markdown."""
+    rows = [["none", "", "", *data[0]["before"]]]
+    for run in data:
+        schedule = f"{run['steps']} x {run['images']}"
+        rows.append([arms.ARMS[run["arm"]].label, run["learning_rate"], schedule, *run["after"]])
+    rows = [[*row[:3], *(f"{value:.2f}" for value in row[3:])] for row in rows]
+    header = ["fine-tuned with", "learning rate", "steps", "of the variance", "of the mean"]
+    return _escaped(tabulate(rows, header, tablefmt="github", disable_numparse=True))
