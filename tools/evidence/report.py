@@ -14,11 +14,12 @@ files, without arguments too. A test compares the tables with the files.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Dict
+from typing import Dict, Tuple
 
 from pycocotools.coco import COCO
 
@@ -34,7 +35,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 # What tells two runs, or two differences, of one file apart.
 SETTINGS = {
     "runs": ("arm", "images", "micro_batch", "seed", "learning_rate"),
-    "differences": ("ours", "theirs", "images", "task", "seeds"),
+    "differences": ("ours", "theirs", "images", "learning_rates", "task", "seeds"),
 }
 
 
@@ -68,21 +69,24 @@ def collect_detection(folder: Path, truth_file: str, samples: int = 1000) -> Dic
     differences = []
     for images in sorted({r["images"] for r in results.values()}, reverse=True):
         for task in tables.TASKS:
-            matched: Dict[str, Dict[int, MatchedRun]] = {}
+            matched: Dict[Tuple[str, float], Dict[int, MatchedRun]] = {}
             for run, result in results.items():
                 if result["images"] == images:
                     (found,) = (run / "inference").glob("*/coco_instances_results.json")
                     found = MatchedRun(truth, json.loads(found.read_text()), task)
-                    matched.setdefault(result["arm"], {})[result["seed"]] = found
-            for ours, theirs in tables.COMPARED:
-                seeds = sorted(set(matched.get(ours, ())) & set(matched.get(theirs, ())))
-                if not seeds:
+                    setting = result["arm"], result["learning_rate"]
+                    matched.setdefault(setting, {})[result["seed"]] = found
+            for pair in itertools.product(sorted(matched), repeat=2):
+                (ours, our_rate), (theirs, their_rate) = pair
+                seeds = sorted(set(matched[pair[0]]) & set(matched[pair[1]]))
+                if (ours, theirs) not in tables.COMPARED or not seeds:
                     continue
-                pair = ([matched[arm][seed] for seed in seeds] for arm in (ours, theirs))
+                pair = ([matched[setting][seed] for seed in seeds] for setting in pair)
                 difference = paired_bootstrap(*pair, samples=samples)
                 difference = {key: round(value, 2) for key, value in difference.items()}
                 names = {"ours": ours, "theirs": theirs, "images": images, "task": task}
-                differences.append({**names, "seeds": seeds, **difference})
+                rates = {"learning_rates": [our_rate, their_rate]}
+                differences.append({**names, **rates, "seeds": seeds, **difference})
     return {"runs": list(results.values()), "differences": differences}
 
 
@@ -99,6 +103,7 @@ TABLES = {
     "drift": ("drift", tables.drift_table),
     "variance_gap": ("variance_gap", tables.variance_gap_table),
     "zoo": ("long", tables.zoo_table),
+    "zoo_own_weights": ("own_weights", tables.zoo_table),
     "summary": ("own_rate", tables.summary_table),
     "classification": ("classification", tables.classification_table),
     "against_paper": ("classification", tables.against_paper_table),

@@ -4,7 +4,7 @@ import re
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 from tabulate import tabulate
 
@@ -70,10 +70,9 @@ def detection_tables(data: Dict) -> str:
     for images in sorted({run["images"] for run in data["runs"]}, reverse=True):
         rows = []
         for name, arm in arms.ARMS.items():
-            runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, images)]
-            if runs:
-                rates = {run["learning_rate"] for run in runs}
-                rate = ", ".join(map(str, sorted(rates)))
+            for rate in _rates(data, name, images):
+                wanted = name, images, rate
+                runs = [r for r in data["runs"] if _setting(r) == wanted]
                 rows.append([arm.label, rate, len(runs), *_average_precisions(runs)])
         header = [
             "norm",
@@ -87,13 +86,22 @@ def detection_tables(data: Dict) -> str:
         ]
         what = f"{images} image{'s' if images > 1 else ''} per step"
         parts.append(f"**{what}**, mean (lowest to highest of the seeds):")
-        parts.append(tabulate(rows, header, tablefmt="github"))
-        rows = _difference_rows([d for d in data["differences"] if d["images"] == images])
+        parts.append(tabulate(rows, header, tablefmt="github", disable_numparse=True))
+        rows = _difference_rows(data, images)
         if rows:
             parts.append(f"Differences at {what}, in AP, with the 95% interval over photographs:")
             header = ["", "of seeds", "box", "mask"]
-            parts.append(tabulate(rows, header, tablefmt="github"))
+            parts.append(tabulate(rows, header, tablefmt="github", disable_numparse=True))
     return _escaped("\n\n".join(parts))
+
+
+def _setting(run: Dict) -> Tuple[str, int, float]:
+    return run["arm"], run["images"], run["learning_rate"]
+
+
+def _rates(data: Dict, name: str, images: int) -> List[float]:
+    """The learning rates at which an arm was run with so many images per step."""
+    return sorted({rate for *what, rate in map(_setting, data["runs"]) if what == [name, images]})
 
 
 def _average_precisions(runs: List[Dict]) -> List[str]:
@@ -110,18 +118,24 @@ def _average_precisions(runs: List[Dict]) -> List[str]:
     return [*overall, sizes]
 
 
-def _difference_rows(differences: List[Dict]) -> List[List]:
+def _difference_rows(data: Dict, images: int) -> List[List]:
     def place(difference):
-        return COMPARED.index((difference["ours"], difference["theirs"])), difference["seeds"]
+        pair = COMPARED.index((difference["ours"], difference["theirs"]))
+        return pair, difference["learning_rates"], difference["seeds"]
 
+    def label(name, rate):
+        several = len(_rates(data, name, images)) > 1
+        return arms.ARMS[name].label + (f", at {rate}" if several else "")
+
+    differences = [d for d in data["differences"] if d["images"] == images]
     rows = []
-    for (pair, seeds), found in groupby(sorted(differences, key=place), key=place):
+    for (pair, rates, seeds), found in groupby(sorted(differences, key=place), key=place):
         by_task = {d["task"]: d for d in found}
         cells = [
             f"{d['difference']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})"
             for d in (by_task[task] for task in TASKS)
         ]
-        names = " minus ".join(arms.ARMS[name].label for name in COMPARED[pair])
+        names = " minus ".join(map(label, COMPARED[pair], rates))
         rows.append([names, ", ".join(map(str, seeds)), *cells])
     return rows
 
@@ -137,7 +151,7 @@ def summary_table(data: Dict) -> str:
                 rate = runs[0]["learning_rate"]
                 rows.append([arm.label, images, rate, len(runs), box, mask])
     header = ["norm in the backbone", "images", "learning rate", "seeds", "box AP", "mask AP"]
-    return _escaped(tabulate(rows, header, tablefmt="github"))
+    return _escaped(tabulate(rows, header, tablefmt="github", disable_numparse=True))
 
 
 def zoo_table(data: Dict) -> str:
@@ -163,7 +177,9 @@ def zoo_table(data: Dict) -> str:
                     ]
                 )
     header = ["norm", "schedule", "learning rate", "seed", "box AP", "mask AP", "config", "weights"]
-    return _escaped(tabulate(rows, header, tablefmt="github"))
+    if not any(weights for *_, weights in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return _escaped(tabulate(rows, header, tablefmt="github", disable_numparse=True))
 
 
 def _escaped(table: str) -> str:

@@ -26,7 +26,7 @@ def test_the_pages_have_the_tables_of_the_files(page):
 def test_new_runs_join_the_old_ones_and_replace_those_with_their_settings():
     def difference(seeds, value):
         names = {"ours": "KN", "theirs": "BN", "images": 2, "task": "bbox", "seeds": seeds}
-        return {**names, "difference": value}
+        return {**names, "learning_rates": [0.01, 0.01], "difference": value}
 
     old = {
         "runs": [run("KN", 2, 1, 1.0), run("KN", 2, 2, 2.0)],
@@ -55,10 +55,12 @@ def test_results_of_runs_are_collected_with_their_differences(tmp_path):
         ],
     }
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    for arm, shift in (("KN", 0), ("BN_frozen", 12)):
-        folder = tmp_path / "runs" / f"{arm}_2im_seed1"
+    for arm, shift, rate in (("KN", 0, 0.01), ("BN_frozen", 12, 0.01), ("BN_frozen", 0, 0.02)):
+        folder = tmp_path / "runs" / str(rate) / f"{arm}_2im_seed1"
         (folder / "inference" / "val").mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps(run(arm, 2, 1, 1.0)))
+        (folder / "result.json").write_text(
+            json.dumps({**run(arm, 2, 1, 1.0), "learning_rate": rate})
+        )
         found = [
             {
                 **{"image_id": i, "category_id": 1, "score": 0.9, "bbox": [10 + shift, 10, 30, 30]},
@@ -68,9 +70,14 @@ def test_results_of_runs_are_collected_with_their_differences(tmp_path):
         ]
         (folder / "inference" / "val" / "coco_instances_results.json").write_text(json.dumps(found))
     data = report.collect_detection(tmp_path / "runs", str(tmp_path / "truth.json"), samples=5)
-    assert len(data["runs"]) == 2
+    assert len(data["runs"]) == 3
+    found = {(d["task"], *d["learning_rates"]): d["difference"] for d in data["differences"]}
     # An overlap of 18 / 42: a match at no threshold.
-    assert {d["task"]: d["difference"] for d in data["differences"]} == {"bbox": 100, "segm": 100}
+    assert found == {
+        (task, 0.01, rate): value
+        for task in ("bbox", "segm")
+        for rate, value in ((0.01, 100), (0.02, 0))
+    }
 
 
 def rle(left):

@@ -11,7 +11,7 @@ def test_a_table_has_means_ranges_and_differences():
         "differences": [
             {
                 **{"ours": "KN", "theirs": "BN_frozen", "images": 2, "task": task, "seeds": seeds},
-                **{"difference": value, "low": -0.5, "high": 4.25},
+                **{"difference": value, "low": -0.5, "high": 4.25, "learning_rates": [0.01, 0.01]},
             }
             for seeds, value in (([1], 3.0), ([2, 3], 2.0))
             for task in ("bbox", "segm")
@@ -21,7 +21,37 @@ def test_a_table_has_means_ranges_and_differences():
     assert "11.0 (10.0 to 12.0)" in text and "22.0 (20.0 to 24.0)" in text
     assert "| 1          | +3.0 (-0.5 to +4.2)" in text
     assert "| 2, 3       | +2.0 (-0.5 to +4.2)" in text and "1.0 / 2.0 / 3.0" in text
-    assert "1 image per step" not in text
+    assert "1 image per step" not in text and ", at 0.01" not in text
+
+
+def test_each_learning_rate_of_an_arm_has_a_row_of_its_own():
+    def difference(rate, value):
+        names = {"ours": "KN", "theirs": "BN_frozen", "images": 2, "learning_rates": [0.01, rate]}
+        return {**names, "seeds": [1], "difference": value, "low": 0.0, "high": 9.0}
+
+    data = {
+        "runs": [
+            run("KN", 2, 1, 13.0),
+            run("BN_frozen", 2, 1, 10.0),
+            {**run("BN_frozen", 2, 1, 11.0), "learning_rate": 0.005},
+        ],
+        "differences": [
+            {**difference(rate, value), "task": task}
+            for rate, value in ((0.01, 3.0), (0.005, 2.0))
+            for task in ("bbox", "segm")
+        ],
+    }
+    cells = [
+        [c.strip() for c in line.split("|")] for line in tables.detection_tables(data).split("\n")
+    ]
+    rows = {tuple(c[1:3]): c[4] for c in cells if len(c) > 8}
+    assert rows[r"BN\*, frozen", "0.005"] == "11.0" and rows[r"BN\*, frozen", "0.01"] == "10.0"
+    ours = "KN, gain 0.02 annealed minus BN\\*, frozen, at"
+    found = {c[1]: c[3] for c in cells if c[1:] and c[1].startswith(ours)}
+    assert found == {
+        f"{ours} 0.005": "+2.0 (+0.0 to +9.0)",
+        f"{ours} 0.01": "+3.0 (+0.0 to +9.0)",
+    }
 
 
 def test_norms_that_share_nothing_have_one_result_for_all_micro_batches():
