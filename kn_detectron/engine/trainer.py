@@ -28,6 +28,7 @@ from ..data import (
     first_sentence,
 )
 from ..errors import InputError
+from .batches import AgreedBatches
 from .evaluation import build_coco_evaluator, check_test_augmentation, write_results
 from .hooks import (
     AverageRunningStatistics,
@@ -83,7 +84,7 @@ class Trainer(DefaultTrainer):
         self.check_datasets(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        self._batches = _AgreedBatches(self.build_train_loader(cfg))
+        self._batches = AgreedBatches(self.build_train_loader(cfg))
         on_gpu = next(model.parameters()).is_cuda
         model = create_ddp_model(
             model, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None})
@@ -351,46 +352,6 @@ class Trainer(DefaultTrainer):
             ]
         results = super().test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{task}_TTA": numbers for task, numbers in results.items()}
-
-
-# Why a rank has no batch, in the order in which one of several ranks' reasons prevails.
-_NO_TROUBLE, _FAULT, _LOADER_GONE = range(3)
-
-
-class _AgreedBatches:
-    """The batches of a loader: either every rank gets one, or none does.
-
-    If one rank failed alone, the others would wait for it in the middle of a step, and nobody could
-    save the steps before.
-    """
-
-    def __init__(self, loader):
-        self.loader = loader
-        self.stop = None  # the trainer's StopOnSignal
-        self._iterator = None
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        batch, fault, trouble = None, None, _NO_TROUBLE
-        try:
-            # Not in __iter__, which detectron2 0.4 calls before the trainer can be resumed.
-            self._iterator = self._iterator or iter(self.loader)
-            batch = next(self._iterator)
-        except InputError as error:
-            fault, trouble = str(error), _FAULT
-        except RuntimeError:
-            # The signal that is to stop the run has ended the loader's processes as well.
-            if self.stop.requested is None:
-                raise
-            trouble = _LOADER_GONE
-        trouble = self.stop.agree(trouble)
-        if trouble == _LOADER_GONE:
-            raise self.stop.stop(max(comm.all_gather(self.stop.requested or 0)))
-        if trouble == _FAULT:
-            raise InputError(next(filter(None, comm.all_gather(fault))))
-        return batch
 
 
 @contextlib.contextmanager

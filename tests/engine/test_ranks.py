@@ -26,7 +26,7 @@ from kn_detectron.engine import (
     average_running_statistics,
     command_line,
 )
-from kn_detectron.engine.trainer import _AgreedBatches
+from kn_detectron.engine.batches import AgreedBatches
 
 from ..models import build_backbone, randomize, resnet_cfg
 from ..ranks import spawn_two, two_ranks
@@ -132,7 +132,7 @@ def _fails_together(rank):
             raise InputError("The image is broken.")
         yield "second"
 
-    agreed = _AgreedBatches(batches())
+    agreed = AgreedBatches(batches())
     agreed.stop = StopOnSignal()
     assert next(agreed) == "first"
     with pytest.raises(InputError, match="The image is broken."):
