@@ -190,7 +190,7 @@ def _fit_noise(name: str, layer: KalmanNorm2d, prior: Belief) -> None:
 
 
 def _raise_gain(layer: KalmanNorm2d) -> bool:
-    if not isinstance(layer.gain_logit, nn.Parameter) or layer.gain_logit.sigmoid() >= _SAFE_GAIN:
+    if not layer.learns_gain or layer.gain_logit.sigmoid() >= _SAFE_GAIN:
         return False
     layer.gain_logit.fill_(math.log(_SAFE_GAIN / (1.0 - _SAFE_GAIN)))
     return True

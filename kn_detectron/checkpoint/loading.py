@@ -28,7 +28,8 @@ def load_weights(model, weights, name, *, strict=False):
 
     Gains and process models of a checkpoint belong to its priors. They are taken if the model has
     priors of the same variant (network or paper) and kind (batch or group). Layers that get no
-    process model are calibrated (:func:`~kn_detectron.checkpoint.calibrate`).
+    process model are calibrated (:func:`~kn_detectron.checkpoint.calibrate`). A gain that is fixed
+    is a setting and no weight: unless ``strict``, the model keeps its own.
 
     Args:
         model (nn.Module): detector or backbone.
@@ -56,6 +57,8 @@ def load_weights(model, weights, name, *, strict=False):
     found.unused += foreign
     if strict:
         _check_all(model, found, name)
+    else:
+        _keep_fixed_gains(model, state, name)
     _check_resnet(model, found, state, model_state, name)
     for misshapen, _, _ in found.misshapen:
         state.pop(misshapen, None)
@@ -104,6 +107,22 @@ def _pop_foreign_state(model, state):
     for name in names:
         del state[name]
     return names
+
+
+def _keep_fixed_gains(model, state, name):
+    kept = 0
+    for prefix, layer in kalman_layers(model).items():
+        key = f"{prefix}.gain_logit"
+        if key in state and not layer.learns_gain and state[key] != layer.gain_logit:
+            state[key] = layer.gain_logit.clone()
+            kept += 1
+    if kept:
+        _logger.info(
+            "The gains of %d Kalman layers are fixed (MODEL.KN.GAIN, MODEL.KN.LEARN_GAIN False) and "
+            "not taken from %s.",
+            kept,
+            name,
+        )
 
 
 def _check_all(model, found, name):

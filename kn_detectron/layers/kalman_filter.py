@@ -128,7 +128,7 @@ class KalmanFilter(nn.Module):
         if not 0.0 <= scale <= 1.0:
             raise ValueError(f"the scale of a gain lies between 0 and 1, not {scale}")
         if not self.is_head:
-            measures = scale > 0.0 and (self._learns_gain or self.measures or self._logit_allows())
+            measures = scale > 0.0 and (self.learns_gain or self.measures or self._logit_allows())
             self.gain_scale.fill_(scale)
             self._remember_that_it_measures(measures)
 
@@ -138,14 +138,15 @@ class KalmanFilter(nn.Module):
     # sigmoid, which is never 0 by itself.
 
     @property
-    def _learns_gain(self) -> bool:
+    def learns_gain(self) -> bool:
+        """Whether the gain is a parameter; otherwise it is fixed. A head has none."""
         return isinstance(self.gain_logit, nn.Parameter)
 
     def _logit_allows(self) -> bool:
         return bool(self.gain_logit > -math.inf)
 
     def _gain_state(self):
-        deciding = [self.gain_scale] if self._learns_gain else [self.gain_scale, self.gain_logit]
+        deciding = [self.gain_scale] if self.learns_gain else [self.gain_scale, self.gain_logit]
         # Tensors made in inference mode have no version. NaN equals nothing, so they are read anew.
         return [(t, math.nan if t.is_inference() else t._version) for t in deciding]
 
@@ -228,7 +229,7 @@ class KalmanFilter(nn.Module):
     def extra_repr(self) -> str:
         if self.is_head:
             return f"{super().extra_repr()}, head of a chain"
-        learned = "learned" if self._learns_gain else "fixed"
+        learned = "learned" if self.learns_gain else "fixed"
         gain = self.initial_gain if self.gain_logit.is_meta else self.gain.item()
         return f"{super().extra_repr()}, variant={self.variant}, gain={gain:.3g} ({learned})"
 

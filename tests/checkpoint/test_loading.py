@@ -7,7 +7,7 @@ import torch
 
 from kn_detectron import InputError
 from kn_detectron.checkpoint import KNCheckpointer, calibrate, fit_process_noise
-from kn_detectron.layers import KN_STATE, kalman_layers
+from kn_detectron.layers import KN_STATE, kalman_layers, set_gain_scale
 
 from ..models import build_rcnn, fpn_rcnn_cfg, randomize, rcnn_cfg
 from . import formats
@@ -71,6 +71,29 @@ def test_filters_for_the_same_priors_are_kept(tmp_path, caplog):
             model = load(model_of("KN", **options), tmp_path, source.state_dict())
         assert_same(model.state_dict(), source.state_dict())
         assert "priors of" not in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, PAPER], ids=["network", "paper"])
+@pytest.mark.parametrize("gain", [0.0, 0.3])
+def test_a_fixed_gain_is_the_configs_and_not_the_checkpoints(tmp_path, caplog, gain, options):
+    """Weights of a training whose gains were learned and annealed to 0, as a start and as a result."""
+    source = trained_kn(**options)
+    set_gain_scale(source, 0.0)
+    fixed = dict(options, MODEL__KN__GAIN=gain, MODEL__KN__LEARN_GAIN=False)
+    with caplog.at_level("INFO", "kn_detectron"):
+        model = load(model_of("KN", **fixed), tmp_path, source.state_dict())
+    count = len(kalman_layers(model))
+    assert f"The gains of {count} Kalman layers are fixed" in caplog.text
+    set_gain_scale(model, 1.0)  # as the trainer does
+    for layer in kalman_layers(model).values():
+        assert layer.gain.item() == pytest.approx(gain) and layer.measures == (gain > 0)
+    want = {n: v for n, v in source.state_dict().items() if "gain" not in n}
+    assert_same({n: v for n, v in model.state_dict().items() if n in want}, want)
+    # What is evaluated or resumed is the checkpoint, as it is.
+    caplog.clear()
+    model = load(model_of("KN", **fixed), tmp_path, source.state_dict(), strict=True)
+    assert_same(model.state_dict(), source.state_dict())
+    assert "are fixed" not in caplog.text
 
 
 def test_only_layers_without_process_model_are_calibrated(tmp_path):
