@@ -58,7 +58,7 @@ def main():
     parser.add_argument(
         "--shapes",
         action="store_true",
-        help="train on generated shapes, from weights that never saw a photograph",
+        help="train on generated shapes, from the released classifier",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args()
