@@ -76,6 +76,8 @@ def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[s
                 'model that can express them: set MODEL.RESNETS.NORM "KN", MODEL.KN.VARIANT '
                 '"network" and MODEL.KN.PROCESS_MODEL True'
             )
+    if not layers:  # as when a gain is annealed that belongs to GKN alone
+        return {}
     changes = {}
 
     def fit(name, layer, prior):

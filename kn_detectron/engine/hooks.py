@@ -1,5 +1,6 @@
 """What happens around a training step."""
 
+import contextlib
 import logging
 import random
 
@@ -12,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.calibration import calibrate, is_exact
-from ..layers import kalman_layers, set_gain_scale
+from ..layers import KalmanNorm2d, kalman_layers, set_gain_scale
+from ..layers.calibration import removing
 
 __all__ = [
     "AverageRunningStatistics",
@@ -82,11 +84,18 @@ class GainAnneal(HookBase):
     def before_step(self):
         """Sets the scale of the step, and calibrates if it is the first one below 1."""
         scale = self.scale(self.trainer.iter)
-        if self._start > 0 and scale < 1.0 == self.scale(self.trainer.iter - 1):
+        if self._start > 0 and scale < 1.0 == self._former_scale():
             self._calibrate()
         if scale != self._scale:
             set_gain_scale(_unwrap(self.trainer.model), scale)
             self._scale = scale
+
+    def _former_scale(self):
+        """The scale of the step before, which may be in a checkpoint of another schedule."""
+        if self._scale is not None:
+            return self._scale
+        layers = kalman_layers(_unwrap(self.trainer.model)).values()
+        return max((layer.gain_scale.item() for layer in layers), default=1.0)
 
     def _calibrate(self):
         average_running_statistics(self.trainer.model)  # or the ranks' weights would part
@@ -157,10 +166,29 @@ class AverageRunningStatistics(HookBase):
             average_running_statistics(self.trainer.model)
 
 
+@contextlib.contextmanager
+def _unbiased_once(model):
+    """Leaves layers at gain 0 the posterior that they have, which is that of all batches."""
+    posteriors = {}
+
+    def keep(layer, args, output):
+        posteriors[layer] = layer.running_mean.clone(), layer.running_var.clone()
+
+    with removing() as handles:
+        for layer in kalman_layers(model).values():
+            if isinstance(layer, KalmanNorm2d) and layer.training and not layer.measures:
+                handles.append(layer.register_forward_hook(keep))
+        yield
+    for layer, (mean, var) in posteriors.items():
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(var)
+
+
 class PreciseStatistics(hooks.PreciseBN):
     """detectron2's PreciseBN on batches that depend on nothing but the seed and the iteration.
 
-    detectron2's PreciseBN reads on in a stream of images that a resumed run would begin anew.
+    detectron2's PreciseBN reads on in a stream of images that a resumed run would begin anew. And it
+    takes all variances for unbiased ones and makes them biased, also those that are predicted alone.
     """
 
     def update_stats(self):
@@ -169,7 +197,8 @@ class PreciseStatistics(hooks.PreciseBN):
             self._data_loader.seed = self.trainer.seed
             self._data_loader.start_iter = self.trainer.iter + 1
             self._data_iter = None
-        super().update_stats()
+        with _unbiased_once(self._model):
+            super().update_stats()
 
 
 class KalmanStatistics(HookBase):

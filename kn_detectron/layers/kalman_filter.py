@@ -38,6 +38,13 @@ def _logit(gain: float) -> float:
     return math.log(gain / (1.0 - gain))
 
 
+class _GainState(list):
+    """Tensors with their versions, which copies of a layer forget: theirs are counted anew."""
+
+    def __reduce__(self):
+        return _GainState, ()
+
+
 class KalmanFilter(nn.Module):
     """The gain and the process model, which the batch and the group version share.
 
@@ -142,13 +149,17 @@ class KalmanFilter(nn.Module):
         """Whether the gain is a parameter; otherwise it is fixed. A head has none."""
         return isinstance(self.gain_logit, nn.Parameter)
 
+    @torch.no_grad()  # or activation checkpointing would miss what the first forward pass saved
+    def _gain_is_positive(self) -> bool:
+        return bool(self.gain > 0)
+
     def _logit_allows(self) -> bool:
         return bool(self.gain_logit > -math.inf)
 
-    def _gain_state(self):
+    def _gain_state(self) -> "_GainState":
         deciding = [self.gain_scale] if self.learns_gain else [self.gain_scale, self.gain_logit]
         # Tensors made in inference mode have no version. NaN equals nothing, so they are read anew.
-        return [(t, math.nan if t.is_inference() else t._version) for t in deciding]
+        return _GainState((t, math.nan if t.is_inference() else t._version) for t in deciding)
 
     def _remember_that_it_measures(self, measures: bool) -> None:
         self._measures, self._measures_as_of = measures, self._gain_state()
@@ -165,8 +176,10 @@ class KalmanFilter(nn.Module):
             return self._measures
         known = self._measures_as_of
         now = self._gain_state()
-        if any(a is not b or old != new for (a, old), (b, new) in zip(known, now)):
-            self._remember_that_it_measures(bool(self.gain > 0))
+        if len(known) != len(now) or any(
+            a is not b or old != new for (a, old), (b, new) in zip(known, now)
+        ):
+            self._remember_that_it_measures(self._gain_is_positive())
         return self._measures
 
     def _check_prior(self, prior: Prior, channels: int) -> None:
@@ -225,6 +238,9 @@ class KalmanFilter(nn.Module):
             # The checkpoint is BatchNorm's or GroupNorm's: the filter keeps its values.
             state_dict.update({prefix + name: getattr(self, name).detach() for name in own})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not self.is_head and not self.gain_scale.is_meta:
+            # Now, since torch.compile cannot ask later.
+            self._remember_that_it_measures(self._gain_is_positive())
 
     def extra_repr(self) -> str:
         if self.is_head:

@@ -10,10 +10,11 @@ import torch
 from detectron2.engine import HookBase
 
 from kn_detectron.engine import GainAnneal, KalmanStatistics, SeedStep
+from kn_detectron.engine.hooks import PreciseStatistics
 from kn_detectron.layers import Belief, kalman_layers, set_gain_scale
 
-from ..models import build_backbone, images, randomize, resnet_cfg
-from .loop import CHANNELS, Images, Loop
+from ..models import build_backbone, build_rcnn, fpn_rcnn_cfg, images, randomize, resnet_cfg
+from .loop import CHANNELS, Images, Loop, TwoNorms
 
 pytestmark = pytest.mark.trains
 
@@ -74,7 +75,11 @@ def _gap(model):
 def test_priors_are_calibrated_where_the_gain_begins_to_fall(far_off):
     assert _gap(_before(10, far_off, start=0.5)) > 0.3  # the last step with the whole gain
     assert _gap(_before(11, far_off, start=0.5)) < 1e-3
-    assert _gap(_before(12, far_off, start=0.5)) > 0.3  # a run that was resumed there has done it
+    # A run that is resumed behind that step has done it, and one whose schedule was cut has not.
+    assert _gap(_before(12, far_off, start=0.5)) < 1e-3
+    resumed = copy.deepcopy(far_off)
+    set_gain_scale(resumed, 0.9)
+    assert _gap(_before(12, resumed, start=0.5)) > 0.3
 
 
 @pytest.mark.parametrize("start, end", [(0.0, 0.9), (0.5, 0.5)])
@@ -92,6 +97,12 @@ def test_frozen_layers_are_left_alone(far_off):
         assert changed == layer.training, name
 
 
+def test_group_norm_with_regions_of_an_fpn_is_annealed():
+    model = build_rcnn(fpn_rcnn_cfg("GKN")).train()
+    annealed = _before(11, model, start=0.5)
+    assert all(0 < layer.gain_scale < 1 for layer in kalman_layers(annealed).values())
+
+
 @pytest.mark.parametrize("options", [dict(MODEL__KN__VARIANT="paper"), dict(norm="GKN")])
 def test_what_cannot_be_calibrated_is_annealed_as_it_is(options):
     model = build_backbone(resnet_cfg(**options)).train()
@@ -99,6 +110,21 @@ def test_what_cannot_be_calibrated_is_annealed_as_it_is(options):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, annealed.get_parameter(name)), name
     assert all(layer.gain_scale < 1 for layer in kalman_layers(annealed).values())
+
+
+@pytest.mark.parametrize("scale, var", [(0.0, 4.0), (1.0, 0.9 * 4.0 + 0.1)])
+def test_precise_statistics_are_those_of_the_posterior(scale, var):
+    """A predicted variance is no sample's: at gain 0 nothing corrects it for their number."""
+    model = TwoNorms().train()
+    set_gain_scale(model, scale)
+    hook = PreciseStatistics(1, model, Images(), 100)
+    hook.trainer = SimpleNamespace(iter=0, max_iter=1, seed=0)
+    hook.update_stats()
+    assert model.body.momentum == 0.1
+    exact = scale == 0.0
+    want = torch.full((CHANNELS,), var)
+    torch.testing.assert_close(model.body.running_var, want, rtol=0 if exact else 0.1, atol=0)
+    assert (model.head.running_var - 1).abs().max() < 0.1
 
 
 def _draws(first, seed=3):

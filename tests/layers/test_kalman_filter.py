@@ -1,6 +1,7 @@
 """The gain: its range, its annealing, and whether the layer measures."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -111,3 +112,22 @@ def test_whether_it_measures_follows_from_its_state(kind, learn_gain):
 def test_bad_arguments(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         KalmanNorm2d(4, **options)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_loaded_weights_measures_as_they_do(clone):
+    """The copies of the tensors have versions of their own, which may equal the remembered ones."""
+    norm = KalmanNorm2d(4, gain=0.0, learn_gain=False)
+    norm.load_state_dict(KalmanNorm2d(4, gain=0.5, learn_gain=False).state_dict())
+    assert clone(norm).measures and norm.measures
+    norm.gain_scale.zero_()
+    assert not clone(norm).measures and not norm.measures
+
+
+def test_a_compiled_layer_measures_as_the_loaded_weights_do(x):
+    torch._dynamo.reset()
+    norm = KalmanNorm2d(4)
+    norm.set_gain_scale(0.0)
+    norm.load_state_dict(KalmanNorm2d(4, gain=0.5).state_dict())
+    want = copy.deepcopy(norm)(x, prior=prior_of())[0]
+    torch.testing.assert_close(torch.compile(norm, backend="eager")(x, prior=prior_of())[0], want)

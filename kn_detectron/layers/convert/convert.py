@@ -94,12 +94,13 @@ def convert_kalman_norm(
         for call in walk.norms
     }
     grouped = any(isinstance(norm, nn.GroupNorm) for norm in norms.values())
+    untracked = not all(getattr(norm, "track_running_stats", True) for norm in norms.values())
     chain = Chain(
         image_mean,
         image_std,
         transition,
         variant,
-        in_evaluation=grouped or eval_statistics == "batch",
+        in_evaluation=grouped or eval_statistics == "batch" or untracked,
     )
     beliefs = walks["training"].beliefs_alone()
     walks["training"].join_convolutions()

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, 
 
 from torch import fx, nn
 
+from ..absorb import has_hooks
 from .about import About, End
 from .memory import Memory
 from .rules import find_rule
@@ -189,7 +190,9 @@ class Walk:
                 continue
             if len(conv.args) != 1 or conv.kwargs:
                 continue
-            if not isinstance(self.network.get_submodule(conv.target), nn.Conv2d):
+            module = self.network.get_submodule(conv.target)
+            # A hook may make the filter that the prediction needs, as torch's pruning does.
+            if not isinstance(module, nn.Conv2d) or has_hooks(module):
                 continue
             # Where the convolution was: what comes later may change its input in place.
             self._here = prior

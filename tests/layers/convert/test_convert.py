@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from kn_detectron import InputError
@@ -144,6 +145,35 @@ class ChangesItsInput(nn.Module):
         y = self.conv(x)
         x.relu_()
         return self.bn2(y).mean((2, 3)) + x.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [weight_norm, spectral_norm, lambda conv: prune.l1_unstructured(conv, "weight", 0.5)],
+    ids=["weight_norm", "spectral_norm", "pruned"],
+)
+def test_a_filter_that_a_hook_makes_is_predicted_through(wrap):
+    """The prediction goes through the filter of this step, and not through that of the last."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(wrap(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), nn.ReLU()),
+        *(wrap(nn.Conv2d(8, 8, 3)), nn.BatchNorm2d(8)),
+    )
+    converted = convert_kalman_norm(network).train()
+    optimizer = torch.optim.SGD(converted.parameters(), lr=0.1)
+    x = torch.randn(2, 3, 9, 9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        converted(x).square().sum().backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in converted.parameters() if p.requires_grad)
+
+
+def test_norms_without_moving_statistics_predict_in_evaluation():
+    norms = [nn.BatchNorm2d(8, track_running_stats=False) for _ in range(2)]
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), norms[0], nn.ReLU(), nn.Conv2d(8, 8, 3), norms[1])
+    converted = convert_kalman_norm(network).eval()
+    assert converted(torch.randn(2, 3, 9, 9)).isfinite().all()
 
 
 def test_a_joined_convolution_sees_its_input_before_it_is_changed():
