@@ -102,6 +102,7 @@ def convert_kalman_norm(
         variant,
         in_evaluation=grouped or eval_statistics == "batch" or untracked,
     )
+    chain.to(next(network.parameters()).device)
     beliefs = walks["training"].beliefs_alone()
     walks["training"].join_convolutions()
     graphs = {**graphs, "beliefs": beliefs}

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Optional
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from ...errors import InputError
@@ -126,18 +126,26 @@ def _add(walk, a, b, alpha=1) -> About:
         a, b = b, a
     about = walk.about(a)
     if walk.is_constant(b):
+        _check_same_everywhere(walk.constant(b))
         return walk.make(about.channels, "shift", walk.belief(about), b)
     return _sum(walk, about, walk.about(b))
 
 
 def _subtract(walk, a, b) -> About:
     if walk.is_constant(a):
+        _check_same_everywhere(walk.constant(a))
         negative = _negate(walk, b)
         return walk.make(negative.channels, "shift", negative.belief, a)
     about = walk.about(a)
     if isinstance(b, (int, float)):
         return walk.make(about.channels, "shift", walk.belief(about), -b)
     return _sum(walk, about, _negate(walk, b))
+
+
+def _check_same_everywhere(constant) -> None:
+    # A belief is about a pixel anywhere in the image.
+    if isinstance(constant, Tensor) and any(size != 1 for size in constant.shape[-2:]):
+        raise End("its constant differs from position to position")
 
 
 def _sum(walk, a: About, b: About) -> About:
@@ -158,6 +166,7 @@ def _multiply(walk, a, b) -> About:
         a, b = b, a
     about = walk.about(a)
     if walk.is_constant(b):
+        _check_same_everywhere(walk.constant(b))
         return walk.make(about.channels, "scale", walk.belief(about), b)
     walk.about(b)
     raise End("it is the product of two features")

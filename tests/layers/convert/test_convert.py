@@ -176,6 +176,14 @@ def test_norms_without_moving_statistics_predict_in_evaluation():
     assert converted(torch.randn(2, 3, 9, 9)).isfinite().all()
 
 
+def test_the_chain_is_where_the_network_is():
+    norms = [nn.BatchNorm2d(8, track_running_stats=False) for _ in range(2)]
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), norms[0], nn.ReLU(), nn.Conv2d(8, 8, 3), norms[1])
+    converted = convert_kalman_norm(network.to("meta"))
+    state = [*converted.parameters(), *converted.buffers()]
+    assert state and all(tensor.is_meta for tensor in state)
+
+
 def test_a_joined_convolution_sees_its_input_before_it_is_changed():
     original = trained(ChangesItsInput())
     network = convert_kalman_norm(copy.deepcopy(original), gain=0.0, learn_gain=False)

@@ -1,6 +1,7 @@
 """The prior behind each operation against features that went through the operation itself."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -278,6 +279,31 @@ def test_at_an_end_there_is_a_warning_and_the_next_norm_is_a_head(why, caplog):
     assert prior_of(network) is None
     network(images()).square().sum().backward()
     assert all(p.grad is not None for p in network.norm2.parameters())
+
+
+class Positions(nn.Module):
+    """Combines features of 8 x 8 pixels with a value for each position."""
+
+    def __init__(self, combine, *shape):
+        super().__init__()
+        self.values, self.combine = nn.Parameter(torch.rand(shape)), combine
+
+    def forward(self, x):
+        return self.combine(F.adaptive_avg_pool2d(x, 8), self.values)
+
+
+@pytest.mark.parametrize("shape", [(1, CHANNELS, 8, 8), (8, 8), (8,)])
+@pytest.mark.parametrize("combine", [operator.add, operator.mul, lambda x, v: v - x])
+def test_a_constant_that_differs_from_position_to_position_ends_the_chain(combine, shape, caplog):
+    with torch.no_grad():
+        operation = Positions(combine, *shape)
+        network = nn.Sequential(
+            *(nn.Conv2d(3, CHANNELS, 3), nn.BatchNorm2d(CHANNELS)),
+            *(operation, nn.Conv2d(CHANNELS, 3, 1), nn.BatchNorm2d(3)),
+        )
+    converted = convert_kalman_norm(network)
+    assert "differs from position to position" in caplog.text
+    assert converted.get_submodule("4").is_head and not converted.get_submodule("1").is_head
 
 
 def test_the_warning_names_module_and_line_once(caplog):
