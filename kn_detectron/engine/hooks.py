@@ -167,8 +167,8 @@ class AverageRunningStatistics(HookBase):
 
 
 @contextlib.contextmanager
-def _unbiased_once(model):
-    """Leaves layers at gain 0 the posterior that they have, which is that of all batches."""
+def _predictions_kept(model):
+    """Leaves layers at gain 0 the posterior that they predict, which is the same for all batches."""
     posteriors = {}
 
     def keep(layer, args, output):
@@ -197,7 +197,7 @@ class PreciseStatistics(hooks.PreciseBN):
             self._data_loader.seed = self.trainer.seed
             self._data_loader.start_iter = self.trainer.iter + 1
             self._data_iter = None
-        with _unbiased_once(self._model):
+        with _predictions_kept(self._model):
             super().update_stats()
 
 

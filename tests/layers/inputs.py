@@ -1,8 +1,11 @@
-"""What a layer is given, in training: features, and the prior about them."""
+"""Layers, and what they are given in training: features, and the prior about them."""
 
+import pytest
 import torch
 
-from kn_detectron.layers import Belief
+from kn_detectron.layers import Belief, GroupKalmanNorm2d, KalmanNorm2d
+
+BOTH = pytest.mark.parametrize("kind", ["KN", "GKN"])
 
 
 def features(
@@ -20,3 +23,9 @@ def prior_of(channels=4, rows=1, dtype=torch.float32):
     mean = torch.randn(rows, channels, generator=g, dtype=torch.float64)
     var = torch.rand(rows, channels, generator=g, dtype=torch.float64) + 0.5
     return Belief(mean.to(dtype), var.to(dtype))
+
+
+def make(kind="KN", channels=4, **options):
+    if kind == "KN":
+        return KalmanNorm2d(channels, **options)
+    return GroupKalmanNorm2d(2, channels, **options)

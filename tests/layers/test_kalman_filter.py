@@ -10,27 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kn_detectron.layers import (
     Belief,
-    GroupKalmanNorm2d,
     KalmanNorm2d,
     kalman_layers,
     set_gain_scale,
 )
 
-from .inputs import prior_of
-
-
-def make(kind="KN", channels=4, **options):
-    if kind == "KN":
-        return KalmanNorm2d(channels, **options)
-    return GroupKalmanNorm2d(2, channels, **options)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(1)) * 2 + 0.7
-
-
-BOTH = pytest.mark.parametrize("kind", ["KN", "GKN"])
+from .inputs import BOTH, make, prior_of
 
 
 def test_gain_is_a_sigmoid_and_starts_where_it_is_told():

@@ -11,7 +11,6 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from kn_detectron.layers import (
     Belief,
-    GroupKalmanNorm2d,
     KalmanNorm2d,
     MonteCarloTransition,
     set_gain_scale,
@@ -20,21 +19,8 @@ from kn_detectron.layers import belief as B
 
 from ..models import randomize
 from . import reference
-from .inputs import prior_of
+from .inputs import BOTH, make, prior_of
 
-
-def make(kind="KN", channels=4, **options):
-    if kind == "KN":
-        return KalmanNorm2d(channels, **options)
-    return GroupKalmanNorm2d(2, channels, **options)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(1)) * 2 + 0.7
-
-
-BOTH = pytest.mark.parametrize("kind", ["KN", "GKN"])
 VARIANTS = pytest.mark.parametrize("variant", ["network", "paper"])
 
 
