@@ -27,7 +27,7 @@ import math
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .passes import pooled_moments
@@ -40,6 +40,7 @@ __all__ = [
     "add",
     "affine",
     "conv2d",
+    "frozen",
     "max_pool2d",
     "mixture",
     "normalized",
@@ -338,3 +339,25 @@ def normalized(weight: Tensor, bias: Tensor) -> Belief:
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return Belief(bias.to(dtype)[None], weight.to(dtype).square()[None])
+
+
+def frozen(norm: nn.Module, variant: str) -> Belief:
+    """The belief behind a BatchNorm whose statistics are not updated.
+
+    Its running statistics are the posterior (ours). As in every layer, the network variant passes
+    on the belief about the normalised feature, and the paper variant the posterior itself.
+
+    Args:
+        norm: a FrozenBatchNorm2d, a BatchNorm2d or a KN layer, with running statistics.
+        variant: ``"network"`` or ``"paper"``.
+
+    Returns:
+        Belief: shape (1, C), in float32 or better.
+    """
+    mean, var = norm.running_mean, norm.running_var
+    if variant == "network":
+        if norm.weight is not None:
+            return normalized(norm.weight, norm.bias)
+        mean, var = torch.zeros_like(mean), torch.ones_like(var)
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    return Belief(mean.to(dtype)[None], var.to(dtype)[None])

@@ -17,7 +17,7 @@ from torch.utils._pytree import register_pytree_node
 from ..config import check_config
 from ..errors import InputError
 from ..layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
-from ..layers.belief import add, normalized
+from ..layers.belief import add, frozen
 from ..layers.transition import Source, Transition
 
 __all__ = [
@@ -241,10 +241,17 @@ class ChainConv2d(Conv2d):
 
         Raises:
             TypeError: the norm was replaced by one that takes no prior.
+            InputError: the layer is in training, but the module where its chain starts is not.
         """
         if isinstance(x, Tensor):
             return super().forward(x)
         if x.belief is None:
+            if isinstance(self.norm, KalmanNorm2d) and self.norm.needs_prior:
+                raise InputError(
+                    "A KN layer is in training mode, but the backbone, where its chain starts, is "
+                    "in evaluation mode and keeps no beliefs: call train() of the whole model, and "
+                    "then eval() of those norms or stages that shall keep their statistics"
+                )
             return Feature(super().forward(x.value))
         y = normalized_convolution(x, self, self.norm, self.chain)
         return y if self.activation is None else rectified(y, self.chain.transition)
@@ -254,6 +261,8 @@ def normalized_convolution(
     x: Feature, conv: nn.Conv2d, norm: Optional[nn.Module], chain: ChainConfig
 ) -> Feature:
     """Convolves and normalises a feature that has a belief, without the activation.
+
+    A KN layer in evaluation mode, in a network that trains, counts as frozen.
 
     Args:
         x: the feature. Its belief is a source of the transition.
@@ -265,7 +274,7 @@ def normalized_convolution(
         TypeError: the norm is of another kind.
     """
     if isinstance(norm, FrozenBatchNorm2d):
-        return Feature(norm(nn.Conv2d.forward(conv, x.value)), _frozen_belief(norm, chain))
+        return Feature(norm(nn.Conv2d.forward(conv, x.value)), frozen(norm, chain.variant))
     if norm is None:
         belief = chain.transition.conv(x.belief, conv)
         return Feature(nn.Conv2d.forward(conv, x.value), belief)
@@ -276,16 +285,11 @@ def normalized_convolution(
             "nn.SyncBatchNorm.convert_sync_batchnorm must not be applied to a KN model (its "
             "priors are the same on every GPU anyway)"
         )
-    prior = chain.transition.conv(x.belief, conv) if norm.needs_prior else None
+    prior = None if norm.is_head else chain.transition.conv(x.belief, conv)
     if isinstance(norm, KalmanNorm2d) and norm.can_be_absorbed(x.value, prior):
         return Feature(*norm.absorbed(conv, x.value, prior))
-    return Feature(*norm(nn.Conv2d.forward(conv, x.value), prior=prior))
-
-
-def _frozen_belief(norm: FrozenBatchNorm2d, chain: ChainConfig) -> Belief:
-    if chain.variant == "network":
-        return normalized(norm.weight, norm.bias)
-    return Belief(norm.running_mean[None], norm.running_var[None])
+    y, belief = norm(nn.Conv2d.forward(conv, x.value), prior=prior)
+    return Feature(y, frozen(norm, chain.variant) if belief is None else belief)
 
 
 def link_convolutions(

@@ -74,16 +74,20 @@ class KNFPN(FPN):
             InputError: beliefs are needed, and there is none about a feature of ``bottom_up``.
         """
         bottom_up = self.bottom_up(x)
+        keeps_beliefs = self.training or self.chain.predicts_in_evaluation
         levels, fused = [], None
         for name, lateral, output in zip(
             reversed(self.in_features), self.lateral_convs, self.output_convs
         ):
             feature = feature_of(bottom_up, name)
-            if feature.belief is None and (self.training or self.chain.predicts_in_evaluation):
+            if not keeps_beliefs:
+                feature = Feature(feature.value)
+            elif feature.belief is None:
                 raise InputError(
                     f"The chain of the backbone ends before {name}, so the FPN has no belief to "
                     'start from: set MODEL.FPN.NORM to one without priors, such as "GN", or take '
-                    "another feature"
+                    "another feature, or, if only bottom_up is in evaluation mode, call train() of "
+                    "the whole model"
                 )
             below = lateral(self._started(feature))
             fused = below if fused is None else self._fuse(below, fused)

@@ -58,7 +58,8 @@ class BeliefPooler(ROIPooler):
                     "The priors of the box and mask heads start from the beliefs about the "
                     "backbone's features, of which there are none: set MODEL.BACKBONE.NAME "
                     '"build_kn_resnet_fpn_backbone", and MODEL.FPN.NORM to the norm of '
-                    'MODEL.RESNETS.NORM or to ""'
+                    'MODEL.RESNETS.NORM or to "", or, if only the backbone is in evaluation mode, '
+                    "call train() of the whole model"
                 )
             return Feature(x)
         belief = mixture(beliefs) if self.chain.norm == "KN" else self._by_region(beliefs, boxes)

@@ -136,7 +136,8 @@ class KNRetinaNetHead(RetinaNetHead):
                 "The priors of RetinaNet's towers start from the beliefs about the levels, of which "
                 'there are none: set MODEL.META_ARCHITECTURE "KNRetinaNet", MODEL.BACKBONE.NAME '
                 '"build_kn_retinanet_resnet_fpn_backbone", and MODEL.FPN.NORM to the norm of '
-                'MODEL.RESNETS.NORM or to ""'
+                'MODEL.RESNETS.NORM or to "", or, if only the backbone is in evaluation mode, call '
+                "train() of the whole model"
             )
         return x
 

@@ -193,6 +193,29 @@ def test_normalized_is_bias_and_squared_weight():
     assert torch.allclose(got.var[0], var, rtol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["network", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_frozen_is_the_posterior_of_the_running_statistics(variant, dtype):
+    norm = torch.nn.BatchNorm2d(3, dtype=dtype).eval()
+    with torch.no_grad():
+        for t in (norm.weight, norm.bias, norm.running_mean):
+            t.copy_(torch.tensor([-2.0, 0.5, 1.0]))
+        norm.running_var.copy_(torch.tensor([4.0, 1.0, 0.25]))
+    got = B.frozen(norm, variant)
+    if variant == "network":
+        want = B.normalized(norm.weight, norm.bias)
+    else:
+        want = Belief(norm.running_mean[None], norm.running_var[None])
+    assert got.mean.dtype == torch.promote_types(dtype, torch.float32)
+    for g, w in zip(got, want):
+        assert torch.equal(g, w.to(g.dtype))
+    assert B.relu(got).var.isfinite().all()  # half precision lacks what this needs
+    plain = torch.nn.BatchNorm2d(3, affine=False)
+    if variant == "network":  # without scale and shift: mean 0 and variance 1
+        got = B.frozen(plain, variant)
+        assert torch.equal(got.mean, torch.zeros(1, 3)) and torch.equal(got.var, torch.ones(1, 3))
+
+
 def test_gradcheck_through_all_operations():
     def chain(mean, var, w1, w2, bias):
         belief = B.relu(Belief(mean, var))

@@ -148,6 +148,22 @@ def test_a_feature_without_a_belief_is_a_sentence():
     assert set(fpn.eval()(images())) == {"p3", "p4", "p5"}
 
 
+def test_parts_in_evaluation():
+    cfg = fpn_rcnn_cfg("KN", MODEL__FPN__NORM="KN")
+    fpn = build_backbone(cfg)
+    want = fpn.eval()(images())
+    fpn.train()
+    for part in (*fpn.bottom_up.children(), *(m for n, m in fpn.named_children() if "fpn" in n)):
+        part.eval()
+    got = fpn(images())
+    assert set(got.beliefs) == set(got) == set(want)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value)
+    fpn.bottom_up.eval()
+    with pytest.raises(InputError, match="if only bottom_up is in evaluation mode, call train()"):
+        fpn(images())
+
+
 def test_a_chain_of_two_norms_is_refused():
     with pytest.raises(InputError, match="MODEL.FPN.NORM is 'GKN', but .*NORM 'KN': set both"):
         build_backbone(fpn_rcnn_cfg("KN", MODEL__FPN__NORM="GKN"))

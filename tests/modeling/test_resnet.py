@@ -185,6 +185,49 @@ def test_the_chain_goes_through_frozen_stages():
     torch.testing.assert_close(backbone(images()).beliefs["stem"], want)
 
 
+@pytest.mark.parametrize("variant", ["network", "paper"])
+@pytest.mark.parametrize("gain", [0.0, 0.1])
+def test_parts_in_evaluation_count_as_frozen(variant, gain):
+    """People keep statistics by eval() of some stages, or of all norms, in a model that trains."""
+    cfg = resnet_cfg(
+        "KN",
+        MODEL__KN__VARIANT=variant,
+        MODEL__KN__GAIN=gain,
+        MODEL__KN__LEARN_GAIN=False,
+        MODEL__RESNETS__OUT_FEATURES=["res2", "res3"],
+    )
+    backbone = randomize(build_backbone(cfg))
+    want = backbone.eval()(images())["res2"]
+    before = {name: b.clone() for name, b in backbone.named_buffers()}
+    backbone.train()
+    for part in (backbone.stem, backbone.res2):
+        part.eval()
+    got = backbone(images())
+    torch.testing.assert_close(got["res2"], want)
+    got["res3"].sum().backward()
+    assert backbone.res2[0].conv1.weight.grad is not None
+    moved = {name for name, b in backbone.named_buffers() if not torch.equal(b, before[name])}
+    assert all(name.startswith("res3.") for name in moved)
+    assert all(f"res3.{i}.conv{k}.norm.running_mean" in moved for i in range(4) for k in (1, 2, 3))
+
+
+def test_all_norms_in_evaluation():
+    backbone = randomize(build_backbone(resnet_cfg("KN")))
+    want = backbone.eval()(images())["res4"]
+    backbone.train()
+    for norm in backbone.modules():
+        if isinstance(norm, KalmanNorm2d):
+            norm.eval()
+    torch.testing.assert_close(backbone(images())["res4"], want)
+
+
+def test_a_part_in_training_behind_a_backbone_in_evaluation():
+    backbone = build_backbone(resnet_cfg("KN")).eval()
+    backbone.res4.train()
+    with pytest.raises(InputError, match="the backbone, .* is in evaluation mode .* call train()"):
+        backbone(images())
+
+
 def priors_of(backbone, x):
     """The prior that each KN layer is given in one forward pass."""
     priors, hooks = {}, []

@@ -89,15 +89,7 @@ class Chain(nn.Module):
 
     def frozen(self, norm: nn.Module) -> Optional[Belief]:
         """The belief behind a frozen BatchNorm: its running statistics are the posterior."""
-        if not self.is_on:
-            return None
-        if self.variant == "paper":
-            return Belief(norm.running_mean[None], norm.running_var[None])
-        if norm.weight is None:
-            return Belief(
-                torch.zeros_like(norm.running_mean)[None], torch.ones_like(norm.running_var)[None]
-            )
-        return closed_form.normalized(norm.weight, norm.bias)
+        return closed_form.frozen(norm, self.variant) if self.is_on else None
 
     def behind_head(self, belief: Optional[Belief], norm: nn.Module) -> Optional[Belief]:
         """The belief behind the head of a chain.
