@@ -17,6 +17,7 @@ __all__ = [
     "EVAL_STATISTICS",
     "GroupKalmanNorm2d",
     "KalmanNorm2d",
+    "check_takes_prior",
     "kalman_layers",
     "set_gain_scale",
     "set_norm_batch_size",
@@ -132,12 +133,12 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
         return moving and not self.training
 
     def forward(
-        self, x: Tensor, prior: Prior = OUTSIDE
+        self, input: Tensor, prior: Prior = OUTSIDE
     ) -> Union[Tensor, Tuple[Tensor, Optional[Belief]]]:
         """Normalises x: ``y = norm(x)`` outside a chain, ``y, belief = norm(x, prior=...)`` in one.
 
         Args:
-            x: features, shape (N, C, H, W).
+            input: features x, shape (N, C, H, W).
             prior: the predicted belief about x, before this layer's process model. It is None for
                 the head of a chain, and may be None in evaluation with moving statistics.
 
@@ -151,6 +152,7 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
                 has a wrong number of rows or channels; a head in training has one value per
                 channel; or the batch is not a multiple of ``norm_batch_size``.
         """
+        x = input  # the name that callers of a BatchNorm2d may use
         self._check_channels(x, self.num_features)
         if self._uses_moving_statistics():
             y = nn.functional.batch_norm(
@@ -327,11 +329,13 @@ class GroupKalmanNorm2d(KalmanFilter, nn.GroupNorm):
             dtype,
         )
 
-    def forward(self, x: Tensor, prior: Prior = OUTSIDE) -> Union[Tensor, Tuple[Tensor, Belief]]:
+    def forward(
+        self, input: Tensor, prior: Prior = OUTSIDE
+    ) -> Union[Tensor, Tuple[Tensor, Belief]]:
         """Normalises x: ``y = norm(x)`` outside a chain, ``y, belief = norm(x, prior=...)`` in one.
 
         Args:
-            x: features, shape (N, C, H, W).
+            input: features x, shape (N, C, H, W).
             prior: the predicted belief about x, before this layer's process model. It is None for
                 the head of a chain.
 
@@ -340,10 +344,18 @@ class GroupKalmanNorm2d(KalmanFilter, nn.GroupNorm):
 
         Raises:
             ValueError: x is not 4-dimensional or has a wrong number of channels, a head is given a
-                prior, another layer is given none, or the prior is no Belief about x's channels.
+                prior, another layer is given none, or the prior is no Belief about x's channels, with
+                one row or one for each image.
         """
+        x = input  # the name that callers of a GroupNorm may use
         self._check_channels(x, self.num_channels)
         self._check_prior(prior, self.num_channels)
+        in_chain = isinstance(prior, Belief) and not torch.jit.is_tracing()  # see _check_channels
+        if in_chain and prior.mean.shape[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"a prior of {prior.mean.shape[0]} rows does not fit {x.shape[0]} image(s): a prior "
+                "has one row, or one for each image"
+            )
         vectors = self._prior_vectors(prior, statistics_dtype(x))
         measures = self.measures and x.numel() > 0
         if vectors.prior_mean is None and not measures:  # an empty batch: any statistics will do
@@ -368,6 +380,25 @@ def _innovation(prior: Belief, sets: Sets, x: Tensor, eps: float) -> Tuple[Tenso
     mean, var = sets.moments(x)
     var, prior_var = var + eps, prior.var + eps
     return ((mean - prior.mean) / prior_var.sqrt()).mean(0), (var / prior_var).log().mean(0)
+
+
+def check_takes_prior(norm: nn.Module, cause: Optional[Exception] = None) -> None:
+    """Checks that a norm of a chain has not been replaced.
+
+    Args:
+        norm: the norm.
+        cause: the error that the check is to explain, if there is one.
+
+    Raises:
+        TypeError: it is neither KN nor GKN.
+    """
+    if not isinstance(norm, (KalmanNorm2d, GroupKalmanNorm2d)):
+        raise TypeError(
+            f"a {type(norm).__name__} stands where a KN or GKN layer was, and takes no prior: "
+            "nn.SyncBatchNorm.convert_sync_batchnorm must not be applied to a KN model (its priors "
+            "are the same on every GPU anyway), and a converted network is frozen by eval() of its "
+            "norms"
+        ) from cause
 
 
 def kalman_layers(module: nn.Module) -> Dict[str, Union[KalmanNorm2d, GroupKalmanNorm2d]]:

@@ -18,6 +18,7 @@ from ..config import check_config
 from ..errors import InputError
 from ..layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
 from ..layers.belief import add, frozen
+from ..layers.kalman_norm import check_takes_prior
 from ..layers.transition import Source, Transition
 
 __all__ = [
@@ -278,13 +279,7 @@ def normalized_convolution(
     if norm is None:
         belief = chain.transition.conv(x.belief, conv)
         return Feature(nn.Conv2d.forward(conv, x.value), belief)
-    if not isinstance(norm, (KalmanNorm2d, GroupKalmanNorm2d)):
-        raise TypeError(
-            f"a {type(norm).__name__} is in a chain of Kalman Normalization, which takes "
-            "only KN, GKN and FrozenBatchNorm2d layers: "
-            "nn.SyncBatchNorm.convert_sync_batchnorm must not be applied to a KN model (its "
-            "priors are the same on every GPU anyway)"
-        )
+    check_takes_prior(norm)
     prior = None if norm.is_head else chain.transition.conv(x.belief, conv)
     if isinstance(norm, KalmanNorm2d) and norm.can_be_absorbed(x.value, prior):
         return Feature(*norm.absorbed(conv, x.value, prior))

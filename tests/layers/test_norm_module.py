@@ -521,6 +521,17 @@ def test_a_prior_that_does_not_fit_is_a_sentence(case):
     for mean, var in ((CHANNELS + 1, CHANNELS + 1), (CHANNELS, 1)):
         with pytest.raises(ValueError, match=f"expected a prior about {CHANNELS} channels"):
             layer(x, prior=Belief(torch.zeros(1, mean), torch.ones(1, var)))
+    rows = IMAGES + 1
+    with pytest.raises(ValueError, match=rf"a prior of {rows} rows does not fit \d+ (image|micro)"):
+        layer(x, prior=Belief(torch.zeros(rows, CHANNELS), torch.ones(rows, CHANNELS)))
+
+
+@cases()
+def test_the_input_may_be_given_by_name(case):
+    layer, prior = case.make(), case.prior()
+    with torch.no_grad():
+        want, _ = layer.eval()(batch(), prior=prior)
+        assert torch.equal(layer(input=batch(), prior=prior)[0], want)
 
 
 @cases()

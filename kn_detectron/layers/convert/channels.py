@@ -35,8 +35,8 @@ def _channel_dim(dim: Any, about: About, what: str) -> None:
         raise End(f"it {what} along another dimension than the channels")
 
 
-def cat(walk, features: Sequence, dim=0) -> About:
-    abouts = walk.pieces(features) or [walk.about(x) for x in features]
+def cat(walk, tensors: Sequence, dim=0) -> About:
+    abouts = walk.pieces(tensors) or [walk.about(x) for x in tensors]
     _channel_dim(dim, abouts[0], "concatenates")
     channels = sum(one_channel_dimension(about) for about in abouts)
     return walk.make([channels], "cat", [walk.belief(about) for about in abouts])
@@ -113,10 +113,11 @@ def numbers(walk, values: Any) -> Tuple[Optional[int], ...]:
     return tuple(walk.size(value) for value in values)
 
 
-def view(walk, x, *sizes) -> About:
+def view(walk, x, *sizes, shape=None, size=None) -> About:
     """Splits the channels into groups or merges them: (N, ..., H, W) before and after."""
     about = walk.about(x)
-    sizes = numbers(walk, sizes[0] if len(sizes) == 1 else sizes)
+    sizes = shape or size or (sizes[0] if len(sizes) == 1 else sizes)
+    sizes = numbers(walk, sizes)
     channels = sizes[1:-2]
     number = math.prod(about.channels)
     if channels.count(-1) == 1:
@@ -145,9 +146,9 @@ def flatten(walk, x, start_dim=0, end_dim=-1) -> About:
     return walk.make(channels, "reshape", walk.belief(about), channels)
 
 
-def permute(walk, x, *order) -> About:
+def permute(walk, x, *order, dims=None) -> About:
     about = walk.about(x)
-    order = numbers(walk, order[0] if len(order) == 1 else order)
+    order = numbers(walk, dims or (order[0] if len(order) == 1 else order))
     rank = len(about.channels) + 3
     if None in order or len(order) != rank:
         raise End("the order of its dimensions is computed")

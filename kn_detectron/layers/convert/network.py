@@ -4,6 +4,7 @@ import copy
 import itertools
 import linecache
 import re
+import weakref
 from types import ModuleType
 from typing import Any, Dict
 
@@ -12,6 +13,7 @@ from torch import fx, nn
 
 from ...errors import InputError
 from .chain import Chain
+from ..kalman_norm import check_takes_prior
 from .tracing import in_mode
 from .walk import CHAIN
 
@@ -28,6 +30,7 @@ class Program:
         # So that tracebacks show its lines.
         name = f"<kn_detectron program {next(_numbers)}>"
         linecache.cache[name] = len(source), None, source.splitlines(True), name
+        weakref.finalize(self, linecache.cache.pop, name, None)
         names: Dict[str, Any] = {}
         exec(compile(source, name, "exec"), names)
         self._function = names["forward"]
@@ -92,17 +95,29 @@ class KalmanNetwork(nn.Module):
         return self._programs["training" if self.training else "evaluation"]
 
     def forward(self, *args, **kwargs):
-        """Computes what the original's ``forward`` computes, with Kalman Normalization."""
-        return self._program(self, *args, **kwargs)
+        """Computes what the original's ``forward`` computes, with Kalman Normalization.
+
+        Raises:
+            TypeError: a norm was replaced by one that takes no prior.
+        """
+        try:
+            return self._program(self, *args, **kwargs)
+        except TypeError as error:
+            for name in self._norms:
+                check_takes_prior(self.get_submodule(name), error)
+            raise
 
     @torch.no_grad()
-    def pass_beliefs(self) -> None:
+    def pass_beliefs(self) -> Any:
         """Calls every norm on an empty batch with its prior in closed form, for calibration.
 
         The priors of the network variant depend on parameters only, so no images are needed.
+
+        Returns:
+            The beliefs about the output, if ``forward`` returns them too, else None.
         """
         with in_mode(self, training=True):
-            self._programs["beliefs"](self, getattr(self, CHAIN).in_closed_form())
+            return self._programs["beliefs"](self, getattr(self, CHAIN).in_closed_form())
 
     def put_norm(self, name: str, layer: nn.Module) -> None:
         """Replaces a norm, wherever it is used, by a Kalman layer, which takes over its tensors."""
@@ -144,6 +159,6 @@ class KalmanNetwork(nn.Module):
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for parent in network.modules():
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # named_children has each child once
             if child is old:
                 parent._modules[name] = new

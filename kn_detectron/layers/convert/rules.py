@@ -3,7 +3,7 @@
 For a function or method a rule is ``rule(walk, *args, **kwargs)``, with a :class:`~.walk.Walk` and
 the arguments of the node. For a module it is ``rule(walk, module, x)``. It returns an
 :class:`~.about.About` or a tuple of them, or raises an :class:`~.about.End` that says why it
-cannot. The rules for channels are in :mod:`.channels`. The tables of rules are at the end of this
+cannot. The arguments behind the first have torch's names. The rules for channels are in :mod:`.channels`. The tables of rules are at the end of this
 file. The arithmetic of beliefs is in :class:`~.chain.Chain`.
 """
 
@@ -91,9 +91,6 @@ def _clamp(walk, x, min=None, max=None) -> About:
 
 
 def _conv_module(walk, module: nn.Conv2d, x) -> About:
-    plain = type(module).forward is nn.Conv2d.forward
-    if not plain and not is_ruled(type(module)):
-        raise End("it is a subclass of Conv2d with a forward function of its own")
     _check_channels(walk.about(x), module.in_channels)
     return walk.convolved(x, module.out_channels)
 
@@ -119,27 +116,29 @@ def _check_channels(about: About, channels: int) -> None:
 # Arithmetic.
 
 
-def _add(walk, a, b, alpha=1) -> About:
+def _add(walk, x, other, alpha=1) -> About:
     if alpha != 1:
         raise End("there is no rule for a weighted sum")
-    if walk.is_constant(a):
-        a, b = b, a
-    about = walk.about(a)
-    if walk.is_constant(b):
-        _check_same_everywhere(walk.constant(b))
-        return walk.make(about.channels, "shift", walk.belief(about), b)
-    return _sum(walk, about, walk.about(b))
+    if walk.is_constant(x):
+        x, other = other, x
+    about = walk.about(x)
+    if walk.is_constant(other):
+        _check_same_everywhere(walk.constant(other))
+        return walk.make(about.channels, "shift", walk.belief(about), other)
+    return _sum(walk, about, walk.about(other))
 
 
-def _subtract(walk, a, b) -> About:
-    if walk.is_constant(a):
-        _check_same_everywhere(walk.constant(a))
-        negative = _negate(walk, b)
-        return walk.make(negative.channels, "shift", negative.belief, a)
-    about = walk.about(a)
-    if isinstance(b, (int, float)):
-        return walk.make(about.channels, "shift", walk.belief(about), -b)
-    return _sum(walk, about, _negate(walk, b))
+def _subtract(walk, x, other, alpha=1) -> About:
+    if alpha != 1:
+        raise End("there is no rule for a weighted difference")
+    if walk.is_constant(x):
+        _check_same_everywhere(walk.constant(x))
+        negative = _negate(walk, other)
+        return walk.make(negative.channels, "shift", negative.belief, x)
+    about = walk.about(x)
+    if isinstance(other, (int, float)):
+        return walk.make(about.channels, "shift", walk.belief(about), -other)
+    return _sum(walk, about, _negate(walk, other))
 
 
 def _check_same_everywhere(constant) -> None:
@@ -161,22 +160,24 @@ def _negate(walk, x) -> About:
     return walk.make(about.channels, "scale", walk.belief(about), -1)
 
 
-def _multiply(walk, a, b) -> About:
-    if walk.is_constant(a):
-        a, b = b, a
-    about = walk.about(a)
-    if walk.is_constant(b):
-        _check_same_everywhere(walk.constant(b))
-        return walk.make(about.channels, "scale", walk.belief(about), b)
-    walk.about(b)
+def _multiply(walk, x, other) -> About:
+    if walk.is_constant(x):
+        x, other = other, x
+    about = walk.about(x)
+    if walk.is_constant(other):
+        _check_same_everywhere(walk.constant(other))
+        return walk.make(about.channels, "scale", walk.belief(about), other)
+    walk.about(other)
     raise End("it is the product of two features")
 
 
-def _divide(walk, a, b) -> About:
-    about = walk.about(a)
-    if not isinstance(b, (int, float)):
+def _divide(walk, x, other, rounding_mode=None) -> About:
+    about = walk.about(x)
+    if rounding_mode is not None:
+        raise End("there is no rule for rounding")
+    if not isinstance(other, (int, float)):
         raise End("it divides by a value that is computed")
-    return walk.make(about.channels, "scale", walk.belief(about), 1.0 / b)
+    return walk.make(about.channels, "scale", walk.belief(about), 1.0 / other)
 
 
 # The tables.
@@ -196,7 +197,7 @@ _SAME_MODULES = (
     StochasticDepth,
 )
 
-# By class. The rule of the nearest base class counts.
+# By class. The rule of the nearest base class counts, if the module has its forward function.
 _MODULES: Dict[type, Callable] = {
     **{module: _same_module for module in _SAME_MODULES},
     **{a.module: _activation_module(name, a) for name, a in ACTIVATIONS.items()},
@@ -204,9 +205,11 @@ _MODULES: Dict[type, Callable] = {
     nn.ChannelShuffle: on_channels.channel_shuffle_module,
 }
 
-# By the name of the class, since timm is optional. Conv2dSame pads as TensorFlow does.
+# By the name of the class, since timm is optional. Those with "Same" pad as TensorFlow does.
 _MODULES_BY_NAME: Dict[str, Callable] = {
     "DropPath": _same_module,
+    "AvgPool2dSame": _same_module,
+    "MaxPool2dSame": _same_module,
     "Conv2dSame": _conv_module,
     "Conv2dSameExport": _conv_module,
 }
@@ -277,10 +280,20 @@ def find_rule(op: str, target: Any) -> Optional[Callable]:
         return _FUNCTIONS.get(target)
     if op == "call_method":
         return _BY_NAME.get(target.rstrip("_"))
+    if type(target).__name__ in _MODULES_BY_NAME:
+        return _MODULES_BY_NAME[type(target).__name__]
     for base in type(target).__mro__:
         if base in _MODULES:
-            return _MODULES[base]
-    return _MODULES_BY_NAME.get(type(target).__name__)
+            same = type(target).forward is base.forward
+            return _MODULES[base] if same else _changed(base)
+    return None
+
+
+def _changed(base: type) -> Callable:
+    def rule(walk, *args, **kwargs):
+        raise End(f"it is a subclass of {base.__name__} with a forward function of its own")
+
+    return rule
 
 
 def is_ruled(module_class: type) -> bool:

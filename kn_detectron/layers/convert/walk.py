@@ -1,7 +1,8 @@
 """Inserts the nodes that make beliefs into a graph, beside the nodes that make the features."""
 
+import inspect
 import operator
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from torch import fx, nn
 
@@ -15,6 +16,10 @@ from .tracing import is_frozen_norm, is_norm
 __all__ = ["CHAIN", "NormCall", "Walk"]
 
 CHAIN = "kalman_chain"  # the name of the module Chain in a converted network
+
+# torch's names of the first argument, and timm's; and other names that torch takes.
+_FIRST = ("input", "x", "tensor")
+_ALIASES = {"axis": "dim", "keepdims": "keepdim", "split_size": "split_size_or_sections"}
 
 
 class NormCall(NamedTuple):
@@ -51,6 +56,7 @@ class Walk:
         self._grouped = any(isinstance(module, nn.GroupNorm) for module in network.modules())
         self._sizes = Sizes()
         self._memory = Memory(network)
+        self._beliefs: Any = None  # the beliefs about the output, if they are returned
 
         nodes = list(graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
@@ -151,7 +157,8 @@ class Walk:
         if return_beliefs:
             output = next(iter(reversed(self.graph.nodes)))
             self._here = output.prev
-            output.args = ((output.args[0], fx.node.map_arg(output.args[0], self._returned)),)
+            self._beliefs = fx.node.map_arg(output.args[0], self._returned)
+            output.args = ((output.args[0], self._beliefs),)
         _remove_unused(self.graph, self.own)
 
     def _returned(self, x: fx.Node) -> Optional[fx.Node]:
@@ -159,7 +166,10 @@ class Walk:
         return self.belief(known) if isinstance(known, About) else None
 
     def beliefs_alone(self) -> fx.Graph:
-        """A graph without features. Its input is the Chain, and it calls norms on empty batches."""
+        """A graph without features. Its input is the Chain, and it calls norms on empty batches.
+
+        Its output are the beliefs about the output, if :meth:`finish` was told to return them.
+        """
         graph = fx.Graph()
         copies = {self.chain: graph.placeholder("chain")}
         norms = {call.node for call in self.norms}
@@ -174,7 +184,7 @@ class Walk:
                 copies[node] = graph.node_copy(node, copies.get)
                 if node in self._constants:
                     constants.add(copies[node])
-        graph.output(None)
+        graph.output(fx.node.map_arg(self._beliefs, copies.get))
         _remove_unused(graph, constants)
         return graph
 
@@ -225,27 +235,32 @@ class Walk:
         if all(x in self._constants for x in node.all_input_nodes):
             self._constants.add(node)
             return End()
+        module = self.network.get_submodule(node.target) if node.op == "call_module" else None
+        rule = find_rule(node.op, node.target if module is None else module)
+        if rule is not None or is_norm(module):
+            _put_first_argument_first(node)
         first = self._known.get(node.args[0]) if node.args else None
         channels = first.channels if isinstance(first, About) else None
         if self._sizes.note(node, channels):
             return End()
         try:
-            if node.op == "call_module":
-                return self._follow_module(self.network.get_submodule(node.target))
-            rule = find_rule(node.op, node.target)
-            return self._unknown() if rule is None else rule(self, *node.args, **node.kwargs)
+            if is_norm(module):
+                return self._norm(module)
+            if is_frozen_norm(module):
+                return self.make([module.weight.numel()], "frozen", self._module_itself())
+            if rule is None:
+                return self._unknown()
+            return self._by_rule(rule, *([] if module is None else [module]))
         except End as end:
             return end
 
-    def _follow_module(self, module: nn.Module) -> Known:
-        if is_norm(module):
-            return self._norm(module)
-        if is_frozen_norm(module):
-            return self.make([module.weight.numel()], "frozen", self._module_itself())
-        rule = find_rule("call_module", module)
-        if rule is None:
-            return self._unknown()
-        return rule(self, module, *self._node.args, **self._node.kwargs)
+    def _by_rule(self, rule: Callable, *module: nn.Module) -> Known:
+        kwargs = {_ALIASES.get(name, name): value for name, value in self._node.kwargs.items()}
+        try:
+            call = inspect.signature(rule).bind(self, *module, *self._node.args, **kwargs)
+        except TypeError:
+            raise End("there is no rule for these arguments") from None
+        return rule(*call.args, **call.kwargs)
 
     def _unknown(self) -> End:
         for x in self._node.all_input_nodes:  # the first cause counts
@@ -288,6 +303,14 @@ class Walk:
             end = End("it was changed in place under another name")
             end.node = node
             self._known.update(dict.fromkeys(unknown, end))
+
+
+def _put_first_argument_first(node: fx.Node) -> None:
+    """Gives a node its first argument by position, as rules expect it, if it has it by name."""
+    for name in _FIRST:
+        if not node.args and name in node.kwargs:
+            kwargs = dict(node.kwargs)
+            node.args, node.kwargs = (kwargs.pop(name),), kwargs
 
 
 def _remove_unused(graph: fx.Graph, nodes: Set[fx.Node]) -> None:

@@ -1,7 +1,9 @@
 """What a converted network is: an ordinary module that differs by KN's own entries only."""
 
 import copy
+import gc
 import io
+import linecache
 import pickle
 
 import pytest
@@ -517,3 +519,49 @@ def test_a_transposed_convolution_ends_the_chain(caplog):
 def test_mean_and_deviation_are_about_the_same_channels():
     with pytest.raises(InputError, match="image_mean has 1 numbers and image_std has 3"):
         convert_kalman_norm(Branchy(), image_mean=[0.5])
+
+
+def test_a_norm_under_two_names_is_replaced_under_both():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    network.same = network[1]
+    converted = convert_kalman_norm(network)
+    assert isinstance(converted.same, KalmanNorm2d)
+    assert converted.same is converted.get_submodule("1")
+    converted(images()).sum().backward()
+    restored = converted.restored()
+    assert type(restored.same) is nn.BatchNorm2d and restored.same is restored[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_that_are_called_by_name(training):
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(input=self.conv(input=x))
+
+    network = ByName()
+    want = nn.Sequential(copy.deepcopy(network.conv), copy.deepcopy(network.norm)).train(training)
+    converted = convert_kalman_norm(network.train(training), gain=1.0, learn_gain=False)
+    assert not converted.norm.is_head
+    x = images()
+    torch.testing.assert_close(converted(x), want(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_conversion_to_sync_batch_norm_is_a_sentence(converted, training):
+    replaced = nn.SyncBatchNorm.convert_sync_batchnorm(converted).train(training)
+    with pytest.raises(TypeError, match="a SyncBatchNorm stands .*convert_sync_batchnorm must not"):
+        replaced(images())
+
+
+def test_code_that_nobody_has_any_more_is_forgotten(converted):
+    gc.collect()
+    before = set(linecache.cache)
+    other = copy.deepcopy(converted)
+    assert len(set(linecache.cache) - before) == 3
+    del other
+    gc.collect()
+    assert set(linecache.cache) == before

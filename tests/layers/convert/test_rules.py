@@ -95,6 +95,29 @@ def sizes_in_place(x):
     return x[:, half:channels]
 
 
+def in_place_by_name(x):
+    y = x
+    F.relu(input=x, inplace=True)
+    return y
+
+
+def shuffled_by_name(x):
+    n, c, h, w = x.size()
+    x = x.reshape(shape=(n, 2, c // 2, h, w)).permute(dims=(0, 2, 1, 3, 4))
+    return torch.reshape(input=x, shape=(n, c, h, w))
+
+
+class ByName(nn.Module):
+    """Gives a module its input by name."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(input=x)
+
+
 EXACT = {
     "relu module": nn.ReLU(inplace=True),
     "relu function": lambda x: F.relu(x, inplace=True),
@@ -134,6 +157,20 @@ EXACT = {
     "sizes change in place too": sizes_in_place,
     "crop": lambda x: x[..., 1:-1, 1:-1],
     "dtype": lambda x: x.float().double(),
+    # Arguments by name, as torch takes them.
+    "relu by name": lambda x: F.relu(input=x, inplace=True) + 1,
+    "in place by name": in_place_by_name,
+    "convolution by name": lambda self, x: F.conv2d(input=x, weight=self.weight, groups=4),
+    "convolution module by name": ByName(nn.Conv2d(CHANNELS, CHANNELS, 3)),
+    "chunks by name": lambda x: torch.cat(
+        tensors=torch.chunk(input=x, chunks=2, dim=1)[::-1], axis=1
+    ),
+    "split by name": lambda x: torch.cat(torch.split(tensor=x, split_size_or_sections=3, dim=1), 1),
+    "split method by name": lambda x: torch.cat(x.split(split_size=3, dim=1), dim=1),
+    "shuffle by name": shuffled_by_name,
+    "arithmetic by name": lambda x: torch.div(
+        input=torch.sub(torch.mul(input=x, other=0.1), other=0.2, alpha=1), other=2
+    ),
 }
 
 
@@ -255,6 +292,13 @@ def keeps_an_old_name(x):
     return x
 
 
+class Doubling(nn.ReLU):
+    """Has a rule as a ReLU, but does more, in a way that cannot be traced."""
+
+    def forward(self, x):
+        return super().forward(x) * (2 if x.sum() > -1 else 2)
+
+
 ENDS = {
     "it is the product of two features": Gate(),
     "there is no rule for it": Opaque(),
@@ -267,7 +311,11 @@ ENDS = {
     "it takes images or positions out of a batch": lambda x: x[:1],
     "there is no rule for bounds": lambda x: x.clamp(max=0.3),
     "there is no rule for a weighted sum": lambda x: torch.add(x, x, alpha=2),
+    "there is no rule for a weighted difference": lambda x: torch.sub(x, x, alpha=2),
+    "there is no rule for rounding": lambda x: torch.div(x, 2, rounding_mode="floor"),
+    "there is no rule for these arguments": lambda x: torch.mul(x, 2, out=None),
     "it was changed in place under another name": keeps_an_old_name,
+    "it is a subclass of ReLU with a forward function": Doubling(),
 }
 
 
