@@ -110,8 +110,14 @@ def check_config(cfg: CN) -> None:
     """Checks every key of ``MODEL.KN``.
 
     Raises:
-        InputError: naming the key, the value it has and the values it takes.
+        InputError: naming the key, the value it has and the values it takes; or there is no
+            ``MODEL.KN``.
     """
+    if "KN" not in cfg.MODEL:
+        raise InputError(
+            "The config has no MODEL.KN: call kn_detectron.add_kn_config(cfg) after "
+            "detectron2.config.get_cfg(), and before a file is merged into it"
+        )
     kn = cfg.MODEL.KN
     for key, value in kn.items():
         if key not in _RULES:

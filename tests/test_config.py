@@ -1,8 +1,10 @@
 import pytest
 from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 
 from kn_detectron import InputError, add_kn_config, check_config
 from kn_detectron.config import _RULES
+from kn_detectron.engine import Trainer
 
 
 @pytest.fixture
@@ -53,6 +55,20 @@ def test_unknown_key(cfg):
     cfg.MODEL.KN.GIAN = 0.1
     with pytest.raises(InputError, match="MODEL.KN.GIAN is unknown: the keys are VARIANT"):
         check_config(cfg)
+
+
+def test_a_config_without_the_keys_of_kn_is_a_sentence():
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.NORM = "KN"
+    cfg.MODEL.DEVICE = "cpu"
+    for backbone in ("build_kn_resnet_backbone", "build_kn_network_backbone"):
+        cfg.MODEL.BACKBONE.NAME = backbone
+        with pytest.raises(
+            InputError, match=r"no MODEL.KN: call kn_detectron.add_kn_config\(cfg\)"
+        ):
+            build_model(cfg)
+    with pytest.raises(InputError, match="no MODEL.KN"):
+        Trainer(cfg)
 
 
 def test_image_std_must_fit_the_pixels(cfg):

@@ -169,13 +169,14 @@ def _pass_beliefs(model: nn.Module) -> None:
 def _run_chains(model: nn.Module) -> None:
     features = Features()
     pyramids = {module.bottom_up: module for module in model.modules() if isinstance(module, KNFPN)}
+    inside = {module.network for module in model.modules() if isinstance(module, KNNetwork)}
     for module in model.modules():
-        if isinstance(module, KalmanNetwork):
+        if isinstance(module, KalmanNetwork) and module not in inside:
             module.pass_beliefs()
         if isinstance(module, (KNNetwork, KNResNet)):
-            weight = next(module.parameters())  # of the first convolution
-            backbone = pyramids.get(module, module)  # which runs what is below it
-            outputs = backbone(weight.new_zeros(0, weight.shape[1], 64, 64))
+            outputs = module.pass_beliefs()
+            if module in pyramids:
+                outputs = pyramids[module].fuse(outputs)
             features.update(outputs)
             features.beliefs.update(outputs.beliefs)
     for module in model.modules():

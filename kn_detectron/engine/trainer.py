@@ -21,6 +21,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 
 from ..checkpoint import KNCheckpointer
 from ..checkpoint.files import is_full_disk
+from ..config import check_config
 from ..data import (
     build_test_loader,
     build_train_loader,
@@ -75,6 +76,7 @@ class Trainer(DefaultTrainer):
         # Not DefaultTrainer's own: its checkpointer writes in place, and its data-parallel model
         # is for GPUs only.
         TrainerBase.__init__(self)
+        check_config(cfg)
         check_test_augmentation(cfg)
         for name in ("detectron2", "kn_detectron"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):  # nobody has set up logging

@@ -73,7 +73,10 @@ class KNFPN(FPN):
         Raises:
             InputError: beliefs are needed, and there is none about a feature of ``bottom_up``.
         """
-        bottom_up = self.bottom_up(x)
+        return self.fuse(self.bottom_up(x))
+
+    def fuse(self, bottom_up: Features) -> Features:
+        """Makes the levels of the features of ``bottom_up``; see :meth:`forward`."""
         keeps_beliefs = self.training or self.chain.predicts_in_evaluation
         levels, fused = [], None
         for name, lateral, output in zip(

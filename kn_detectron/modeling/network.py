@@ -1,6 +1,6 @@
 """Backbones from networks of torchvision and timm, with Kalman Normalization or BatchNorm."""
 
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -11,8 +11,9 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from ..config import check_config
 from ..errors import InputError
-from ..layers import KalmanNetwork, convert_kalman_norm
+from ..layers import Belief, KalmanNetwork, convert_kalman_norm
 from ..networks import build_network
 from ..networks.efficientnet import is_efficientnet_port, timm_names
 from .chain import ChainConfig, Features
@@ -67,7 +68,23 @@ class KNNetwork(_Network):
             Features: the features by name, with the beliefs that are known.
         """
         features, beliefs = self.network(x)
-        return Features(features, {k: v for k, v in beliefs.items() if v is not None})
+        return Features(features, _known(beliefs))
+
+    def pass_beliefs(self) -> Features:
+        """Passes beliefs to the norms in closed form, for calibration; the rest does not run.
+
+        Returns:
+            Features: of no images, with the beliefs that are known.
+        """
+        weight, values = next(self.parameters()), {}
+        for name, shape in self._shapes.items():
+            side = _SIDE // shape.stride
+            values[name] = weight.new_zeros(0, shape.channels, side, side)
+        return Features(values, _known(self.network.pass_beliefs()))
+
+
+def _known(beliefs: Dict[str, Optional[Belief]]) -> Dict[str, Belief]:
+    return {name: belief for name, belief in beliefs.items() if belief is not None}
 
 
 class PlainNetwork(_Network):
@@ -126,6 +143,7 @@ def build_kn_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         InputError: there is no such network, it cannot be converted or lacks a feature, the weights
             are of another network, or the config asks for something that this backbone lacks.
     """
+    check_config(cfg)
     norm = cfg.MODEL.RESNETS.NORM
     if norm not in ("KN", "BN", "FrozenBN"):
         raise InputError(

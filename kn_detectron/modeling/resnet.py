@@ -149,6 +149,11 @@ class KNResNet(ResNet):
             outputs["linear"] = self.linear(torch.flatten(self.avgpool(feature.value), 1))
         return outputs
 
+    def pass_beliefs(self) -> Features:
+        """Runs the chain on no images, for calibration."""
+        weight = next(self.parameters())  # of the first convolution
+        return self(weight.new_zeros(0, weight.shape[1], 64, 64))
+
 
 NUM_BLOCKS = {
     18: (2, 2, 2, 2),

@@ -139,6 +139,14 @@ def test_mask_rcnn_with_fpn_and_heads():
     assert len(norms) == len(kalman_layers(model))  # none is the head of a chain
 
 
+def test_calibration_runs_no_images():
+    """The channel attention of ECA networks cannot be computed for a batch of no images."""
+    backbone = build_backbone(network_cfg("timm/ecaresnet26t"))
+    with pytest.raises(RuntimeError):
+        backbone(images(2, 64)[:0])
+    assert set(calibrate(backbone)) == set(kalman_layers(backbone))
+
+
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
 def test_a_checkpoint_loads_whole(tmp_path, name):
     cfg = fpn_rcnn_cfg("KN", **{**FPN, "MODEL__KN__NETWORK": name})
