@@ -26,6 +26,7 @@ from PIL import Image
 from kn_detectron.checkpoint import KNCheckpointer
 from kn_detectron.engine import load_run
 from kn_detectron.engine.command_line import merge_options, read_config, run
+from kn_detectron.engine.pictures import BrightVisualizer
 from kn_detectron.engine.prediction import coco_results, shown
 from kn_detectron.errors import InputError
 from kn_detectron.model_zoo import get_checkpoint_file, get_config_file
@@ -34,7 +35,6 @@ from kn_detectron.model_zoo import get_checkpoint_file, get_config_file
 from detectron2.data import DatasetMapper, MetadataCatalog  # isort: skip
 from detectron2.data.detection_utils import read_image  # isort: skip
 from detectron2.modeling import build_model  # isort: skip
-from detectron2.utils.visualizer import ColorMode, Visualizer  # isort: skip
 
 _RELEASED = "photos/mask_rcnn_lite0_FPN_KN.yaml"
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -170,8 +170,7 @@ def main():
         results += coco_results(found, str(path), classes)
         found = shown(found, args.min_score)
         count += len(found)
-        visualizer = Visualizer(image, metadata, instance_mode=ColorMode.IMAGE)
-        picture = visualizer.draw_instance_predictions(found)
+        picture = BrightVisualizer(image, metadata).draw_instance_predictions(found)
         Image.fromarray(picture.get_image()).save(_free(output, path.stem, paths))
     (output / "detections.json").write_text(json.dumps(results))
     read = len(photos) - len(faults)

@@ -9,7 +9,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.utils.visualizer import Visualizer
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -17,7 +18,32 @@ from ..data import build_test_loader
 from ..layers import kalman_layers
 from .prediction import shown
 
-__all__ = ["draw_curves", "draw_gains", "draw_predictions", "read_metrics"]
+__all__ = ["BrightVisualizer", "draw_curves", "draw_gains", "draw_predictions", "read_metrics"]
+
+# Bright and far from each other. detectron2's random colours have black, white and greys, which
+# look like no mask at all on many photographs.
+_COLORS = [
+    *("#ff3b30", "#34c759", "#0a84ff", "#ffd60a", "#ff2dd4", "#00e5ff", "#ff9f0a", "#7d5fff"),
+    *("#a8ff04", "#ff8f8f"),
+]
+
+_WIDTH = 11  # of the picture of predictions, in inches
+
+
+class BrightVisualizer(Visualizer):
+    """detectron2's Visualizer, with bright colours given to the objects from left to right.
+
+    So an object mostly has the same colour in the ground truth and in every prediction, whose
+    objects come in different orders.
+    """
+
+    def overlay_instances(self, *, boxes=None, assigned_colors=None, **others):
+        """See detectron2's ``Visualizer.overlay_instances``."""
+        if assigned_colors is None and boxes is not None and len(boxes):
+            corners = self._convert_boxes(boxes)
+            rank = np.argsort(np.argsort(corners[:, 0] + corners[:, 2]))
+            assigned_colors = [to_rgb(_COLORS[i % len(_COLORS)]) for i in rank]
+        return super().overlay_instances(boxes=boxes, assigned_colors=assigned_colors, **others)
 
 
 def read_metrics(output_dir: str) -> List[Dict]:
@@ -36,7 +62,7 @@ def _save(figure: Figure, path: str) -> None:
 
 @torch.no_grad()
 def draw_predictions(
-    cfg: CfgNode, models: Dict[str, nn.Module], path: str, count: int = 8, min_score: float = 0.35
+    cfg: CfgNode, models: Dict[str, nn.Module], path: str, count: int = 4, min_score: float = 0.35
 ) -> None:
     """Draws the ground truth and what each model predicts on the first test images with objects.
 
@@ -61,7 +87,7 @@ def draw_predictions(
         scale = max(1.0, 320 / min(image.shape[:2]))
 
         def visualizer():
-            return Visualizer(image, metadata, scale, ColorMode.IMAGE)
+            return BrightVisualizer(image, metadata, scale)
 
         drawn = [visualizer().draw_dataset_dict(record)]
         for model in models.values():
@@ -72,13 +98,21 @@ def draw_predictions(
             break
     for title, model in models.items():
         model.train(training[title])
-    height = (len(rows) + 1) // 2
-    figure = Figure(figsize=(14, height * 6.2 / (len(models) + 1)))
-    for axes, row in zip(figure.subplots(height, 2, squeeze=False).flat, rows):
+    titles = ["ground truth", *models]
+    heights = [row.shape[0] / row.shape[1] for row in rows]
+    figure = Figure(figsize=(_WIDTH, _WIDTH * sum(heights)), layout="constrained")
+    places = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[
+        :, 0
+    ]
+    for axes, row in zip(places, rows):
         axes.imshow(row)
-        axes.set_title(" | ".join(["ground truth", *models]), fontsize=8)
-    for axes in figure.axes:
         axes.axis("off")
+    places[0].axis("on")
+    width = rows[0].shape[1] / len(titles)
+    places[0].set_xticks([(k + 0.5) * width for k in range(len(titles))], titles)
+    places[0].set_yticks([])
+    places[0].spines[:].set_visible(False)
+    places[0].tick_params(top=False, labeltop=True, bottom=False, labelbottom=False)
     _save(figure, path)
 
 

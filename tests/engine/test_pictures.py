@@ -2,9 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
-from kn_detectron.engine.pictures import draw_curves, draw_gains, read_metrics
+from kn_detectron.engine.pictures import BrightVisualizer, draw_curves, draw_gains, read_metrics
 from kn_detectron.layers import set_gain_scale
 
 from ..models import build_backbone, resnet_cfg
@@ -33,6 +36,38 @@ def test_read_metrics_takes_the_last_word_on_an_iteration(tmp_path):
 def drawn(path):
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
+
+
+def test_an_object_has_one_bright_colour_in_truth_and_predictions():
+    """Whatever the order of the objects, and unlike detectron2's random colours."""
+    image = np.zeros((60, 90, 3), np.uint8)
+    boxes = torch.tensor([[60.0, 10.0, 85.0, 50.0], [5.0, 10.0, 30.0, 50.0]])
+    metadata = MetadataCatalog.get("__unused")
+    record = {
+        "annotations": [
+            {"bbox": box.tolist(), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0} for box in boxes
+        ]
+    }
+    pictures = [BrightVisualizer(image, metadata).draw_dataset_dict(record)]
+    for order in ([0, 1], [1, 0]):
+        found = Instances(
+            (60, 90),
+            pred_boxes=Boxes(boxes[order]),
+            scores=torch.ones(2),
+            pred_classes=torch.zeros(2, dtype=torch.long),
+        )
+        pictures.append(BrightVisualizer(image, metadata).draw_instance_predictions(found))
+    edges = []
+    for picture in pictures:
+        picture = picture.get_image().astype(int)
+        edges.append((picture[45, 3:8].max(0), picture[45, 82:88].max(0)))
+        # detectron2 draws boxes half transparent, here on black.
+        for edge, bright in zip(edges[-1], ((255, 59, 48), (52, 199, 89))):
+            np.testing.assert_allclose(edge, np.array(bright) / 2, atol=2)
+    for other in edges[1:]:
+        np.testing.assert_array_equal(other, edges[0])
+    found = found[found.scores > 1]  # none
+    BrightVisualizer(image, metadata).draw_instance_predictions(found)
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
