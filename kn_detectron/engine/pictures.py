@@ -27,7 +27,7 @@ _COLORS = [
     *("#a8ff04", "#ff8f8f"),
 ]
 
-_WIDTH = 11  # of the picture of predictions, in inches
+_WIDTH = 9  # of the picture of predictions, in inches
 
 
 class BrightVisualizer(Visualizer):

@@ -1,6 +1,7 @@
 """The gain and the process model, which the batch and the group version of the norm share."""
 
 import math
+from numbers import Real
 from typing import Optional, Tuple, Union
 
 import torch
@@ -65,8 +66,10 @@ class KalmanFilter(nn.Module):
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant is one of {VARIANTS}, not {variant!r}")
-        if gain is not None and not 0.0 <= gain <= 1.0:
-            raise ValueError(f"gain lies between 0 and 1, or is None for a head, not {gain}")
+        if gain is not None and not (isinstance(gain, Real) and 0.0 <= gain <= 1.0):
+            raise ValueError(
+                f"gain is a number between 0 and 1, or None for the head of a chain, not {gain!r}"
+            )
         if gain in (0.0, 1.0) and learn_gain:
             raise ValueError(
                 f"a gain of {gain:g} cannot be learned (its logit is infinite): "

@@ -89,7 +89,8 @@ def test_whether_it_measures_follows_from_its_state(kind, learn_gain):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (dict(gain=1.2), "between 0 and 1, or is None for a head, not 1.2"),
+        (dict(gain=1.2), "a number between 0 and 1, or None for the head of a chain, not 1.2"),
+        (dict(gain="0.02"), "a number between 0 and 1, .* not '0.02'"),
         (dict(gain=0.0), "cannot be learned"),
         (dict(variant="nets"), "variant is one of .* not 'nets'"),
     ],
