@@ -44,9 +44,9 @@ class Sizes:
             bool: whether the node is a size.
         """
         if node.op == "call_method" and node.target in ("size", "dim"):
-            self._values[node] = self._attribute("shape", channels, *node.args[1:2])
-            if node.target == "dim":
-                self._values[node] = self._attribute("ndim", channels)
+            dim = node.kwargs.get("dim", *node.args[1:2]) if node.target == "size" else None
+            name = "shape" if node.target == "size" else "ndim"
+            self._values[node] = self._attribute(name, channels, dim)
         elif node.op == "call_function" and node.target is getattr:
             self._values[node] = self._attribute(node.args[1], channels)
         elif node.op == "call_function" and all(x in self for x in node.all_input_nodes):

@@ -102,7 +102,7 @@ def in_place_by_name(x):
 
 
 def shuffled_by_name(x):
-    n, c, h, w = x.size()
+    n, c, h, w = (x.size(dim=i) for i in range(4))
     x = x.reshape(shape=(n, 2, c // 2, h, w)).permute(dims=(0, 2, 1, 3, 4))
     return torch.reshape(input=x, shape=(n, c, h, w))
 
