@@ -149,7 +149,7 @@ class KNCheckpointer(DetectionCheckpointer):
             raise InputError(f"MODEL.WEIGHTS {error}{otherwise}.") from error
 
     def _load_file(self, filename):
-        self._weights = read_weights(filename)
+        self._weights = read_weights(filename, own=self.model.state_dict())
         return {**self._weights.rest, "model": self._weights.state}
 
     def _load_model(self, checkpoint):

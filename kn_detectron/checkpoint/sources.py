@@ -14,7 +14,7 @@ kn_detectron           detectron2's, and those of ``KN_STATE``
 
 import dataclasses
 import re
-from typing import Any, Dict
+from typing import Any, Collection, Dict
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class Weights:
     rest: Dict[str, Any]
 
 
-def read_weights(path: str) -> Weights:
+def read_weights(path: str, own: Collection[str] = ()) -> Weights:
     """Reads the weights of a ResNet or of a detector, whoever wrote them.
 
     Pickles of detectron2's model zoo (MSRA, FAIR, detectors), of Caffe2 and Detectron1; ``.pth`` of
@@ -80,8 +80,12 @@ def read_weights(path: str) -> Weights:
     ``.safetensors``; ``.pth`` of detectron2 and of this package. They are told apart by the names
     in them, not by that of the file. See :mod:`kn_detectron.checkpoint.containers` for safety.
 
+    Networks that this package takes from torchvision and timm keep their names. So the names in a
+    file of this package, and those of the model itself, are left as they are.
+
     Args:
         path: local file.
+        own: the names of the tensors of the model that is to be loaded, if there is one.
 
     Raises:
         InputError: the file cannot be read or would run code; it holds something other than finite
@@ -94,10 +98,12 @@ def read_weights(path: str) -> Weights:
     if author == "Caffe2" or any(_is(_OF_CAFFE2, name) for name in state):
         state = {k: v for k, v in state.items() if not str(k).endswith("_momentum")}
     state = _tensors(state, path)
-    state = unwrapped_names(state, _is_of_a_network, path)
+    is_final = CHECKPOINT_KEY in rest or any("layer1.0." in n and n in own for n in state)
+    known = _OF_DETECTRON2.match if is_final else _is_of_a_network
+    state = unwrapped_names(state, known, path)
     if author == "Caffe2" or any(map(_OF_CAFFE2.match, state)):
         weights = _from_caffe2(state, rest, path, is_detectron1=is_detectron1)
-    elif any(map(_OF_TORCHVISION.match, state)):
+    elif not is_final and any(map(_OF_TORCHVISION.match, state)):
         weights = _from_torchvision(state, rest, path)
     else:
         weights = _from_detectron2(state, rest, path)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from detectron2.modeling import build_model
 
 from kn_detectron import InputError
@@ -263,6 +264,7 @@ def test_last_checkpoint_that_is_gone(tmp_path):
 _KILLED_WHILE_WRITING = """
 import os, signal, sys
 import torch
+import torchvision
 from kn_detectron.checkpoint import Conventions, KNCheckpointer
 
 class Killer:
@@ -312,3 +314,11 @@ def test_nothing_is_written_without_a_folder_or_permission(tmp_path):
     KNCheckpointer(torch.nn.Linear(2, 2)).save("model")
     KNCheckpointer(torch.nn.Linear(2, 2), str(tmp_path), save_to_disk=False).save("model")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_model_with_torchvisions_names_loads_its_own_checkpoint(tmp_path):
+    model, other = (torchvision.models.resnet18(weights=None) for _ in range(2))
+    KNCheckpointer(model, str(tmp_path)).save("own")
+    KNCheckpointer(other).load(str(tmp_path / "own.pth"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key

@@ -7,9 +7,9 @@ from detectron2.modeling import build_model
 from kn_detectron import model_zoo
 from kn_detectron.checkpoint import KNCheckpointer
 from kn_detectron.checkpoint.conventions import CHECKPOINT_KEY, Conventions
-from kn_detectron.pretraining import ImageClassifier, export_backbone
+from kn_detectron.pretraining import ImageClassifier, NetworkClassifier, export_backbone
 
-from ..models import randomize, rcnn_cfg
+from ..models import fpn_rcnn_cfg, randomize, rcnn_cfg
 from .conftest import config
 
 _OPTIONS = dict(MODEL__PIXEL_STD=[57.0, 58.0, 59.0], MODEL__RESNETS__STRIDE_IN_1X1=False)
@@ -107,3 +107,35 @@ def test_half(tmp_path):
     torch.testing.assert_close(
         loaded.weight, model.backbone.res3[0].conv2.weight, rtol=1e-3, atol=1e-4
     )
+
+
+def _network_classifier(name, norm="KN"):
+    return randomize(NetworkClassifier(config("d", norm=norm, network=name)))
+
+
+@pytest.mark.parametrize("norm", ["KN", "BN"])
+def test_classifiers_with_torchvisions_names_load_their_own_checkpoints(tmp_path, norm):
+    """Their tensors are called as in files of torchvision, whose names are changed otherwise."""
+    model = _network_classifier("resnet18", norm)
+    KNCheckpointer(model, str(tmp_path)).save("model_final")
+    other = NetworkClassifier(config("d", norm=norm, network="resnet18"))
+    KNCheckpointer(other).load_for_evaluation(str(tmp_path / "model_final.pth"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_detectors_take_classifiers_with_torchvisions_names(tmp_path):
+    model, path = _network_classifier("resnet18"), str(tmp_path / "backbone.pth")
+    conventions = Conventions.of_config(config("d", norm="KN", network="resnet18"))
+    export_backbone(model.state_dict(), path, conventions)
+    detection = fpn_rcnn_cfg(
+        "KN",
+        MODEL__BACKBONE__NAME="build_kn_network_fpn_backbone",
+        MODEL__KN__NETWORK="resnet18",
+    )
+    detector = build_model(detection)
+    KNCheckpointer(detector).load(path, checkpointables=[])
+    found = detector.backbone.bottom_up.network.state_dict()
+    assert sum(name.endswith("gain_logit") for name in found) == 20
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, model.state_dict()[f"backbone.{name}"], msg=name)
