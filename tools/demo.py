@@ -19,6 +19,7 @@ import sys
 import torch
 
 from kn_detectron.checkpoint import KNCheckpointer
+from kn_detectron.checkpoint.containers import read_container
 from kn_detectron.data import register_shapes
 from kn_detectron.engine import Trainer
 from kn_detectron.engine.command_line import argument_parser, load_config, run, set_up
@@ -45,6 +46,11 @@ def load_detector(cfg, weights):
     model = build_model(cfg)
     KNCheckpointer(model).load_for_evaluation(weights)
     return model
+
+
+def _has_trained(checkpoint, steps):
+    """Whether a checkpoint is there that was trained for so many steps."""
+    return os.path.exists(checkpoint) and read_container(checkpoint)["iteration"] >= steps - 1
 
 
 def main():
@@ -91,7 +97,7 @@ def main():
 
     final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     results = os.path.join(cfg.OUTPUT_DIR, "inference", "results.json")
-    if not (os.path.exists(final) and os.path.exists(results)):
+    if not (os.path.exists(results) and _has_trained(final, cfg.SOLVER.MAX_ITER)):
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=True)
         trainer.train()

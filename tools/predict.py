@@ -24,6 +24,7 @@ import tqdm
 from PIL import Image
 
 from kn_detectron.checkpoint import KNCheckpointer
+from kn_detectron.data import register_named_folders
 from kn_detectron.engine import load_run
 from kn_detectron.engine.command_line import merge_options, read_config, run
 from kn_detectron.engine.pictures import BrightVisualizer
@@ -96,6 +97,7 @@ def load_model(args):
                 f"{args.config_file} says what a model starts from, not what it has learned: give "
                 "MODEL.WEIGHTS FILE, or the config.yaml in the folder of a run."
             )
+        register_named_folders(cfg)  # for the names of the classes
     model = build_model(cfg)
     KNCheckpointer(model).load_for_evaluation(cfg.MODEL.WEIGHTS)
     return cfg, model.eval()
@@ -124,9 +126,13 @@ def detect(mapper, model, path):
 
 
 def _free(output, stem, taken):
-    """A path for a picture that no other photo of this run has. It counts as taken from now on."""
+    """A path for a picture that is none of ``taken``. It counts as taken from now on.
+
+    These are the photos and the pictures of this run, as absolute paths.
+    """
     names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
-    path = next(output / f"{name}.png" for name in names if output / f"{name}.png" not in taken)
+    paths = ((output / f"{name}.png").resolve() for name in names)
+    path = next(path for path in paths if path not in taken)
     taken.add(path)
     return path
 
@@ -160,7 +166,8 @@ def main():
     classes = cfg.DATASETS.CLASS_NAMES or metadata.get("thing_classes") or []
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    results, faults, paths, count = [], [], set(), 0
+    results, faults, count = [], [], 0
+    taken = {path.resolve() for path in photos}
     for path in tqdm.tqdm(photos, unit="photo"):
         try:
             image, found = detect(mapper, model, path)
@@ -171,7 +178,7 @@ def main():
         found = shown(found, args.min_score)
         count += len(found)
         picture = BrightVisualizer(image, metadata).draw_instance_predictions(found)
-        Image.fromarray(picture.get_image()).save(_free(output, path.stem, paths))
+        Image.fromarray(picture.get_image()).save(_free(output, path.stem, taken))
     (output / "detections.json").write_text(json.dumps(results))
     read = len(photos) - len(faults)
     number = f"{read} photo{'' if read == 1 else 's'}"

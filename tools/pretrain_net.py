@@ -24,6 +24,7 @@ from kn_detectron.engine.command_line import (
 )
 from kn_detectron.engine.output_dir import make_output_dir
 from kn_detectron.pretraining import (
+    DECIDED_KEYS,
     ClassificationTrainer,
     add_pretraining_config,
     classification_config,
@@ -64,7 +65,10 @@ def load_config(args):
         image_size=args.image_size,
         network=args.network,
     )
-    merge_options(cfg, args.opts)
+    # A detector's config has values for fine-tuning, which pairs on the command line override; but
+    # what the classifier is, classification_config has decided, with the pairs before it.
+    pairs = zip(args.opts[::2], args.opts[1::2])
+    merge_options(cfg, [text for pair in pairs if pair[0] not in DECIDED_KEYS for text in pair])
     cfg.freeze()
     make_output_dir(cfg, args)
     return cfg

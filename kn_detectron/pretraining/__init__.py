@@ -1,7 +1,7 @@
 """Pre-training of a detector's ResNet by image classification."""
 
 from .classifier import ImageClassifier, NetworkClassifier
-from .config import NORMS, add_pretraining_config, classification_config
+from .config import DECIDED_KEYS, NORMS, add_pretraining_config, classification_config
 from .data import build_eval_loader, build_train_loader, open_folders
 from .evaluation import evaluate, online_statistics
 from .export import export_backbone
@@ -9,6 +9,7 @@ from .trainer import ClassificationTrainer
 
 __all__ = [
     "ClassificationTrainer",
+    "DECIDED_KEYS",
     "ImageClassifier",
     "NORMS",
     "NetworkClassifier",

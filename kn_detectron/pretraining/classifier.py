@@ -119,9 +119,13 @@ def _replace_for_comparison(cfg, module):
     norm, together, steps = cfg.PRETRAINING.NORM, micro_batch(cfg), cfg.SOLVER.MAX_ITER
     if norm == "BN" and together:
         # The head of a chain is BatchNorm, and can normalise parts of a batch on their own.
-        replace_batch_norms(module, lambda n: KalmanNorm2d(n.num_features, n.eps, gain=None))
+        replace_batch_norms(
+            module, lambda n: KalmanNorm2d(n.num_features, n.eps, n.momentum, gain=None)
+        )
     elif norm == "BRN":
-        replace_batch_norms(module, lambda n: BatchRenorm2d(n.num_features, steps, together))
+        replace_batch_norms(
+            module, lambda n: BatchRenorm2d(n.num_features, steps, together, n.eps, n.momentum)
+        )
     elif norm == "WN":
         apply_weight_norm(module)
 
@@ -132,7 +136,7 @@ def _build_network(cfg):
     if norm in ("LN", "GKN") or norm.startswith("GN"):
         groups = {"LN": 1, "GN": 32, "GKN": kn.NUM_GROUPS}.get(norm) or int(norm[2:])
         try:
-            replace_batch_norms(network, lambda n: nn.GroupNorm(groups, n.num_features))
+            replace_batch_norms(network, lambda n: nn.GroupNorm(groups, n.num_features, n.eps))
         except ValueError as error:
             raise InputError(
                 f"--norm {norm} does not fit {name} ({error}): give another one, as GN1, or for GKN "

@@ -11,7 +11,13 @@ from detectron2.config import CfgNode, get_cfg
 from ..config import add_kn_config
 from ..errors import InputError
 
-__all__ = ["NORMS", "add_pretraining_config", "classification_config", "micro_batch"]
+__all__ = [
+    "DECIDED_KEYS",
+    "NORMS",
+    "add_pretraining_config",
+    "classification_config",
+    "micro_batch",
+]
 
 # The norms that have statistics of the batch and of the past.
 _BATCH_NORMS = ("BN", "KN", "BRN")
@@ -24,6 +30,15 @@ _OTHER_BATCH_NORMS = ("FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 # taken over: a detector's config has values for fine-tuning there.
 _MODEL_KEYS = ("BACKBONE", "RESNETS", "KN", "PIXEL_MEAN", "PIXEL_STD", "DEVICE")
 _SCHEDULE_KEYS = ("GAIN", "GAIN_ANNEAL", "EVAL_STATISTICS")
+
+# Keys whose values classification_config derives, and which a classifier needs as they are.
+DECIDED_KEYS = (
+    "MODEL.META_ARCHITECTURE",
+    "MODEL.BACKBONE.NAME",
+    "MODEL.BACKBONE.FREEZE_AT",
+    "MODEL.RESNETS.NORM",
+    "MODEL.RESNETS.OUT_FEATURES",
+)
 
 
 def add_pretraining_config(cfg: CfgNode) -> None:

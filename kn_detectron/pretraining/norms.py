@@ -37,15 +37,22 @@ class BatchRenorm2d(nn.BatchNorm2d):
         num_features: C.
         steps: length of the schedule, in steps.
         norm_batch_size: images that are normalised together; it divides the batch. None is the
-        whole
-            batch. Moving statistics take the average over the groups.
+            whole batch. Moving statistics take the average over the groups.
+        eps, momentum: as in :class:`torch.nn.BatchNorm2d`.
 
     Shape:
         - x: (N, C, H, W); y is like x.
     """
 
-    def __init__(self, num_features: int, steps: int, norm_batch_size: Optional[int] = None):
-        super().__init__(num_features)
+    def __init__(
+        self,
+        num_features: int,
+        steps: int,
+        norm_batch_size: Optional[int] = None,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ):
+        super().__init__(num_features, eps, momentum)
         self.steps = steps
         self.norm_batch_size = norm_batch_size
 
@@ -81,7 +88,7 @@ class BatchRenorm2d(nn.BatchNorm2d):
 
 
 def replace_batch_norms(module: nn.Module, build: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
-    """Replaces all BatchNorms in a module.
+    """Replaces all BatchNorms in a module. Scale and shift keep their values.
 
     Args:
         module: the module that holds them.
@@ -89,7 +96,11 @@ def replace_batch_norms(module: nn.Module, build: Callable[[nn.BatchNorm2d], nn.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, build(child))
+            layer = build(child)
+            for parameter in ("weight", "bias"):  # which networks initialise, some with 0
+                if getattr(layer, parameter, None) is not None:
+                    getattr(layer, parameter).data.copy_(getattr(child, parameter))
+            setattr(module, name, layer)
         else:
             replace_batch_norms(child, build)
 

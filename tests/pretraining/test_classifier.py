@@ -182,3 +182,20 @@ def test_the_chain_of_a_network_starts_at_the_pixels_of_the_config():
 def test_networks_that_are_refused(norm, network, sentence):
     with pytest.raises(InputError, match=sentence):
         NetworkClassifier(config("d", norm, image_size=32, network=network))
+
+
+@pytest.mark.parametrize("norm, together", [("BN", 2), ("BRN", 0), ("GN1", 0), ("KN", 0)])
+def test_norms_that_are_compared_differ_in_nothing_else(norm, together):
+    """Scale and shift, eps and momentum are the network's, which may initialise scales with 0."""
+    options = dict(network="timm/resnet18", image_size=64)
+    want = NetworkClassifier(config("d", "BN", **options))
+    model = NetworkClassifier(config("d", norm, norm_batch_size=together, **options))
+    zeros = 0
+    for name, old in want.backbone.named_modules():
+        if isinstance(old, torch.nn.BatchNorm2d):
+            new = model.backbone.get_submodule(name)
+            assert type(new) is not torch.nn.BatchNorm2d
+            assert torch.equal(new.weight, old.weight) and torch.equal(new.bias, old.bias)
+            assert new.eps == old.eps and getattr(new, "momentum", old.momentum) == old.momentum
+            zeros += not old.weight.any()
+    assert zeros == 8

@@ -39,6 +39,11 @@ def test_demo_trains_evaluates_draws_and_does_nothing_twice(tmp_path, process, c
     assert "Starting training" not in out
     assert out.strip().splitlines()[-1] == last
 
+    longer = ["3" if option == "2" else option for option in options]
+    status, out, err = command("demo", *longer)
+    assert status == 0, err
+    assert (tmp_path / "model_final.pth").stat().st_mtime_ns > trained
+
 
 def test_demo_says_what_is_wrong_in_a_sentence(tmp_path, command):
     (tmp_path / "shapes").mkdir()

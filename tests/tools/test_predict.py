@@ -63,6 +63,20 @@ def test_an_image_that_cannot_be_read_does_not_cost_the_others(photos, tmp_path,
     assert len(list((tmp_path / "out").glob("*.png"))) == 7
 
 
+def test_photos_are_never_replaced(tmp_path, photos, command, monkeypatch):
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    with Image.open(next(photos.iterdir())) as photo:
+        photo.save(folder / "one.png")
+    before = (folder / "one.png").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    status, _, _ = command("predict", "my photos", "--output", folder)
+    assert status == 0
+    assert (folder / "one.png").read_bytes() == before
+    with Image.open(folder / "one.png") as photo, Image.open(folder / "one_2.png") as drawn:
+        assert drawn.size == photo.size
+
+
 def test_what_it_refuses(photos, tmp_path, command):
     config = get_config_file("photos/mask_rcnn_lite0_FPN_BN.yaml")
     (tmp_path / "empty").mkdir()

@@ -147,3 +147,17 @@ def test_broken_image(pretrain, tmp_path):
         path.write_bytes(b"no image")
     result = pretrain("--data", data, *ARGUMENTS, "OUTPUT_DIR", tmp_path / "run")
     _assert_one_sentence(result, r"train/green/\d.png cannot be read")
+
+
+def test_what_a_classifier_is_cannot_be_undone_by_pairs(pretrain, folder, tmp_path):  # noqa: F811
+    """Pairs that choose a detector's norm and backbone are read as a config file with them is."""
+    run_folder = tmp_path / "run"
+    pairs = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.BACKBONE.FREEZE_AT", "2")
+    pairs += ("MODEL.RESNETS.OUT_FEATURES", "['res4']", "OUTPUT_DIR", run_folder)
+    status, _, err = pretrain("--data", folder, *ARGUMENTS, *pairs, "MODEL.KN.GAIN", "0.3")
+    assert status == 0, err
+    cfg = yaml.safe_load((run_folder / "config.yaml").read_text())
+    assert cfg["PRETRAINING"]["NORM"] == cfg["MODEL"]["RESNETS"]["NORM"] == "BN"
+    assert cfg["MODEL"]["BACKBONE"]["FREEZE_AT"] == 0
+    assert cfg["MODEL"]["RESNETS"]["OUT_FEATURES"] == ["res5"]
+    assert cfg["MODEL"]["KN"]["GAIN"] == 0.3

@@ -126,6 +126,13 @@ def _check(network: nn.Module) -> None:
             f"{name} has Kalman layers already: convert the network that it was made from."
         )
     for path, module in network.named_modules():
+        if is_norm(module) and not _is_plain(module):
+            logger.warning(
+                "%s is a %s with a forward function of its own, which the Kalman layer in its "
+                "place does not call.",
+                path,
+                type(module).__name__,
+            )
         if isinstance(module, (nn.BatchNorm3d, nn.Conv3d, nn.ConvTranspose3d)):
             raise InputError(
                 f"{name} has a {type(module).__name__}, {path}: only networks of images, with "
@@ -141,6 +148,14 @@ def _check(network: nn.Module) -> None:
         raise InputError(
             f"{name} has neither BatchNorm2d nor GroupNorm: there is nothing to convert to KN."
         )
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Whether a norm computes no more than torch's, or more in a way that the conversion knows."""
+    forward = type(norm).forward
+    of_torch = forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, nn.GroupNorm.forward)
+    # timm's GroupNorm, and its norms with an activation.
+    return of_torch or forward.__module__ in ("timm.layers.norm", "timm.layers.norm_act")
 
 
 def _heads(walks: Iterable[Walk]) -> Dict[str, End]:

@@ -99,12 +99,22 @@ class KalmanNetwork(nn.Module):
 
         Raises:
             TypeError: a norm was replaced by one that takes no prior.
+            InputError: a norm is in training in a network that is not.
         """
         try:
             return self._program(self, *args, **kwargs)
         except TypeError as error:
             for name in self._norms:
                 check_takes_prior(self.get_submodule(name), error)
+            raise
+        except ValueError as error:
+            norms = [self.get_submodule(name) for name in self._norms]
+            if not getattr(self, CHAIN).is_on and any(norm.needs_prior for norm in norms):
+                raise InputError(
+                    "A KN layer is in training mode, but its network is in evaluation mode and "
+                    "keeps no beliefs: call train() of the whole network, and then eval() of those "
+                    "norms that shall keep their statistics"
+                ) from error
             raise
 
     @torch.no_grad()

@@ -565,3 +565,24 @@ def test_code_that_nobody_has_any_more_is_forgotten(converted):
     del other
     gc.collect()
     assert set(linecache.cache) == before
+
+
+def test_a_norm_that_does_more_is_warned_of(caplog):
+    class Halved(nn.BatchNorm2d):
+        def forward(self, x):
+            return 0.5 * super().forward(x)
+
+    layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+    convert_kalman_norm(nn.Sequential(*copy.deepcopy(layers), nn.BatchNorm2d(4)))
+    assert not caplog.records
+    convert_kalman_norm(nn.Sequential(*layers, Halved(4)))
+    assert "3 is a Halved with a forward function of its own" in caplog.text
+
+
+def test_a_norm_in_training_in_a_network_in_evaluation_is_a_sentence(converted):
+    converted.eval()
+    list(kalman_layers(converted).values())[-1].train()
+    with pytest.raises(InputError, match=r"network is in evaluation mode .*: call train\(\) of"):
+        converted(images())
+    with pytest.raises(ValueError, match="expected 4D"):  # not everything is due to the modes
+        converted.train()(images()[0])

@@ -354,6 +354,18 @@ def test_a_constant_that_differs_from_position_to_position_ends_the_chain(combin
     assert converted.get_submodule("4").is_head and not converted.get_submodule("1").is_head
 
 
+@pytest.mark.parametrize("combine", [operator.add, operator.mul, lambda x, v: v - x])
+def test_a_constant_that_makes_more_channels_ends_the_chain(combine, caplog):
+    with torch.no_grad():
+        network = nn.Sequential(
+            *(nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1), Positions(combine, CHANNELS, 1, 1)),
+            *(nn.Conv2d(CHANNELS, 3, 1), nn.BatchNorm2d(3)),
+        )
+    converted = convert_kalman_norm(network)
+    assert "its constant makes more channels" in caplog.text
+    assert converted.get_submodule("4").is_head and not converted.get_submodule("1").is_head
+
+
 def test_the_warning_names_module_and_line_once(caplog):
     three = [
         Between(Gate()),
