@@ -109,7 +109,8 @@ class KalmanNetwork(nn.Module):
             raise
         except ValueError as error:
             norms = [self.get_submodule(name) for name in self._norms]
-            if not getattr(self, CHAIN).is_on and any(norm.needs_prior for norm in norms):
+            lacks_prior = any(getattr(norm, "needs_prior", False) for norm in norms)
+            if lacks_prior and not getattr(self, CHAIN).is_on:
                 raise InputError(
                     "A KN layer is in training mode, but its network is in evaluation mode and "
                     "keeps no beliefs: call train() of the whole network, and then eval() of those "
