@@ -101,9 +101,8 @@ def draw_predictions(
     titles = ["ground truth", *models]
     heights = [row.shape[0] / row.shape[1] for row in rows]
     figure = Figure(figsize=(_WIDTH, _WIDTH * sum(heights)), layout="constrained")
-    places = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[
-        :, 0
-    ]
+    ratios = {"height_ratios": heights}
+    places = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw=ratios).flatten()
     for axes, row in zip(places, rows):
         axes.imshow(row)
         axes.axis("off")

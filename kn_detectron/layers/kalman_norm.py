@@ -344,8 +344,8 @@ class GroupKalmanNorm2d(KalmanFilter, nn.GroupNorm):
 
         Raises:
             ValueError: x is not 4-dimensional or has a wrong number of channels, a head is given a
-                prior, another layer is given none, or the prior is no Belief about x's channels, with
-                one row or one for each image.
+                prior, another layer is given none, or the prior is no Belief about x's channels,
+                with one row or one for each image.
         """
         x = input  # the name that callers of a GroupNorm may use
         self._check_channels(x, self.num_channels)

@@ -97,9 +97,9 @@ def replace_batch_norms(module: nn.Module, build: Callable[[nn.BatchNorm2d], nn.
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             layer = build(child)
-            for parameter in ("weight", "bias"):  # which networks initialise, some with 0
-                if getattr(layer, parameter, None) is not None:
-                    getattr(layer, parameter).data.copy_(getattr(child, parameter))
+            # Networks initialise these, some with 0.
+            own = {n: p for n, p in child.named_parameters() if n in ("weight", "bias")}
+            layer.load_state_dict(own, strict=False)
             setattr(module, name, layer)
         else:
             replace_batch_norms(child, build)

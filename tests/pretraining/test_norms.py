@@ -108,6 +108,16 @@ def test_replacing_reaches_every_batch_norm_and_nothing_else():
     assert (model[0].num_features, model[1][0].num_features) == (3, 4)
 
 
+def test_replacing_keeps_scale_and_shift_where_there_are_any():
+    plain, scaled = nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3)
+    nn.init.zeros_(scaled.weight)
+    nn.init.ones_(scaled.bias)
+    model = nn.Sequential(plain, scaled)
+    replace_batch_norms(model, lambda norm: BatchRenorm2d(norm.num_features, steps=1))
+    assert model[0].weight.tolist() == [1, 1, 1] and model[0].bias.tolist() == [0, 0, 0]
+    assert model[1].weight.tolist() == [0, 0, 0] and model[1].bias.tolist() == [1, 1, 1]
+
+
 def _without_norms(depth=50):
     wide = dict(MODEL__RESNETS__RES2_OUT_CHANNELS=64) if depth < 50 else {}
     cfg = resnet_cfg("BN", MODEL__RESNETS__NORM="", MODEL__RESNETS__DEPTH=depth, **wide)

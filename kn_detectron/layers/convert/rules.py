@@ -123,8 +123,7 @@ def _add(walk, x, other, alpha=1) -> About:
         x, other = other, x
     about = walk.about(x)
     if walk.is_constant(other):
-        _check_constant(walk.constant(other), about)
-        return walk.make(about.channels, "shift", walk.belief(about), other)
+        return _by_constant(walk, "shift", about, other)
     return _sum(walk, about, walk.about(other))
 
 
@@ -132,23 +131,24 @@ def _subtract(walk, x, other, alpha=1) -> About:
     if alpha != 1:
         raise End("there is no rule for a weighted difference")
     if walk.is_constant(x):
-        _check_constant(walk.constant(x), walk.about(other))
-        negative = _negate(walk, other)
-        return walk.make(negative.channels, "shift", negative.belief, x)
+        return _by_constant(walk, "shift", _negate(walk, other), x)
     about = walk.about(x)
     if isinstance(other, (int, float)):
         return walk.make(about.channels, "shift", walk.belief(about), -other)
     return _sum(walk, about, _negate(walk, other))
 
 
-def _check_constant(constant, about: About) -> None:
-    if not isinstance(constant, Tensor):
-        return
-    # A belief is about a pixel anywhere in the image.
-    if any(size != 1 for size in constant.shape[-2:]):
-        raise End("its constant differs from position to position")
-    if any(c not in (1, n) for c, n in zip(constant.shape[-3::-1], about.channels[::-1])):
-        raise End("its constant makes more channels of the feature")
+def _by_constant(walk, method: str, about: About, x) -> About:
+    """A feature that is shifted or scaled by a constant."""
+    constant = walk.constant(x)
+    if isinstance(constant, Tensor):
+        # A belief is about a pixel anywhere in the image.
+        if any(size != 1 for size in constant.shape[-2:]):
+            raise End("its constant differs from position to position")
+        channels = zip(constant.shape[-3::-1], about.channels[::-1])
+        if any(size not in (1, known) for size, known in channels):
+            raise End("its constant makes more channels of the feature")
+    return walk.make(about.channels, method, walk.belief(about), x)
 
 
 def _sum(walk, a: About, b: About) -> About:
@@ -169,8 +169,7 @@ def _multiply(walk, x, other) -> About:
         x, other = other, x
     about = walk.about(x)
     if walk.is_constant(other):
-        _check_constant(walk.constant(other), about)
-        return walk.make(about.channels, "scale", walk.belief(about), other)
+        return _by_constant(walk, "scale", about, other)
     walk.about(other)
     raise End("it is the product of two features")
 
