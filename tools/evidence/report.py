@@ -32,26 +32,28 @@ from evidence.runs import read_results  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
 
-# What tells two runs, or two differences, of one file apart.
-SETTINGS = {
-    "runs": ("arm", "images", "micro_batch", "seed", "learning_rate"),
-    "differences": ("ours", "theirs", "images", "learning_rates", "task", "seeds"),
-}
+# What tells two runs of one file apart.
+SETTINGS = ("arm", "images", "micro_batch", "seed", "learning_rate")
 
 
 def added(old: Dict, new: Dict) -> Dict:
-    """The entries of one file of results with those of new runs, which replace entries of the same
-    settings (:data:`SETTINGS`)."""
+    """The entries of one file of results with those of new runs, which replace runs of the same
+    settings (:data:`SETTINGS`), and all differences of runs that they replace."""
 
-    def place(entry, keys):
-        return [entry.get(key) for key in keys]
+    def settings(run):
+        return [run.get(key) for key in SETTINGS]
 
-    data = {}
-    for kind, entries in new.items():
-        keys = SETTINGS[kind]
-        places = [place(entry, keys) for entry in entries]
-        kept = [entry for entry in old[kind] if place(entry, keys) not in places]
-        data[kind] = kept + entries
+    def is_of(difference, run):
+        sides = zip((difference["ours"], difference["theirs"]), difference["learning_rates"])
+        same = run["images"] == difference["images"] and run["seed"] in difference["seeds"]
+        return same and (run["arm"], run["learning_rate"]) in sides
+
+    runs = new["runs"]
+    places = [settings(run) for run in runs]
+    data = {"runs": [run for run in old["runs"] if settings(run) not in places] + runs}
+    if "differences" in new:
+        kept = [d for d in old["differences"] if not any(is_of(d, run) for run in runs)]
+        data["differences"] = kept + new["differences"]
     return data
 
 

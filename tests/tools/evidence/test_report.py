@@ -30,7 +30,7 @@ def test_new_runs_join_the_old_ones_and_replace_those_with_their_settings():
 
     old = {
         "runs": [run("KN", 2, 1, 1.0), run("KN", 2, 2, 2.0)],
-        "differences": [difference([1], 0.1), difference([2], 0.2)],
+        "differences": [difference([1], 0.1), difference([2], 0.2), difference([1, 2], 0.15)],
     }
     new = {
         "runs": [run("KN", 2, 2, 3.0), run("KN", 1, 2, 4.0)],
