@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..layers import KN_STATE
 from .containers import read_container
 from .conventions import CHECKPOINT_KEY, Conventions
-from .wrapping import is_numeric, unwrapped_content, unwrapped_names
+from .wrapping import is_numeric, unwrapped_content, unwrapped_names, without_wrappers
 
 __all__ = ["Weights", "read_weights"]
 
@@ -98,7 +98,8 @@ def read_weights(path: str, own: Collection[str] = ()) -> Weights:
     if author == "Caffe2" or any(_is(_OF_CAFFE2, name) for name in state):
         state = {k: v for k, v in state.items() if not str(k).endswith("_momentum")}
     state = _tensors(state, path)
-    is_final = CHECKPOINT_KEY in rest or any("layer1.0." in n and n in own for n in state)
+    is_own = any("layer1.0." in name and without_wrappers(name) in own for name in state)
+    is_final = CHECKPOINT_KEY in rest or is_own
     known = _OF_DETECTRON2.match if is_final else _is_of_a_network
     state = unwrapped_names(state, known, path)
     if author == "Caffe2" or any(map(_OF_CAFFE2.match, state)):

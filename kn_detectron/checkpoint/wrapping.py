@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Tuple
 import numpy as np
 import torch
 
-__all__ = ["is_numeric", "unwrapped_content", "unwrapped_names"]
+__all__ = ["is_numeric", "unwrapped_content", "unwrapped_names", "without_wrappers"]
 
 _logger = logging.getLogger(__name__)
 
@@ -82,6 +82,11 @@ def _is_state(value) -> bool:
     return all(isinstance(k, str) and is_numeric(v) for k, v in value.items())
 
 
+def without_wrappers(name: str) -> str:
+    """The name of a tensor without the parts that wrappers of modules add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def unwrapped_names(
     state: Dict[str, torch.Tensor], is_known: Callable[[str], bool], path: str
 ) -> Dict[str, torch.Tensor]:
@@ -99,14 +104,14 @@ def unwrapped_names(
         The same tensors by shorter names, or ``state`` itself.
     """
     present = {part for name in state for part in name.split(".")} & set(_WRAPPERS)
-    bare = _renamed(state, lambda parts: [p for p in parts if p not in _WRAPPERS])
+    bare = _renamed(state, without_wrappers)
     if present and len(bare) == len(state):  # or two networks would become one
         state = bare
         left_out = sorted(present) + ([_COUNTER] if state.pop(_COUNTER, None) is not None else [])
         _logger.info("%s is of a wrapped model: %s left out.", path, ", ".join(left_out))
     prefix = _foreign_prefix(list(state), is_known)
     if prefix:
-        state = _renamed(state, lambda parts: parts[len(prefix) :])
+        state = _renamed(state, lambda name: ".".join(name.split(".")[len(prefix) :]))
         _logger.info("%s has %s. in front of all names: left out.", path, ".".join(prefix))
     return state
 
@@ -119,12 +124,8 @@ def _foreign_prefix(names: List[str], is_known: Callable[[str], bool]) -> List[s
     return []
 
 
-def _renamed(state, rename: Callable[[List[str]], List[str]]):
-    renamed = collections.OrderedDict(
-        (".".join(rename(name.split("."))), value) for name, value in state.items()
-    )
+def _renamed(state, rename: Callable[[str], str]):
+    renamed = collections.OrderedDict((rename(name), value) for name, value in state.items())
     if hasattr(state, "_metadata"):  # by names of modules
-        renamed._metadata = {
-            ".".join(rename(name.split("."))): entry for name, entry in state._metadata.items()
-        }
+        renamed._metadata = {rename(name): entry for name, entry in state._metadata.items()}
     return renamed

@@ -33,9 +33,14 @@ OUTSIDE = _OutsideAChain()
 Prior = Union[Belief, None, _OutsideAChain]
 
 
+# The logit of a gain of 1, of which the sigmoid is exactly 1; that of 0 is the opposite. Infinity
+# would become NaN in an average of weights.
+_SATURATED = 1e4
+
+
 def _logit(gain: float) -> float:
     if gain in (0.0, 1.0):
-        return math.inf if gain else -math.inf
+        return _SATURATED if gain else -_SATURATED
     return math.log(gain / (1.0 - gain))
 
 
@@ -157,7 +162,7 @@ class KalmanFilter(nn.Module):
         return bool(self.gain > 0)
 
     def _logit_allows(self) -> bool:
-        return bool(self.gain_logit > -math.inf)
+        return bool(self.gain_logit.sigmoid() > 0)
 
     def _gain_state(self) -> "_GainState":
         deciding = [self.gain_scale] if self.learns_gain else [self.gain_scale, self.gain_logit]
@@ -240,6 +245,9 @@ class KalmanFilter(nn.Module):
         if not any(prefix + name in state_dict for name in own):
             # The checkpoint is BatchNorm's or GroupNorm's: the filter keeps its values.
             state_dict.update({prefix + name: getattr(self, name).detach() for name in own})
+        logit = prefix + "gain_logit"
+        if logit in state_dict and not self.learns_gain:  # older checkpoints have infinite ones
+            state_dict[logit] = state_dict[logit].clamp(-_SATURATED, _SATURATED)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if not self.is_head and not self.gain_scale.is_meta:
             # Now, since torch.compile cannot ask later.

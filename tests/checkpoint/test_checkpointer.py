@@ -316,9 +316,14 @@ def test_nothing_is_written_without_a_folder_or_permission(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_model_with_torchvisions_names_loads_its_own_checkpoint(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_a_model_with_torchvisions_names_loads_its_own_checkpoint(tmp_path, prefix):
     model, other = (torchvision.models.resnet18(weights=None) for _ in range(2))
-    KNCheckpointer(model, str(tmp_path)).save("own")
+    if prefix:
+        state = {prefix + name: value for name, value in model.state_dict().items()}
+        torch.save({"model": state}, tmp_path / "own.pth")
+    else:
+        KNCheckpointer(model, str(tmp_path)).save("own")
     KNCheckpointer(other).load(str(tmp_path / "own.pth"))
     for key, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[key], value), key

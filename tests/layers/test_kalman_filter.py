@@ -1,11 +1,13 @@
 """The gain: its range, its annealing, and whether the layer measures."""
 
 import copy
+import math
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kn_detectron.layers import (
@@ -25,6 +27,28 @@ def test_gain_is_a_sigmoid_and_starts_where_it_is_told():
         norm.gain_logit.data.fill_(logit)
         assert 0 <= norm.gain.item() <= 1
     assert KalmanNorm2d(4, gain=None).gain is None
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_an_average_of_weights_has_the_fixed_gain(gain):
+    norm = KalmanNorm2d(4, gain=gain, learn_gain=False)
+    averaged = AveragedModel(norm, use_buffers=True)
+    for _ in range(2):
+        averaged.update_parameters(norm)
+    assert averaged.module.gain.item() == gain == norm.gain.item()
+    assert averaged.module.measures is (gain == 1.0)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert norm.to(dtype).gain_logit.sigmoid().item() == gain
+
+
+@pytest.mark.parametrize("gain, infinite", [(0.0, -math.inf), (1.0, math.inf)])
+def test_infinite_logits_of_older_checkpoints_become_finite(gain, infinite):
+    state = KalmanNorm2d(4, gain=0.5, learn_gain=False).state_dict()
+    state["gain_logit"] = torch.tensor(infinite)
+    norm = KalmanNorm2d(4, gain=0.5, learn_gain=False)
+    norm.load_state_dict(state)
+    assert norm.gain_logit.isfinite() and norm.gain.item() == gain
+    assert state["gain_logit"].isinf()  # the caller's
 
 
 def test_set_gain_scale_reaches_all_layers_but_heads():

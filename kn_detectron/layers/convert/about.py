@@ -5,7 +5,9 @@ from typing import Optional, Tuple
 
 from torch import fx
 
-__all__ = ["About", "End"]
+__all__ = ["NO_FEATURE_MAP", "About", "End"]
+
+NO_FEATURE_MAP = "its output is no feature map"
 
 
 @dataclass(eq=False)

@@ -64,9 +64,9 @@ class Chain(nn.Module):
         self.variant = variant
         self.in_evaluation = in_evaluation
         # They belong to the data and not to the weights, so they are not in the checkpoint.
-        self.register_buffer("image_mean", torch.tensor([image_mean]).float(), persistent=False)
-        image_var = torch.tensor([image_std]).float().square()
-        self.register_buffer("image_var", image_var, persistent=False)
+        mean, std = (torch.as_tensor(v, dtype=torch.float32)[None] for v in (image_mean, image_std))
+        self.register_buffer("image_mean", mean, persistent=False)
+        self.register_buffer("image_var", std.square(), persistent=False)
 
     def in_closed_form(self) -> "Chain":
         """A copy for calibration, which always computes beliefs, and without sampling."""
@@ -159,6 +159,14 @@ class Chain(nn.Module):
         if belief is None:
             return None
         return belief._replace(mean=belief.mean + self._constant(offset))
+
+    def divide(self, belief: Optional[Belief], divisor) -> Optional[Belief]:
+        """The belief behind a division by what :meth:`scale` multiplies by."""
+        return self.scale(belief, 1.0 / divisor)
+
+    def subtract(self, belief: Optional[Belief], offset) -> Optional[Belief]:
+        """The belief behind a subtraction of what :meth:`shift` adds."""
+        return self.shift(belief, -offset)
 
     @staticmethod
     def _constant(value):

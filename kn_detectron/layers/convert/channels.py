@@ -3,7 +3,7 @@
 import math
 from typing import Any, Optional, Sequence, Tuple
 
-from .about import About, End
+from .about import NO_FEATURE_MAP, About, End
 
 __all__ = [
     "cat",
@@ -124,14 +124,14 @@ def view(walk, x, *sizes, shape=None, size=None) -> About:
         rest = -math.prod(channels)
         channels = tuple(number // rest if size == -1 else size for size in channels)
     if len(sizes) < 3 or None in channels or math.prod(channels) != number:
-        raise End("its output is no feature map")
+        raise End(NO_FEATURE_MAP)
     return walk.make(channels, "reshape", walk.belief(about), channels)
 
 
 def unsqueeze(walk, x, dim) -> About:
     about = walk.about(x)
     if not 1 <= dim <= len(about.channels) + 1:
-        raise End("its output is no feature map")
+        raise End(NO_FEATURE_MAP)
     channels = (*about.channels[: dim - 1], 1, *about.channels[dim - 1 :])
     return walk.make(channels, "reshape", walk.belief(about), channels)
 
@@ -140,7 +140,7 @@ def flatten(walk, x, start_dim=0, end_dim=-1) -> About:
     about = walk.about(x)
     start, end = (d % (len(about.channels) + 3) for d in (start_dim, end_dim))
     if start < 1 or end > len(about.channels):
-        raise End("its output is no feature map")
+        raise End(NO_FEATURE_MAP)
     merged = math.prod(about.channels[start - 1 : end])
     channels = (*about.channels[: start - 1], merged, *about.channels[end:])
     return walk.make(channels, "reshape", walk.belief(about), channels)
@@ -154,7 +154,7 @@ def permute(walk, x, *order, dims=None) -> About:
         raise End("the order of its dimensions is computed")
     order = [d % rank for d in order]
     if order[0] != 0 or order[-2:] != [rank - 2, rank - 1]:
-        raise End("its output is no feature map")
+        raise End(NO_FEATURE_MAP)
     channels = [about.channels[d - 1] for d in order[1:-2]]
     return walk.make(channels, "permute", walk.belief(about), order[:-2])
 

@@ -1,13 +1,14 @@
 """From any network with BatchNorm or GroupNorm to one with Kalman Normalization."""
 
+import itertools
 import logging
 import re
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
-import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ...errors import InputError
+from ..absorb import has_hooks
 from ..calibration import fit_prior, is_exact, on_priors
 from ..kalman_norm import GroupKalmanNorm2d, KalmanNorm2d, kalman_layers
 from ..transition import ClosedFormTransition, Transition
@@ -108,13 +109,16 @@ def convert_kalman_norm(
     graphs = {**graphs, "beliefs": beliefs}
     programs = {mode: Program.of_graph(graph) for mode, graph in graphs.items()}
     layers = {
-        name: _layer(norm, None if name in ends else gain, eval_statistics, options)
+        name: _layer(
+            norm, _like(norm, network), None if name in ends else gain, eval_statistics, options
+        )
         for name, norm in norms.items()
     }
     converted = KalmanNetwork(network, chain, programs)
     for name, layer in layers.items():
         converted.put_norm(name, layer)
-    _warn(ends, len(norms), converted)
+    left = {name: end for walk in walks.values() for name, end in walk.left.items()}
+    _warn({**ends, **left}, len({*norms, *left}), network)
     _calibrate(converted)
     return converted
 
@@ -138,8 +142,8 @@ def _check(network: nn.Module) -> None:
                 f"{name} has a {type(module).__name__}, {path}: only networks of images, with "
                 "features of shape (N, C, H, W), can be converted to KN."
             )
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        if hooked and any(module.children()) and module is not network:
+        replaced = is_norm(module) or any(module.children())
+        if has_hooks(module) and replaced and module is not network:
             raise InputError(
                 f"{name} has hooks at {path}, which would not be called after a conversion to KN: "
                 "remove them, and take features with torchvision's create_feature_extractor."
@@ -164,8 +168,16 @@ def _heads(walks: Iterable[Walk]) -> Dict[str, End]:
     return {call.node.target: call.end for call in calls if call.end is not None}
 
 
-def _layer(norm: nn.Module, gain: Optional[float], eval_statistics: str, options: dict):
-    """The Kalman layer that takes the place of a norm."""
+def _like(norm: nn.Module, network: nn.Module) -> Tensor:
+    """A tensor of the device and dtype of a norm."""
+    floating = (t for t in itertools.chain(norm.parameters(), norm.buffers(), network.parameters()))
+    return next(t for t in floating if t.is_floating_point())
+
+
+def _layer(
+    norm: nn.Module, like: Tensor, gain: Optional[float], eval_statistics: str, options: dict
+):
+    """The Kalman layer that takes the place of a norm, on the device and in the dtype of ``like``."""
     if isinstance(norm, nn.GroupNorm):
         layer = GroupKalmanNorm2d(
             norm.num_groups, norm.num_channels, norm.eps, norm.affine, gain=gain, **options
@@ -181,7 +193,6 @@ def _layer(norm: nn.Module, gain: Optional[float], eval_statistics: str, options
             eval_statistics=eval_statistics,
             **options,
         )
-    like = norm.weight if norm.affine else next(norm.buffers(), torch.empty(()))
     return layer.to(like.device, like.dtype)
 
 
@@ -237,4 +248,6 @@ def _calibrate(network: KalmanNetwork) -> None:
 
 
 def _is_fresh(layer: KalmanNorm2d) -> bool:
+    if layer.running_mean.is_meta:  # it has no values yet
+        return True
     return bool((layer.running_mean == 0).all() and (layer.running_var == 1).all())

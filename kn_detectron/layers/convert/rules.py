@@ -18,7 +18,7 @@ from torchvision.ops import StochasticDepth
 from ...errors import InputError
 from ..activations import ACTIVATIONS, Activation
 from . import channels as on_channels
-from .about import About, End
+from .about import NO_FEATURE_MAP, About, End
 
 __all__ = ["find_rule", "is_ruled"]
 
@@ -51,7 +51,7 @@ def _mean(walk, x, dim=None, keepdim=False, **kwargs) -> About:
     rank = len(about.channels) + 3
     dims = on_channels.numbers(walk, dim)
     if not keepdim or None in dims or not {d % rank for d in dims} <= {rank - 2, rank - 1}:
-        raise End("its output is no feature map")
+        raise End(NO_FEATURE_MAP)
     return about
 
 
@@ -99,8 +99,10 @@ def _conv2d(walk, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=
     about = walk.about(x)
     if not walk.is_constant(weight):
         raise End("its weights depend on the images")
+    if not walk.is_constant(groups):
+        raise End("its groups depend on the images")
     channels, per_group = walk.constant(weight).shape[:2]
-    _check_channels(about, per_group * groups)
+    _check_channels(about, per_group * walk.constant(groups))
     return walk.convolved(x, channels, weight, bias, stride, padding, dilation, groups)
 
 
@@ -133,8 +135,8 @@ def _subtract(walk, x, other, alpha=1) -> About:
     if walk.is_constant(x):
         return _by_constant(walk, "shift", _negate(walk, other), x)
     about = walk.about(x)
-    if isinstance(other, (int, float)):
-        return walk.make(about.channels, "shift", walk.belief(about), -other)
+    if walk.is_constant(other):
+        return _by_constant(walk, "subtract", about, other)
     return _sum(walk, about, _negate(walk, other))
 
 
@@ -178,9 +180,9 @@ def _divide(walk, x, other, rounding_mode=None) -> About:
     about = walk.about(x)
     if rounding_mode is not None:
         raise End("there is no rule for rounding")
-    if not isinstance(other, (int, float)):
+    if not walk.is_constant(other):
         raise End("it divides by a value that is computed")
-    return walk.make(about.channels, "scale", walk.belief(about), 1.0 / other)
+    return _by_constant(walk, "divide", about, other)
 
 
 # The tables.

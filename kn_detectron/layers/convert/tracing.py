@@ -51,6 +51,9 @@ class _Proxy(fx.Proxy):
 class _Tracer(fx.Tracer):
     """Makes one node of each norm, and of each module without norms that cannot be traced."""
 
+    # Buffers are read where forward reads them: they change, and move to other devices.
+    proxy_buffer_attributes = True
+
     def __init__(self):
         super().__init__()
         self.record_stack_traces = True  # for the warnings

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Se
 from torch import fx, nn
 
 from ..absorb import has_hooks
-from .about import About, End
+from .about import NO_FEATURE_MAP, About, End
 from .memory import Memory
 from .rules import find_rule
 from .sizes import Sizes
@@ -23,13 +23,21 @@ _ALIASES = {"axis": "dim", "keepdims": "keepdim", "split_size": "split_size_or_s
 
 
 class NormCall(NamedTuple):
-    """A call of a norm: its node, and why it has no prior, or None if it has one."""
+    """A call of a norm.
+
+    Attributes:
+        node: its node.
+        end: why it has no prior, or None if it has one.
+        about: what is known about its output.
+    """
 
     node: fx.Node
     end: Optional[End]
+    about: About
 
 
-Known = Union[About, Tuple[About, ...], End]
+# None is for constants and sizes, which are no features.
+Known = Union[About, Tuple[About, ...], End, None]
 
 
 class Walk:
@@ -42,7 +50,8 @@ class Walk:
             the chain.
 
     Attributes:
-        norms: the calls of norms.
+        norms: the calls of norms that become Kalman layers.
+        left: the norms that stay as they are, by name, and why.
         own (set): the nodes that were added for beliefs.
         chain: the node that is the module :class:`~.chain.Chain`.
     """
@@ -51,6 +60,7 @@ class Walk:
         self.network = network
         self.graph = graph
         self.norms: List[NormCall] = []
+        self.left: Dict[str, End] = {}
         self._known: Dict[fx.Node, Known] = {}
         self._constants: Set[fx.Node] = set()
         self._grouped = any(isinstance(module, nn.GroupNorm) for module in network.modules())
@@ -66,7 +76,7 @@ class Walk:
         self._here = self.chain
         for self._node in nodes:
             if self._node.op == "placeholder":
-                self._learn(self._input(channels if self._node is inputs[0] else None))
+                self._learn(self._input(channels, is_image=self._node is inputs[0]))
                 continue
             self._here = self._node
             if self._node.op == "get_attr":
@@ -154,12 +164,20 @@ class Walk:
         for call in self.norms:
             if call.node.target in heads:
                 call.node.kwargs = {"prior": None}
+                self._put_behind_head(call)
         if return_beliefs:
             output = next(iter(reversed(self.graph.nodes)))
             self._here = output.prev
             self._beliefs = fx.node.map_arg(output.args[0], self._returned)
             output.args = ((output.args[0], self._beliefs),)
         _remove_unused(self.graph, self.own)
+
+    def _put_behind_head(self, call: NormCall) -> None:
+        belief = self._here = call.about.belief
+        norm = self._add("get_attr", call.node.target)
+        call.about.belief = self._insert("behind_head", belief, norm)
+        others = set(belief.users) - {call.about.belief}
+        belief.replace_all_uses_with(call.about.belief, delete_user_cb=others.__contains__)
 
     def _returned(self, x: fx.Node) -> Optional[fx.Node]:
         known = self._known.get(x)
@@ -194,7 +212,7 @@ class Walk:
         A convolution whose output is used elsewhere too stays by itself. Afterwards ``norms`` is
         out of date.
         """
-        for node, _ in self.norms:
+        for node, *_ in self.norms:
             conv, prior = node.args[0], node.kwargs["prior"]
             if prior is None or conv.op != "call_module" or len(conv.users) > 1:
                 continue
@@ -227,14 +245,16 @@ class Walk:
         self.own.add(self._here)
         return self._here
 
-    def _input(self, channels: Optional[int]) -> Known:
+    def _input(self, channels: Optional[int], is_image: bool) -> Known:
+        if not is_image:
+            return End("nothing is known about this input")
         return End() if channels is None else self.make([channels], "start")
 
     def _follow(self) -> Known:
         node = self._node
         if all(x in self._constants for x in node.all_input_nodes):
             self._constants.add(node)
-            return End()
+            return None
         module = self.network.get_submodule(node.target) if node.op == "call_module" else None
         rule = find_rule(node.op, node.target if module is None else module)
         if rule is not None or is_norm(module):
@@ -242,7 +262,7 @@ class Walk:
         first = self._known.get(node.args[0]) if node.args else None
         channels = first.channels if isinstance(first, About) else None
         if self._sizes.note(node, channels):
-            return End()
+            return None
         try:
             if is_norm(module):
                 return self._norm(module)
@@ -274,19 +294,21 @@ class Walk:
         try:
             prior = self.belief(self.about(node.args[0]))
             if self._grouped and not isinstance(norm, nn.GroupNorm):
+                self._here = prior  # where a joined convolution can follow it
                 prior = self._insert("of_batch", prior)
         except End as reason:
+            if reason.why == NO_FEATURE_MAP and not isinstance(norm, nn.BatchNorm2d):
+                self.left[node.target] = reason
+                raise
             end = reason
         self._here = node
         node.kwargs = {"prior": prior}
-        self.norms.append(NormCall(node, end))
         y = self._add("call_function", operator.getitem, (node, 0), node.name)
         self.own.remove(y)
         node.replace_all_uses_with(y, delete_user_cb=lambda user: user is not y)
         belief = self._add("call_function", operator.getitem, (node, 1), f"about_{node.name}")
-        if end is not None:
-            belief = self._insert("behind_head", belief, self._module_itself())
         about = About((_channels(norm),), belief=belief)
+        self.norms.append(NormCall(node, end, about))
         self._known[y] = about
         self._memory.note(y)
         return about

@@ -178,9 +178,17 @@ def test_norms_without_moving_statistics_predict_in_evaluation():
     assert converted(torch.randn(2, 3, 9, 9)).isfinite().all()
 
 
-def test_the_chain_is_where_the_network_is():
-    norms = [nn.BatchNorm2d(8, track_running_stats=False) for _ in range(2)]
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), norms[0], nn.ReLU(), nn.Conv2d(8, 8, 3), norms[1])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.BatchNorm2d(8),
+        lambda: nn.BatchNorm2d(8, track_running_stats=False),
+        lambda: nn.BatchNorm2d(8, affine=False, track_running_stats=False),
+        lambda: nn.GroupNorm(2, 8, affine=False),
+    ],
+)
+def test_layers_and_chain_are_where_the_network_is(norm):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), norm(), nn.ReLU(), nn.Conv2d(8, 8, 3), norm())
     converted = convert_kalman_norm(network.to("meta"))
     state = [*converted.parameters(), *converted.buffers()]
     assert state and all(tensor.is_meta for tensor in state)
@@ -192,6 +200,42 @@ def test_a_joined_convolution_sees_its_input_before_it_is_changed():
     with torch.no_grad():
         want = original.eval()(images())
         assert relative_error(network.train()(images()), want) < 1e-5
+
+
+def test_a_joined_convolution_sees_it_in_a_network_with_group_norm_too():
+    """There the prior of a batch norm is made from those of the images."""
+    original = trained(ChangesItsInput())
+    original.unused = nn.GroupNorm(1, 8)
+    network = convert_kalman_norm(copy.deepcopy(original), gain=1.0, learn_gain=False)
+    for live in (original, network):
+        live.train()
+    with torch.no_grad():
+        assert relative_error(network(images()), original(images())) < 1e-5
+
+
+class Standardised(nn.Module):
+    """Takes the statistics of its images from buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.ones(3))
+
+    def forward(self, x):
+        x = (x - self.mean.view(1, 3, 1, 1)) * (1 / self.std[:, None, None])
+        return self.norm(self.conv(x))
+
+
+def test_buffers_have_the_values_that_they_have_when_it_runs():
+    converted = convert_kalman_norm(Standardised()).eval()
+    assert not converted.norm.is_head
+    other = trained(Standardised())
+    other.mean.uniform_()
+    other.std.uniform_(0.2, 2.0)
+    converted.load_state_dict(other.state_dict(), strict=False)
+    torch.testing.assert_close(converted(images()), other.eval()(images()))
+    assert converted.to("meta")(images().to("meta")).is_meta
 
 
 def test_fresh_statistics_are_not_calibrated_to():
@@ -500,6 +544,14 @@ def test_hooks_that_collect_features_are_refused():
     network.block.register_forward_hook(lambda module, args, y: features.append(y))
     with pytest.raises(InputError, match="has hooks at block"):
         convert_kalman_norm(network)
+    network = Branchy()
+    network.block.register_full_backward_hook(lambda module, dx, dy: None)
+    with pytest.raises(InputError, match="has hooks at block"):
+        convert_kalman_norm(network)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    network[1].register_forward_hook(lambda module, args, y: features.append(y))
+    with pytest.raises(InputError, match="has hooks at 1,"):
+        convert_kalman_norm(network)
 
     class Collecting(Branchy):
         def forward(self, x):
@@ -514,6 +566,68 @@ def test_a_transposed_convolution_ends_the_chain(caplog):
     network = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4))
     assert convert_kalman_norm(network).get_submodule("1").is_head
     assert "ConvTranspose2d: there is no rule for it (at 0)" in caplog.text
+
+
+class Tokens(nn.Module):
+    """Has a GroupNorm of features without height and width."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.of_tokens = (
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.GroupNorm(2, 8),
+        )
+
+    def forward(self, x):
+        return self.of_tokens(F.relu(self.norm(self.conv(x))).flatten(2))
+
+
+def test_a_norm_of_no_feature_map_stays(caplog):
+    original = trained(Tokens())
+    converted = convert_kalman_norm(copy.deepcopy(original))
+    assert type(converted.of_tokens) is nn.GroupNorm and not converted.norm.is_head
+    assert "1 of the 2 norms" in caplog.text and "its output is no feature map" in caplog.text
+    assert torch.equal(converted.eval()(images()), original.eval()(images()))
+    assert converted.train()(images()).shape == original(images()).shape
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x, depth):
+        return self.norm1(self.conv1(x)) + self.norm2(self.conv2(depth))
+
+
+def test_nothing_is_known_about_a_second_input(caplog):
+    converted = convert_kalman_norm(TwoInputs())
+    assert converted.norm2.is_head and not converted.norm1.is_head
+    assert "depth in TwoInputs: nothing is known about this input" in caplog.text
+
+
+class Twice(nn.Module):
+    """Calls a norm twice. In the paper's variant the first call has no prior, so that it is a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.last, self.last_norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = F.relu(self.norm(self.conv(x)))
+        return self.last_norm(self.last(x))
+
+
+def test_a_head_that_is_called_twice_may_be_frozen():
+    network = convert_kalman_norm(Twice(), variant="paper").train()
+    assert network.norm.is_head and not network.last_norm.is_head
+    network.norm.eval()
+    network(images()).sum().backward()
+    assert network.last_norm.gain_logit.grad is not None
 
 
 def test_mean_and_deviation_are_about_the_same_channels():

@@ -17,13 +17,15 @@ CHANNELS = 8
 
 
 class Call(nn.Module):
-    """A function as a module; one of two arguments gets the module for its parameters."""
+    """A function as a module; one of two arguments gets the module for its tensors."""
 
     def __init__(self, function):
         super().__init__()
         self.function = function
         self.factor = nn.Parameter(torch.randn(CHANNELS, 1, 1))
         self.weight = nn.Parameter(torch.randn(CHANNELS, 2, 3, 3))
+        self.register_buffer("offset", torch.randn(CHANNELS))
+        self.register_buffer("blur", torch.rand(1, 1, 3, 3))
 
     def forward(self, x):
         own = (self,) if self.function.__code__.co_argcount == 2 else ()
@@ -140,6 +142,12 @@ EXACT = {
     "in-place arithmetic": lambda x: x.add_(1).mul_(0.3),
     "torch arithmetic": lambda x: torch.sub(torch.mul(x, 0.1), 0.2),
     "a factor and an offset per channel": lambda self, x: x * self.factor + self.factor,
+    "an offset and a divisor per channel": lambda self, x: (x - self.factor) / self.factor.exp(),
+    "buffers": lambda self, x: (x - self.offset.view(1, -1, 1, 1))
+    / self.offset.exp()[:, None, None],
+    "a fixed filter": lambda self, x: F.conv2d(
+        x, self.blur.repeat(CHANNELS, 1, 1, 1), groups=self.offset.shape[0]
+    ),
     "sum with itself": lambda x: x + x,
     "sum of independent features": half_plus_half,
     "channels of zeros": lambda x: F.pad(x[:, :4], (0, 0, 0, 0, 0, 4))
@@ -312,6 +320,7 @@ ENDS = {
     "there is no rule for bounds": lambda x: x.clamp(max=0.3),
     "there is no rule for a weighted sum": lambda x: torch.add(x, x, alpha=2),
     "there is no rule for a weighted difference": lambda x: torch.sub(x, x, alpha=2),
+    "it takes an argument that is no feature": lambda x: x * x.shape[1] ** -0.5,
     "there is no rule for rounding": lambda x: torch.div(x, 2, rounding_mode="floor"),
     "there is no rule for these arguments": lambda x: torch.mul(x, 2, out=None),
     "it was changed in place under another name": keeps_an_old_name,
@@ -329,6 +338,9 @@ def test_at_an_end_there_is_a_warning_and_the_next_norm_is_a_head(why, caplog):
     assert all(p.grad is not None for p in network.norm2.parameters())
 
 
+COMBINED = [operator.add, operator.sub, operator.mul, operator.truediv, lambda x, v: v - x]
+
+
 class Positions(nn.Module):
     """Combines features of 8 x 8 pixels with a value for each position."""
 
@@ -341,7 +353,7 @@ class Positions(nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(1, CHANNELS, 8, 8), (8, 8), (8,)])
-@pytest.mark.parametrize("combine", [operator.add, operator.mul, lambda x, v: v - x])
+@pytest.mark.parametrize("combine", COMBINED)
 def test_a_constant_that_differs_from_position_to_position_ends_the_chain(combine, shape, caplog):
     with torch.no_grad():
         operation = Positions(combine, *shape)
@@ -354,7 +366,7 @@ def test_a_constant_that_differs_from_position_to_position_ends_the_chain(combin
     assert converted.get_submodule("4").is_head and not converted.get_submodule("1").is_head
 
 
-@pytest.mark.parametrize("combine", [operator.add, operator.mul, lambda x, v: v - x])
+@pytest.mark.parametrize("combine", COMBINED)
 def test_a_constant_that_makes_more_channels_ends_the_chain(combine, caplog):
     with torch.no_grad():
         network = nn.Sequential(
