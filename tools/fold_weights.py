@@ -7,6 +7,7 @@ Examples:
 """
 
 import argparse
+import shlex
 import sys
 
 import torch
@@ -21,10 +22,10 @@ With detectron2 alone, in Python:
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultPredictor
     cfg = get_cfg()
-    cfg.merge_from_file("{config}"){device}
+    cfg.merge_from_file({config!r}){device}
     predictor = DefaultPredictor(cfg){names}
 In detectron2's folder, to evaluate on {datasets}, which must be registered there:
-    tools/train_net.py --eval-only --config-file {config}{option}
+    tools/train_net.py --eval-only --config-file {quoted}{option}
 If you move the two files, set MODEL.WEIGHTS to the new place of the weights.
 """
 _DEVICE = '\n    cfg.MODEL.DEVICE = "cpu"'
@@ -61,6 +62,7 @@ def main():
     has_gpu, names = torch.cuda.is_available(), cfg.DATASETS.CLASS_NAMES
     use = _USE.format(
         config=config,
+        quoted=shlex.quote(config),
         device="" if has_gpu else _DEVICE,
         option="" if has_gpu else " MODEL.DEVICE cpu",
         names=_NAMES.format(names=names) if names and cfg.DATASETS.TEST else "",

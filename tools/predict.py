@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ import tqdm
 from PIL import Image
 
 from kn_detectron.checkpoint import KNCheckpointer
+from kn_detectron.checkpoint.files import explained_write_errors
 from kn_detectron.data import register_named_folders
 from kn_detectron.engine import load_run
 from kn_detectron.engine.command_line import merge_options, read_config, run
@@ -160,12 +162,14 @@ def main():
     )
     args = parser.parse_args()
     photos = find_photos(args.photos)
+    output = Path(args.output)
+    with explained_write_errors(output, "give another folder with --output."):
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     cfg, model = load_model(args)
     mapper = DatasetMapper(cfg, is_train=False)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__unused")
     classes = cfg.DATASETS.CLASS_NAMES or metadata.get("thing_classes") or []
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     results, faults, count = [], [], 0
     taken = {path.resolve() for path in photos}
     for path in tqdm.tqdm(photos, unit="photo"):

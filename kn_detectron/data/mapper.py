@@ -29,14 +29,18 @@ class CheckedMapper:
             what the mapper returns.
 
         Raises:
-            InputError: the image is missing, damaged or of another size than annotated, or its
-                masks do not fit INPUT.MASK_FORMAT.
+            InputError: the image is missing, damaged or of another size than annotated or too narrow,
+                or its masks do not fit INPUT.MASK_FORMAT.
         """
         try:
             return self.mapper(dataset_dict)
         except Exception as error:
             # Looked for after the failure, so that sound images are read only once.
-            sentence = self._fault_of_image(dataset_dict) or self._fault_of_masks(dataset_dict)
+            sentence = (
+                self._fault_of_image(dataset_dict)
+                or self._fault_of_masks(dataset_dict)
+                or self._fault_of_shape(dataset_dict, error)
+            )
             if sentence is None:
                 raise
             raise InputError(sentence) from error
@@ -61,6 +65,17 @@ class CheckedMapper:
             return (
                 f"Image {dataset_dict['file_name']} of the dataset has masks that are not "
                 'polygons: set INPUT.MASK_FORMAT to "bitmask".'
+            )
+        return None
+
+    @staticmethod
+    def _fault_of_shape(dataset_dict, error):
+        sides = sorted((dataset_dict.get("width", 0), dataset_dict.get("height", 0)))
+        if isinstance(error, ValueError) and sides[1] > 100 * sides[0] > 0:
+            return (
+                f"Image {dataset_dict['file_name']} of the dataset, with sides of {sides[0]} and "
+                f"{sides[1]} pixels, cannot be resized ({error}): crop it, or remove it from the "
+                "annotations."
             )
         return None
 

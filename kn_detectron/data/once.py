@@ -1,16 +1,19 @@
 """Writing generated datasets once, and never leaving them half written."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
 from iopath.common.file_io import file_lock
 
+from ..checkpoint.files import explained_write_errors
 from ..errors import InputError
 
 __all__ = ["write_once"]
 
 _MARKER = "shapes.json"
+_ADVICE = "give another folder, or set DETECTRON2_DATASETS to one that can be written to."
 
 
 def write_once(root, identity, write, accepts_any=False):
@@ -27,12 +30,13 @@ def write_once(root, identity, write, accepts_any=False):
         accepts_any (bool): whether a dataset of the same kind with other parameters will do.
 
     Raises:
-        InputError: `root` holds something else, or a dataset with another identity.
+        InputError: `root` holds something else, or a dataset with another identity; or it cannot be
+            written.
     """
     root = Path(root).expanduser().absolute()
     if _is_there(root, identity, accepts_any):
         return
-    with file_lock(str(root)):
+    with explained_write_errors(root, _ADVICE), _locked(root):
         # Another process may have written it while this one waited for the lock.
         if _is_there(root, identity, accepts_any):
             return
@@ -45,6 +49,13 @@ def write_once(root, identity, write, accepts_any=False):
         if root.exists():
             root.rmdir()  # empty, or `_is_there` had refused
         partial.rename(root)
+
+
+@contextlib.contextmanager
+def _locked(root):
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(str(root)):
+        yield
 
 
 def _is_there(root, identity, accepts_any):

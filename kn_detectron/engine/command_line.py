@@ -30,6 +30,7 @@ from ..data import (
     use_checked_datasets,
 )
 from ..errors import InputError
+from .detectron2_keys import check_detectron2_keys
 from .logs import full_disk_told_once
 from .output_dir import make_output_dir
 from .stopping import STOPPING_SIGNALS, signals_to_take_over
@@ -100,10 +101,24 @@ def load_config(args):
     _escape_what_the_locale_lacks()
     truths = check_datasets(cfg, keys)
     if args.dataset:
-        _fit_to_folder(cfg, [truths[key][name] for key in keys for name in cfg.DATASETS[key]])
+        found = [truths[key][name] for key in keys for name in cfg.DATASETS[key]]
+        if args.eval_only or args.resume:
+            _check_classes(cfg, found[0].classes)
+        _fit_to_folder(cfg, found)
     check_requirements(cfg, truths)
     cfg.freeze()
     return cfg
+
+
+def _check_classes(cfg, classes):
+    """Checks that a folder has the classes that a run was trained with, as far as that is known."""
+    trained = list(cfg.DATASETS.CLASS_NAMES)
+    if trained and trained != list(classes):
+        raise InputError(
+            f"The run was trained with the classes {', '.join(trained)}, and the folder of --dataset "
+            f"has {', '.join(classes)}: give a folder with the same classes in the order of their "
+            'ids, or DATASETS.CLASS_NAMES "[]" if they are the same under other names.'
+        )
 
 
 def _fit_to_folder(cfg, truths):
@@ -118,8 +133,8 @@ def _fit_to_folder(cfg, truths):
 def read_config(args, *extensions):
     """Reads the config that the arguments name, without looking at its datasets.
 
-    Without a GPU, MODEL.DEVICE "cuda", which is detectron2's default, becomes "cpu", and mixed
-    precision is switched off. A command line that asks for "cuda" itself is refused.
+    Without a GPU, MODEL.DEVICE "cuda", which is detectron2's default, becomes "cpu". A command line
+    that asks for "cuda" itself is refused. On the CPU mixed precision is switched off.
 
     Args:
         args (argparse.Namespace): of :func:`argument_parser`.
@@ -138,6 +153,7 @@ def read_config(args, *extensions):
     merge_options(cfg, args.opts)
     _choose_device(cfg, args.opts)
     check_config(cfg)
+    check_detectron2_keys(cfg)
     return cfg
 
 
@@ -196,15 +212,15 @@ def merge_options(cfg, options):
 
 
 def _choose_device(cfg, options):
-    if torch.cuda.is_available() or not cfg.MODEL.DEVICE.startswith("cuda"):
-        return
-    if "MODEL.DEVICE" in options[::2]:
-        raise InputError(
-            f"MODEL.DEVICE {cfg.MODEL.DEVICE} asks for a GPU and torch finds none: check the "
-            "driver and torch's CUDA version, or give MODEL.DEVICE cpu."
-        )
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.SOLVER.AMP.ENABLED = False  # torch has it for GPUs only
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        if "MODEL.DEVICE" in options[::2]:
+            raise InputError(
+                f"MODEL.DEVICE {cfg.MODEL.DEVICE} asks for a GPU and torch finds none: check the "
+                "driver and torch's CUDA version, or give MODEL.DEVICE cpu."
+            )
+        cfg.MODEL.DEVICE = "cpu"
+    if not cfg.MODEL.DEVICE.startswith("cuda"):
+        cfg.SOLVER.AMP.ENABLED = False  # detectron2 has it for GPUs only
 
 
 def _one_line(error):

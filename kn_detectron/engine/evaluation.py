@@ -1,9 +1,11 @@
 """COCO evaluation with all of COCO's numbers."""
 
 import json
+import logging
 import math
 import os
 
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOeval, COCOeval_opt
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
@@ -18,6 +20,8 @@ __all__ = [
     "check_test_augmentation",
     "write_results",
 ]
+
+_logger = logging.getLogger(__name__)
 
 _PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _RECALLS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -86,6 +90,14 @@ def build_coco_evaluator(cfg, dataset_name, folder="inference"):
     """
     # os.path.join drops what is in front of an absolute path, so the results would lie beside the
     # user's images.
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if kind not in ("coco", "coco_panoptic_seg"):
+        _logger.warning(
+            "%s has the evaluator type %r, and is evaluated with COCO's AP: override "
+            "Trainer.build_evaluator for its own measure.",
+            dataset_name,
+            kind,
+        )
     place = dataset_name
     if os.path.isabs(dataset_name):
         place = "_".join(dataset_name.split(os.sep)[-2:])

@@ -81,6 +81,7 @@ class Trainer(DefaultTrainer):
         for name in ("detectron2", "kn_detectron"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):  # nobody has set up logging
                 setup_logger(name=name)
+        _check_reference_world_size(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         PathManager.mkdirs(cfg.OUTPUT_DIR)  # detectron2 0.4's writers take it for granted
         self.check_datasets(cfg)
@@ -116,6 +117,20 @@ class Trainer(DefaultTrainer):
         exempt_filters_from_decay(optimizer, model)
         return optimizer
 
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        """Builds detectron2's scheduler, without the steps that lie behind the end.
+
+        They change nothing. detectron2 0.4 refuses a step at the very end.
+
+        Returns:
+            LRScheduler
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
+        return super().build_lr_scheduler(cfg, optimizer)
+
     def build_hooks(self):
         """Builds the hooks; their order matters and is explained where it does.
 
@@ -124,6 +139,9 @@ class Trainer(DefaultTrainer):
         """
         cfg = self.cfg
         is_main = comm.is_main_process()
+        # As with TEST.EVAL_PERIOD, 0 is never; the end of the run is saved anyway.
+        period = cfg.SOLVER.CHECKPOINT_PERIOD
+        period = period if period > 0 else self.max_iter + 1
         precise = cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)
         return [
             hook
@@ -135,13 +153,9 @@ class Trainer(DefaultTrainer):
                 KalmanStatistics(_WRITE_PERIOD) if is_main else None,
                 hooks.LRScheduler(),
                 self._build_precise_statistics() if precise else None,
-                AverageRunningStatistics([cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD]),
+                AverageRunningStatistics([period, cfg.TEST.EVAL_PERIOD]),
                 # From here on the state of the step is complete.
-                (
-                    hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-                    if is_main
-                    else None
-                ),
+                hooks.PeriodicCheckpointer(self.checkpointer, period) if is_main else None,
                 self._stop,
                 hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
                 # Last, since it writes what the others have stored.
@@ -294,7 +308,8 @@ class Trainer(DefaultTrainer):
                 "resume with the config and the detectron2 it was started with, or give the "
                 "checkpoint as MODEL.WEIGHTS of a new run."
             ) from error
-        set_optimizer_settings(self._trainer.optimizer, self.scheduler, settings)
+        if self.iter < self.max_iter:  # otherwise nothing is left to train, and no rate is defined
+            set_optimizer_settings(self._trainer.optimizer, self.scheduler, settings)
         if "config" in state_dict:  # older checkpoints have none
             report_changes(state_dict["config"], plain(self.cfg), self.iter + 1)
         if self.cfg.SEED not in (-1, self.seed):
@@ -354,6 +369,15 @@ class Trainer(DefaultTrainer):
             ]
         results = super().test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{task}_TTA": numbers for task, numbers in results.items()}
+
+
+def _check_reference_world_size(cfg):
+    size = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if size and (size < 0 or cfg.SOLVER.IMS_PER_BATCH % size):
+        raise InputError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {size}, but must be the number of GPUs that "
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is for, which divides it, or 0."
+        )
 
 
 @contextlib.contextmanager

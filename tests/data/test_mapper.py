@@ -123,6 +123,14 @@ def _refuse(dataset_dict):
     raise InputError("No: it is refused.")
 
 
+def test_an_image_too_narrow_to_be_resized(cfg, tmp_path):
+    path = tmp_path / "thin.png"
+    Image.new("RGB", (4000, 1)).save(path)
+    dataset_dict = {"file_name": str(path), "width": 4000, "height": 1, "annotations": []}
+    sentence = _sentence(CheckedMapper(DatasetMapper(cfg, is_train=True)), dataset_dict)
+    assert f"Image {path} of the dataset, with sides of 1 and 4000 pixels, cannot be" in sentence
+
+
 def test_a_fault_of_the_mapper_is_passed_on(record):
     def mapper(dataset_dict):
         raise OSError("disk full")

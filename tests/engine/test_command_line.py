@@ -72,6 +72,13 @@ def test_without_gpu_the_default_device_is_replaced_but_a_wish_is_refused(tmp_pa
         load_config(argument_parser().parse_args([*arguments, "MODEL.DEVICE", "cuda"]))
 
 
+def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
+    arguments = ["--config", str(tiny.write_config(tmp_path / "tiny.yaml"))]
+    arguments += ["OUTPUT_DIR", str(tmp_path / "run"), "MODEL.DEVICE", "cpu"]
+    arguments += ["SOLVER.AMP.ENABLED", "True"]
+    assert not load_config(argument_parser().parse_args(arguments)).SOLVER.AMP.ENABLED
+
+
 @pytest.mark.parametrize(
     "arguments, patterns",
     [
@@ -84,6 +91,16 @@ def test_without_gpu_the_default_device_is_replaced_but_a_wish_is_refused(tmp_pa
         (["DATASETS.TEST", "()"], ["DATASETS.TEST is empty"]),
         (["MODEL.WEIGHTS", "/nowhere/model.pth"], ["MODEL.WEIGHTS /nowhere/model.pth", '""']),
         (["OUTPUT_DIR", "/dev/null/run"], ["OUTPUT_DIR /dev/null/run"]),
+        (["MODEL.ROI_HEADS.NAME", "KNRes5ROIHead"], ["MODEL.ROI_HEADS.NAME", "KNRes5ROIHeads"]),
+        (["MODEL.BACKBONE.NAME", "nothing"], ["'nothing', which is not registered: correct it"]),
+        (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE is 'gpu', but must be a device"]),
+        (["INPUT.MASK_FORMAT", "bitmap"], ["INPUT.MASK_FORMAT is 'bitmap', but must be 'polygon'"]),
+        (["DATALOADER.NUM_WORKERS", "-1"], ["DATALOADER.NUM_WORKERS is -1, but must be 0 or more"]),
+        (["SOLVER.MAX_ITER", "0"], ["SOLVER.MAX_ITER is 0, but must be 1 or more"]),
+        (
+            ["SOLVER.REFERENCE_WORLD_SIZE", "8"],
+            ["SOLVER.REFERENCE_WORLD_SIZE is 8, but must", "SOLVER.IMS_PER_BATCH 2"],
+        ),
     ],
 )
 def test_bad_options(command, tmp_path, arguments, patterns):
@@ -315,6 +332,22 @@ def test_the_config_that_a_run_wrote_is_enough(command, own_data, tmp_path):
     name = "roi_heads.box_predictor.cls_score.weight"
     assert torch.equal(predictor.model.state_dict()[name], state[name])
     assert fold_weights(cfg, str(tmp_path / "folded"))[0] == str(tmp_path / "folded.pth")
+
+
+@pytest.mark.parametrize("flag", ["--eval-only", "--resume"])
+def test_a_folder_with_the_classes_in_another_order_is_refused(own_data, tmp_path, flag):
+    arguments = ["--config", str(tiny.write_config(tmp_path / "tiny.yaml")), flag]
+    arguments += ["OUTPUT_DIR", str(tmp_path / "run"), "DATASETS.CLASS_NAMES"]
+
+    def load(*names):
+        args = argument_parser().parse_args([*arguments, str(list(names))])
+        args.dataset = str(own_data)
+        return load_config(args)
+
+    with pytest.raises(InputError, match="classes square, circle, triangle, and the folder .* has"):
+        load("square", "circle", "triangle")
+    for names in ((), ("circle", "square", "triangle")):
+        assert load(*names).DATASETS.CLASS_NAMES == ["circle", "square", "triangle"]
 
 
 def test_names_of_classes_are_for_unregistered_folders_only(own_data, tmp_path):

@@ -70,6 +70,24 @@ def test_resuming_a_finished_run_evaluates(whole, tmp_path, kn_log):
     assert (folder / "metrics.json").read_text().count("bbox/AP50") == 1
 
 
+def test_resuming_with_fewer_steps_than_are_done_evaluates(whole, tmp_path, kn_log):
+    folder = _folder_with(whole[1] / "model_final.pth", tmp_path)
+    fewer = ("SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "(2,)")
+    trainer, losses = tiny.trainer(tiny.config(folder, *_BUSY, *fewer), resume=True)
+    results = trainer.train()
+    assert losses.of == {} and set(results) == {"bbox", "segm"}
+    assert "of SOLVER.MAX_ITER 3 is done" in kn_log.text
+
+
+@pytest.mark.parametrize("period", ["0", "-1"])
+def test_without_a_period_only_the_end_is_saved(datasets, tmp_path, period):
+    options = ("SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", period, "SOLVER.STEPS", "(2, 5)")
+    trainer, _ = tiny.trainer(tiny.config(tmp_path, *options))
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["model_final.pth"]
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(trainer.cfg.SOLVER.BASE_LR)
+
+
 def test_nothing_to_resume_starts_and_says_so(datasets, tmp_path, kn_log):
     trainer, _ = tiny.trainer(tiny.config(tmp_path), resume=True)
     assert trainer.start_iter == 0

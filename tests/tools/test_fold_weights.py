@@ -1,4 +1,5 @@
 import os
+import shlex
 import textwrap
 
 import numpy as np
@@ -23,16 +24,29 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_writes_both_files_and_says_how_to_use_them(folder, command):
-    arguments = ["--config", "trained.yaml", "MODEL.WEIGHTS", "trained.pth", "--output", "new/out"]
+    arguments = [
+        "--config",
+        "trained.yaml",
+        "MODEL.WEIGHTS",
+        "trained.pth",
+        "--output",
+        "a new/it's",
+    ]
     status, out, err = command("fold_weights", *arguments)
     assert status == 0, err
-    weights, config = folder / "new" / "out.pth", folder / "new" / "out.yaml"
-    assert sorted((folder / "new").iterdir()) == [weights, config]
+    weights, config = folder / "a new" / "it's.pth", folder / "a new" / "it's.yaml"
+    assert sorted((folder / "a new").iterdir()) == [weights, config]
     source, folded = (torch.load(path)["model"] for path in (folder / "trained.pth", weights))
     name = "roi_heads.res5.2.conv3.norm.running_var"
     assert torch.equal(folded[name], source[name])
     assert yaml.safe_load(config.read_text())["MODEL"]["WEIGHTS"] == str(weights)
-    assert f"tools/train_net.py --eval-only --config-file {config}" in out
+    (line,) = [line for line in out.splitlines() if "tools/train_net.py" in line]
+    assert shlex.split(line)[:4] == [
+        "tools/train_net.py",
+        "--eval-only",
+        "--config-file",
+        str(config),
+    ]
     # The lines for Python run as they are printed.
     _, _, rest = out.partition("in Python:\n")
     code, _, _ = rest.partition("\nIn detectron2's folder")

@@ -80,10 +80,12 @@ def test_photos_are_never_replaced(tmp_path, photos, command, monkeypatch):
 def test_what_it_refuses(photos, tmp_path, command):
     config = get_config_file("photos/mask_rcnn_lite0_FPN_BN.yaml")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
     for arguments, sentence in (
         ((tmp_path / "none.jpg",), "none.jpg does not exist"),
         ((tmp_path / "empty",), "empty has no images"),
         ((photos, "--config", config), "give MODEL.WEIGHTS FILE"),
+        ((photos, "--output", tmp_path / "file"), "file cannot be written (File exists): give"),
     ):
         status, _, error = command("predict", *arguments)
         assert status == 1 and sentence in error

@@ -1,0 +1,71 @@
+"""Checks keys of detectron2's that it would refuse late, and without naming them."""
+
+import difflib
+from functools import reduce
+
+import torch
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+)
+
+from ..errors import InputError
+
+__all__ = ["check_detectron2_keys"]
+
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+}
+
+
+def _is_device(name):
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+_RULES = {
+    "MODEL.DEVICE": (_is_device, "a device of torch, such as 'cuda' or 'cpu'"),
+    "INPUT.MASK_FORMAT": (("polygon", "bitmask").__contains__, "'polygon' or 'bitmask'"),
+    "DATALOADER.NUM_WORKERS": (lambda number: number >= 0, "0 or more"),
+    "SOLVER.MAX_ITER": (lambda number: number >= 1, "1 or more"),
+}
+
+
+def check_detectron2_keys(cfg):
+    """Checks names of models, the device, and some numbers.
+
+    Args:
+        cfg (CfgNode): detectron2's config.
+
+    Raises:
+        InputError: naming the key, the value it has and what it takes.
+    """
+
+    def value_of(key):
+        return reduce(getattr, key.split("."), cfg)
+
+    for key, registry in _REGISTRIES.items():
+        name = value_of(key)
+        # detectron2 knows this name although it is not registered.
+        if name in registry or (key, name) == (
+            "MODEL.PROPOSAL_GENERATOR.NAME",
+            "PrecomputedProposals",
+        ):
+            continue
+        near = difflib.get_close_matches(name, [known for known, _ in registry])
+        hint = f" (is {' or '.join(near)} meant?)" if near else ""
+        raise InputError(
+            f"{key} is {name!r}, which is not registered{hint}: correct it, or import the module "
+            "that registers it."
+        )
+    for key, (accepts, wanted) in _RULES.items():
+        if not accepts(value_of(key)):
+            raise InputError(f"{key} is {value_of(key)!r}, but must be {wanted}.")
