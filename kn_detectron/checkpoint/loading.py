@@ -113,7 +113,9 @@ def _keep_fixed_gains(model, state, name):
     kept = 0
     for prefix, layer in kalman_layers(model).items():
         key = f"{prefix}.gain_logit"
-        if key in state and not layer.learns_gain and state[key] != layer.gain_logit:
+        if key not in state or layer.learns_gain:
+            continue
+        if state[key].sigmoid() != layer.gain_logit.sigmoid():
             state[key] = layer.gain_logit.clone()
             kept += 1
     if kept:

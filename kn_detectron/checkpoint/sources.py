@@ -226,7 +226,7 @@ def _tensors(state, path):
             # Arrays out of a pickle may be read-only or of another byte order.
             value = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
             state[name] = value
-        # A gain fixed to 0 or 1 has an infinite logit.
+        # In older checkpoints a gain fixed to 0 or 1 has an infinite logit.
         fixed_gain = name.rpartition(".")[2] == "gain_logit"
         if not (~value.isnan() if fixed_gain else value.isfinite()).all():
             broken.append(name)

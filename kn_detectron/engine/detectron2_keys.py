@@ -4,12 +4,7 @@ import difflib
 from functools import reduce
 
 import torch
-from detectron2.modeling import (
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_HEADS_REGISTRY,
-)
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
 from ..errors import InputError
 
@@ -18,7 +13,6 @@ __all__ = ["check_detectron2_keys"]
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
-    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
     "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
 }
 
@@ -54,11 +48,7 @@ def check_detectron2_keys(cfg):
 
     for key, registry in _REGISTRIES.items():
         name = value_of(key)
-        # detectron2 knows this name although it is not registered.
-        if name in registry or (key, name) == (
-            "MODEL.PROPOSAL_GENERATOR.NAME",
-            "PrecomputedProposals",
-        ):
+        if name in registry:
             continue
         near = difflib.get_close_matches(name, [known for known, _ in registry])
         hint = f" (is {' or '.join(near)} meant?)" if near else ""

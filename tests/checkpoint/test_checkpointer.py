@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, and fit or are refused."""
 
+import math
 import os
 import pickle
 import resource
@@ -124,13 +125,21 @@ def test_empty_path_is_from_scratch(kn_log):
     assert "from scratch" in kn_log.text
 
 
-def test_a_gain_fixed_at_zero_has_a_logit_that_is_not_finite_and_loads(tmp_path):
+@pytest.mark.parametrize("logit", [None, -math.inf], ids=["present", "older"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_gain_fixed_at_zero_loads(tmp_path, kn_log, strict, logit):
+    """Its logit was infinite in older checkpoints."""
     fixed = ("MODEL.KN.GAIN", 0.0, "MODEL.KN.LEARN_GAIN", False)
     source, model = _model(*fixed), _model(*fixed)
-    path = _save(tmp_path, source.state_dict())
-    KNCheckpointer(model).load(path, [], strict=True)
+    state = source.state_dict()
+    gains = [name for name in state if name.endswith("gain_logit")]
+    for name in gains if logit is not None else ():
+        state[name] = torch.full_like(state[name], logit)
+    KNCheckpointer(model).load(_save(tmp_path, state), [], strict=strict)
     name = "backbone.stem.conv1.weight"
     assert torch.equal(model.state_dict()[name], source.state_dict()[name])
+    assert gains and all((model.state_dict()[name].sigmoid() == 0).all() for name in gains)
+    assert "not taken from" not in kn_log.text
 
 
 # Refusing what is not.
