@@ -115,7 +115,8 @@ def _normalized_together(x, prior, state, groups, paper, eps):
             v = v + np.log1p(np.exp(state["process_noise"]))
         # A pixel of a group: first its channel is drawn, then its value.
         first, second = by_group(np.mean, m), by_group(np.mean, v + m**2)
-        gain = state["gain_scale"] / (1 + np.exp(-state["gain_logit"]))
+        # The sigmoid, in a form that takes any logit.
+        gain = state["gain_scale"] * 0.5 * (1 + np.tanh(0.5 * state["gain_logit"]))
         mean, var = update((first, second - first**2), measured, gain, paper)
         if mean is measured[0]:  # the prior was dropped
             gain = 1.0
