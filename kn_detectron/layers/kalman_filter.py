@@ -246,7 +246,8 @@ class KalmanFilter(nn.Module):
             # The checkpoint is BatchNorm's or GroupNorm's: the filter keeps its values.
             state_dict.update({prefix + name: getattr(self, name).detach() for name in own})
         logit = prefix + "gain_logit"
-        if logit in state_dict and not self.learns_gain:  # older checkpoints have infinite ones
+        if "gain_logit" in own and logit in state_dict and not self.learns_gain:
+            # Older checkpoints have infinite ones.
             state_dict[logit] = state_dict[logit].clamp(-_SATURATED, _SATURATED)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if not self.is_head and not self.gain_scale.is_meta:

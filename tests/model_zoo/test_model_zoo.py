@@ -78,6 +78,9 @@ def test_a_trained_model_has_the_released_weights():
     for name in loaded:
         tensor = state[name]
         assert tensor.dtype == (torch.float16 if tensor.ndim > 1 else loaded[name].dtype), name
+        if name.endswith("gain_logit"):  # the file has an infinite one, as older versions wrote it
+            assert tensor.sigmoid() == loaded[name].sigmoid() == 0, name
+            continue
         torch.testing.assert_close(loaded[name], tensor.to(loaded[name].dtype), rtol=0, atol=0)
     assert get_config(TRAINED, trained=True).MODEL.WEIGHTS == f"kn://{os.path.basename(path)}"
 
