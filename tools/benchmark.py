@@ -38,6 +38,7 @@ from benchmark import (
 from benchmark.presets import DTYPES, FORMATS, NORMS
 from kn_detectron import InputError
 from kn_detectron.engine.command_line import launch_ranks, read_config, run
+from kn_detectron.engine.output_dir import make_writable
 
 from detectron2.utils import comm  # isort: skip  # made importable by kn_detectron
 
@@ -116,13 +117,7 @@ def prepare(args):
         # As many regions as each config says, unless the command line does.
         fields = dict(candidates=files, bases=files[:1], regions=args.regions)
         groups = [replace(group, **fields) for group in groups]
-    try:
-        os.makedirs(args.output, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--output {args.output} cannot be created ({error.strerror}): give a folder that can "
-            "be written to"
-        ) from error
+    make_writable(args.output, "--output")
     return groups
 
 

@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -25,10 +24,10 @@ import tqdm
 from PIL import Image
 
 from kn_detectron.checkpoint import KNCheckpointer
-from kn_detectron.checkpoint.files import explained_write_errors
 from kn_detectron.data import register_named_folders
 from kn_detectron.engine import load_run
 from kn_detectron.engine.command_line import merge_options, read_config, run
+from kn_detectron.engine.output_dir import make_writable
 from kn_detectron.engine.pictures import BrightVisualizer
 from kn_detectron.engine.prediction import coco_results, shown
 from kn_detectron.errors import InputError
@@ -163,9 +162,7 @@ def main():
     args = parser.parse_args()
     photos = find_photos(args.photos)
     output = Path(args.output)
-    with explained_write_errors(output, "give another folder with --output."):
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
+    make_writable(output, "--output")
     cfg, model = load_model(args)
     mapper = DatasetMapper(cfg, is_train=False)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__unused")

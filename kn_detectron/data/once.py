@@ -1,6 +1,5 @@
 """Writing generated datasets once, and never leaving them half written."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -36,7 +35,7 @@ def write_once(root, identity, write, accepts_any=False):
     root = Path(root).expanduser().absolute()
     if _is_there(root, identity, accepts_any):
         return
-    with explained_write_errors(root, _ADVICE), _locked(root):
+    with explained_write_errors(root, _ADVICE), file_lock(str(root)):
         # Another process may have written it while this one waited for the lock.
         if _is_there(root, identity, accepts_any):
             return
@@ -49,13 +48,6 @@ def write_once(root, identity, write, accepts_any=False):
         if root.exists():
             root.rmdir()  # empty, or `_is_there` had refused
         partial.rename(root)
-
-
-@contextlib.contextmanager
-def _locked(root):
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(str(root)):
-        yield
 
 
 def _is_there(root, identity, accepts_any):

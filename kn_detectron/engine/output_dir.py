@@ -5,10 +5,37 @@ import tempfile
 
 from ..errors import InputError
 
-__all__ = ["make_output_dir"]
+__all__ = ["make_output_dir", "make_writable"]
 
 # Of the folders that this process has claimed: their descriptors hold the locks until it ends.
 _claimed = {}
+
+
+def make_writable(folder, name):
+    """Creates a folder and tries to write there.
+
+    Args:
+        folder (str or Path): may be there already.
+        name (str): what the user calls it, such as OUTPUT_DIR.
+
+    Raises:
+        InputError: it cannot be created or written to.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{name} {folder} cannot be created ({error.strerror}): give a folder that can be "
+            "written to."
+        ) from error
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"some bytes")
+    except OSError as error:
+        raise InputError(
+            f"{name} {folder} cannot be written to ({error.strerror}): give a folder that can, "
+            "on a disk with room."
+        ) from error
 
 
 def make_output_dir(cfg, args):
@@ -26,21 +53,7 @@ def make_output_dir(cfg, args):
         InputError: it cannot be created or written to, or another run has it.
     """
     folder = cfg.OUTPUT_DIR
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"OUTPUT_DIR {folder} cannot be created ({error.strerror}): give a folder that can be "
-            "written to."
-        ) from error
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"some bytes")
-    except OSError as error:
-        raise InputError(
-            f"OUTPUT_DIR {folder} cannot be written to ({error.strerror}): give a folder that can, "
-            "on a disk with room."
-        ) from error
+    make_writable(folder, "OUTPUT_DIR")
     if args.machine_rank == 0 and os.name == "posix":  # elsewhere a folder cannot be opened
         _claim(folder)
 

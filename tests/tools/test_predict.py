@@ -85,7 +85,10 @@ def test_what_it_refuses(photos, tmp_path, command):
         ((tmp_path / "none.jpg",), "none.jpg does not exist"),
         ((tmp_path / "empty",), "empty has no images"),
         ((photos, "--config", config), "give MODEL.WEIGHTS FILE"),
-        ((photos, "--output", tmp_path / "file"), "file cannot be written (File exists): give"),
+        (
+            (photos, "--output", tmp_path / "file"),
+            f"--output {tmp_path / 'file'} cannot be created (File exists): give",
+        ),
     ):
         status, _, error = command("predict", *arguments)
         assert status == 1 and sentence in error

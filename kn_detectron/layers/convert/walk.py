@@ -175,9 +175,8 @@ class Walk:
     def _put_behind_head(self, call: NormCall) -> None:
         belief = self._here = call.about.belief
         norm = self._add("get_attr", call.node.target)
-        call.about.belief = self._insert("behind_head", belief, norm)
-        others = set(belief.users) - {call.about.belief}
-        belief.replace_all_uses_with(call.about.belief, delete_user_cb=others.__contains__)
+        behind = call.about.belief = self._insert("behind_head", belief, norm)
+        belief.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
 
     def _returned(self, x: fx.Node) -> Optional[fx.Node]:
         known = self._known.get(x)
