@@ -1,14 +1,28 @@
 """The arms of the comparisons: a detector and its weights, with several norms in the backbone.
 
-``LITE0`` starts from one set of ImageNet weights for all norms. ``R50`` is the paper's protocol: each
-norm has weights that were pre-trained with it.
+``LITE0`` starts from one set of ImageNet weights for all norms. ``PARTS`` is KN at gain 0 with one of
+its parts changed. ``R50`` is the paper's protocol: each norm has weights that were pre-trained with
+it.
 """
 
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from torch import nn
 
-__all__ = ["ARMS", "LITE0", "R50", "Arm", "put_group_norm", "solver_options", "train_affine"]
+from kn_detectron.layers import kalman_layers
+
+__all__ = [
+    "ARMS",
+    "LITE0",
+    "PARTS",
+    "R50",
+    "Arm",
+    "hold_process_model",
+    "put_group_norm",
+    "solver_options",
+    "speed_up_process_model",
+    "train_affine",
+]
 
 _FOLDER = "photos"
 
@@ -52,6 +66,23 @@ def put_group_norm(backbone: nn.Module) -> None:
             setattr(backbone.get_submodule(parent), last, nn.Sequential(norm, old.drop, old.act))
 
 
+def _process_model(backbone: nn.Module) -> List[nn.Parameter]:
+    layers = kalman_layers(backbone).values()
+    return [parameter for layer in layers for parameter in (layer.mean_offset, layer.log_var_scale)]
+
+
+def hold_process_model(backbone: nn.Module) -> None:
+    """Keeps b and r as they are calibrated to the weights, and does not train them."""
+    for parameter in _process_model(backbone):
+        parameter.requires_grad_(False)
+
+
+def speed_up_process_model(backbone: nn.Module, factor: float = 10.0) -> None:
+    """Multiplies the gradients of b and r, which for SGD is a higher learning rate for them."""
+    for parameter in _process_model(backbone):
+        parameter.register_hook(lambda gradient: factor * gradient)
+
+
 _BN = f"{_FOLDER}/mask_rcnn_lite0_FPN_BN.yaml"
 _KN = f"{_FOLDER}/mask_rcnn_lite0_FPN_KN.yaml"
 
@@ -75,6 +106,17 @@ LITE0: Dict[str, Arm] = {
     "KN_gain0": Arm("KN, gain 0", _KN),
 }
 
+# All others have KN_gain0 beside them.
+PARTS: Dict[str, Arm] = {
+    "KN_no_prior_gradient": Arm(
+        "KN, gain 0, no gradient through the prior", _KN, ("MODEL.KN.PRIOR_GRADIENT", "False")
+    ),
+    "KN_held_process": Arm("KN, gain 0, b and r not trained", _KN, change=hold_process_model),
+    "KN_fast_process": Arm(
+        "KN, gain 0, ten times the learning rate for b and r", _KN, change=speed_up_process_model
+    ),
+}
+
 _R50 = f"{_FOLDER}/mask_rcnn_slim_R50_C4"
 
 R50: Dict[str, Arm] = {
@@ -89,7 +131,7 @@ R50: Dict[str, Arm] = {
     ),
 }
 
-ARMS = {**LITE0, **R50}
+ARMS = {**LITE0, **PARTS, **R50}
 
 
 def solver_options(cfg, images: int) -> Tuple[str, ...]:

@@ -97,6 +97,7 @@ TABLES = {
     "choice": ("choice", tables.choice_table),
     "detection": ("detection", tables.detection_tables),
     "own_rate": ("own_rate", tables.detection_tables),
+    "parts": ("parts", tables.detection_tables),
     "long": ("long", tables.detection_tables),
     "own_weights": ("own_weights", tables.detection_tables),
     "own_choice": ("own_choice", tables.choice_table),
@@ -138,6 +139,7 @@ def main():
     parser.add_argument(
         "--own-rate", metavar="FOLDER", help="runs with a learning rate for each arm"
     )
+    parser.add_argument("--parts", metavar="FOLDER", help="KN with one of its parts changed")
     parser.add_argument("--long", metavar="FOLDER", help="the same, with a longer schedule")
     parser.add_argument("--own-weights", metavar="FOLDER", help="those of the arms R50_*")
     parser.add_argument("--truth", metavar="FILE", help="annotations that these were evaluated on")
@@ -151,7 +153,7 @@ def main():
     args = parser.parse_args()
     folder = DOCS / "evidence"
     folder.mkdir(exist_ok=True)
-    for name in ("detection", "own_rate", "long", "own_weights"):
+    for name in ("detection", "own_rate", "parts", "long", "own_weights"):
         if getattr(args, name):
             if not args.truth:
                 parser.error("detectors need --truth FILE")

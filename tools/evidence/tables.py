@@ -39,6 +39,7 @@ COMPARED = (
     ("KN_gain0", "GN"),
     ("GN", "BN_frozen"),
     ("BN_affine", "BN_frozen"),
+    *((part, "KN_gain0") for part in arms.PARTS),
     ("R50_KN_gain0", "R50_BN_frozen"),
     ("R50_KN_gain0", "R50_GN"),
     ("R50_KN_gain0", "R50_KN_from_BN"),

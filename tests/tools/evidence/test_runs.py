@@ -77,6 +77,30 @@ def test_group_norm_takes_over_scale_shift_and_activation():
         torch.testing.assert_close(new(x), old.act(y))
 
 
+def gradients(name):
+    """The gradients of a backbone for one image, those of b and r and those of all else."""
+    torch.manual_seed(0)
+    backbone = built(name).backbone
+    features = backbone(torch.rand(1, 3, 64, 64))
+    sum(feature.square().mean() for feature in features.values()).backward()
+    found = {name: parameter.grad for name, parameter in backbone.named_parameters()}
+    of_process = {n: g for n, g in found.items() if n.endswith(("mean_offset", "log_var_scale"))}
+    return of_process, {n: g for n, g in found.items() if n not in of_process}
+
+
+def test_one_part_of_kn_is_changed():
+    process, others = gradients("KN_gain0")
+    assert len(process) == 2 * 49
+    held, of_held = gradients("KN_held_process")
+    assert not any(gradient is not None for gradient in held.values())
+    fast, of_fast = gradients("KN_fast_process")
+    torch.testing.assert_close(fast, {name: 10.0 * g for name, g in process.items()})
+    torch.testing.assert_close(of_held, others)
+    torch.testing.assert_close(of_fast, others)
+    _, cut = gradients("KN_no_prior_gradient")
+    assert any(not torch.allclose(cut[name], others[name]) for name in others)
+
+
 # What each detector starts from: a released file, or the arm of the pre-training that writes it.
 PRETRAINED = {
     "R50_BN_frozen": "slim_R50_BN.pth",
