@@ -37,22 +37,41 @@ SETTINGS = ("arm", "images", "micro_batch", "seed", "learning_rate")
 
 
 def added(old: Dict, new: Dict) -> Dict:
-    """The entries of one file of results with those of new runs, which replace runs of the same
-    settings (:data:`SETTINGS`), and all differences of runs that they replace."""
+    """The entries of one file of results with those of new runs.
+
+    A new run replaces that of the same settings (:data:`SETTINGS`). Unless it has repeated the old
+    results, the differences of the old run go with it. A new difference replaces those of some of
+    its seeds.
+    """
 
     def settings(run):
         return [run.get(key) for key in SETTINGS]
 
+    def sides(difference):
+        arms = zip((difference["ours"], difference["theirs"]), difference["learning_rates"])
+        return [*arms, difference["images"]]
+
     def is_of(difference, run):
-        sides = zip((difference["ours"], difference["theirs"]), difference["learning_rates"])
-        same = run["images"] == difference["images"] and run["seed"] in difference["seeds"]
-        return same and (run["arm"], run["learning_rate"]) in sides
+        *arms, images = sides(difference)
+        same = run["images"] == images and run["seed"] in difference["seeds"]
+        return same and (run["arm"], run["learning_rate"]) in arms
+
+    def is_part(difference, other):
+        same = sides(difference) == sides(other) and difference["task"] == other["task"]
+        return same and set(difference["seeds"]) <= set(other["seeds"])
 
     runs = new["runs"]
     places = [settings(run) for run in runs]
     data = {"runs": [run for run in old["runs"] if settings(run) not in places] + runs}
     if "differences" in new:
-        kept = [d for d in old["differences"] if not any(is_of(d, run) for run in runs)]
+        before = [(settings(run), run["results"]) for run in old["runs"]]
+        changed = [run for run in runs if (settings(run), run["results"]) not in before]
+        kept = [
+            difference
+            for difference in old["differences"]
+            if not any(is_of(difference, run) for run in changed)
+            and not any(is_part(difference, other) for other in new["differences"])
+        ]
         data["differences"] = kept + new["differences"]
     return data
 

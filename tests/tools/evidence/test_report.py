@@ -23,11 +23,12 @@ def test_the_pages_have_the_tables_of_the_files(page):
     assert marks.count("end") == len(marks) / 2 > 0
 
 
-def test_new_runs_join_the_old_ones_and_replace_those_with_their_settings():
-    def difference(seeds, value):
-        names = {"ours": "KN", "theirs": "BN", "images": 2, "task": "bbox", "seeds": seeds}
-        return {**names, "learning_rates": [0.01, 0.01], "difference": value}
+def difference(seeds, value):
+    names = {"ours": "KN", "theirs": "BN", "images": 2, "task": "bbox", "seeds": seeds}
+    return {**names, "learning_rates": [0.01, 0.01], "difference": value}
 
+
+def test_new_runs_join_the_old_ones_and_replace_those_with_their_settings():
     old = {
         "runs": [run("KN", 2, 1, 1.0), run("KN", 2, 2, 2.0)],
         "differences": [difference([1], 0.1), difference([2], 0.2), difference([1, 2], 0.15)],
@@ -40,6 +41,13 @@ def test_new_runs_join_the_old_ones_and_replace_those_with_their_settings():
     found = [(r["images"], r["seed"], r["results"]["bbox"]["AP"]) for r in data["runs"]]
     assert found == [(2, 1, 1.0), (2, 2, 3.0), (1, 2, 4.0)]
     assert [(d["seeds"], d["difference"]) for d in data["differences"]] == [([1], 0.1), ([2], 0.3)]
+
+
+def test_a_run_that_repeats_the_old_results_leaves_its_differences():
+    kept = [difference([1, 2], 0.15), {**difference([1], 0.4), "task": "segm"}]
+    old = {"runs": [run("KN", 2, 1, 1.0)], "differences": [difference([1], 0.1), *kept]}
+    new = {"runs": [run("KN", 2, 1, 1.0)], "differences": [difference([1, 3], 0.3)]}
+    assert report.added(old, new)["differences"] == [*kept, difference([1, 3], 0.3)]
 
 
 def test_results_of_runs_are_collected_with_their_differences(tmp_path):
