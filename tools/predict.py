@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Detects objects in photographs, draws them, and writes them in COCO's format for results.
+"""Detects objects in photographs, draws them, and lists them in a JSON file.
 
 Examples:
     python tools/predict.py photo.jpg
