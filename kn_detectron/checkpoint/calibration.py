@@ -16,7 +16,9 @@ from torch import nn
 
 from ..errors import InputError
 from ..layers import Belief, ClosedFormTransition, KalmanNetwork, KalmanNorm2d, kalman_layers
-from ..layers.calibration import fit_prior, is_exact, on_priors, removing
+from ..layers.calibration import fit_prior, is_exact, on_priors
+from ..layers.convert.tracing import in_mode
+from ..layers.kalman_filter import INITIAL_PROCESS_NOISE, logit_of
 from ..modeling import (
     KNFPN,
     Features,
@@ -31,7 +33,7 @@ from ..modeling import (
 __all__ = ["calibrate", "fit_process_noise", "is_exact"]
 
 # For the paper variant: the smallest R, with which layers start anyway, and a gain near BatchNorm.
-_LEAST_NOISE = math.log1p(math.exp(-5.0))
+_LEAST_NOISE = math.log1p(math.exp(INITIAL_PROCESS_NOISE))
 _SAFE_GAIN = 0.9
 
 # What gives heads the beliefs about the backbone's features.
@@ -143,25 +145,22 @@ def _passing_on_running_statistics(model: nn.Module):
     def replace(layer, args, output):
         return output[0], Belief(layer.running_mean[None], layer.running_var[None])
 
-    with removing() as handles:
+    with contextlib.ExitStack() as hooks:
         for layer in model.modules():
             if _is_paper(layer):
-                handles.append(layer.register_forward_hook(replace))
+                hooks.enter_context(layer.register_forward_hook(replace))
         yield
 
 
 def _pass_beliefs(model: nn.Module) -> None:
     """Runs the chains on empty batches, which carry beliefs and change no statistic."""
-    modes = [(module, module.training) for module in model.modules()]
     chains = [(module, module.chain) for module in model.modules() if hasattr(module, "chain")]
     try:
-        model.train()
         for module, chain in chains:  # sampled priors would be noisy
             module.chain = dataclasses.replace(chain, transition=ClosedFormTransition())
-        _run_chains(model)
+        with in_mode(model, training=True):
+            _run_chains(model)
     finally:
-        for module, mode in modes:
-            module.training = mode
         for module, chain in chains:
             module.chain = chain
 
@@ -195,5 +194,5 @@ def _fit_noise(name: str, layer: KalmanNorm2d, prior: Belief) -> None:
 def _raise_gain(layer: KalmanNorm2d) -> bool:
     if not layer.learns_gain or layer.gain_logit.sigmoid() >= _SAFE_GAIN:
         return False
-    layer.gain_logit.fill_(math.log(_SAFE_GAIN / (1.0 - _SAFE_GAIN)))
+    layer.gain_logit.fill_(logit_of(_SAFE_GAIN))
     return True

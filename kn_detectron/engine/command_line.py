@@ -151,7 +151,7 @@ def read_config(args, *extensions):
         extend(cfg)
     _merge_file(cfg, args.config_file)
     merge_options(cfg, args.opts)
-    _choose_device(cfg, args.opts)
+    _choose_device(cfg, args.opts, args.num_gpus)
     check_config(cfg)
     check_detectron2_keys(cfg)
     return cfg
@@ -211,7 +211,12 @@ def merge_options(cfg, options):
             ) from error
 
 
-def _choose_device(cfg, options):
+def _choose_device(cfg, options, num_gpus):
+    if num_gpus > 1 and ":" in cfg.MODEL.DEVICE:
+        raise InputError(
+            f"MODEL.DEVICE {cfg.MODEL.DEVICE} is one GPU and --num-gpus asks for {num_gpus}: give "
+            "MODEL.DEVICE cuda."
+        )
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         if "MODEL.DEVICE" in options[::2]:
             raise InputError(

@@ -88,8 +88,6 @@ def build_coco_evaluator(cfg, dataset_name, folder="inference"):
         that is named by the path of its images, as with --dataset, <dataset> is the last two parts
         of that path.
     """
-    # os.path.join drops what is in front of an absolute path, so the results would lie beside the
-    # user's images.
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     if kind not in ("coco", "coco_panoptic_seg"):
         _logger.warning(
@@ -98,6 +96,8 @@ def build_coco_evaluator(cfg, dataset_name, folder="inference"):
             dataset_name,
             kind,
         )
+    # os.path.join drops what is in front of an absolute path, so the results would lie beside the
+    # user's images.
     place = dataset_name
     if os.path.isabs(dataset_name):
         place = "_".join(dataset_name.split(os.sep)[-2:])

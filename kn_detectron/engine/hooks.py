@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.calibration import calibrate, is_exact
 from ..layers import KalmanNorm2d, kalman_layers, set_gain_scale
-from ..layers.calibration import removing
+from ..layers.kalman_filter import KN_STATE
 
 __all__ = [
     "AverageRunningStatistics",
@@ -23,13 +23,16 @@ __all__ = [
     "PreciseStatistics",
     "SeedStep",
     "average_running_statistics",
+    "broadcast_filters",
+    "unwrapped",
 ]
 
 
 _logger = logging.getLogger(__name__)
 
 
-def _unwrap(model):
+def unwrapped(model):
+    """The model inside of DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -87,31 +90,46 @@ class GainAnneal(HookBase):
         if self._start > 0 and scale < 1.0 == self._former_scale():
             self._calibrate()
         if scale != self._scale:
-            set_gain_scale(_unwrap(self.trainer.model), scale)
+            set_gain_scale(unwrapped(self.trainer.model), scale)
             self._scale = scale
 
     def _former_scale(self):
         """The scale of the step before, which may be in a checkpoint of another schedule."""
         if self._scale is not None:
             return self._scale
-        layers = kalman_layers(_unwrap(self.trainer.model)).values()
+        layers = kalman_layers(unwrapped(self.trainer.model)).values()
         return max((layer.gain_scale.item() for layer in layers), default=1.0)
 
     def _calibrate(self):
         average_running_statistics(self.trainer.model)  # or the ranks' weights would part
-        model = _unwrap(self.trainer.model)
+        model = unwrapped(self.trainer.model)
         layers = kalman_layers(model)
         names = [name for name, layer in layers.items() if layer.training and is_exact(layer)]
         calibrated = calibrate(model, names)
-        if comm.get_world_size() > 1:  # where GPUs differ, so does the last bit of a prediction
-            for name in names:
-                for parameter in (layers[name].mean_offset, layers[name].log_var_scale):
-                    dist.broadcast(parameter.data, src=0)
+        broadcast_filters(model)
         _logger.info(
             "From here on the gain falls: calibrated the priors of %d layers to their running "
             "statistics.",
             len(calibrated),
         )
+
+
+@torch.no_grad()
+def broadcast_filters(model):
+    """Gives all ranks the gains and process models of the first one.
+
+    Each rank calibrates its priors for itself, and where GPUs differ, so does the last bit of a
+    prediction.
+
+    Args:
+        model (nn.Module): every rank has to call this with its own.
+    """
+    if comm.get_world_size() == 1:
+        return
+    for layer in kalman_layers(model).values():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name in KN_STATE:
+                dist.broadcast(parameter.detach(), src=0)
 
 
 @torch.no_grad()
@@ -174,10 +192,10 @@ def _predictions_kept(model):
     def keep(layer, args, output):
         posteriors[layer] = layer.running_mean.clone(), layer.running_var.clone()
 
-    with removing() as handles:
+    with contextlib.ExitStack() as added:
         for layer in kalman_layers(model).values():
             if isinstance(layer, KalmanNorm2d) and layer.training and not layer.measures:
-                handles.append(layer.register_forward_hook(keep))
+                added.enter_context(layer.register_forward_hook(keep))
         yield
     for layer, (mean, var) in posteriors.items():
         layer.running_mean.copy_(mean)
@@ -232,7 +250,7 @@ class KalmanStatistics(HookBase):
             self._handles.append(handle)
 
     def _layers(self):
-        return kalman_layers(_unwrap(self.trainer.model))
+        return kalman_layers(unwrapped(self.trainer.model))
 
     def _listener(self, name):
         def listen(layer, args, kwargs):

@@ -38,6 +38,8 @@ from .hooks import (
     PreciseStatistics,
     SeedStep,
     average_running_statistics,
+    broadcast_filters,
+    unwrapped,
 )
 from .optimizer import exempt_filters_from_decay
 from .resuming import optimizer_settings, plain, report_changes, set_optimizer_settings
@@ -197,6 +199,7 @@ class Trainer(DefaultTrainer):
                 self.cfg.OUTPUT_DIR,
             )
         self.checkpointer.resume_or_load(weights, resume=resume)
+        broadcast_filters(unwrapped(self.model))
         if resume and there:
             self.start_iter = self.iter + 1
 

@@ -13,6 +13,7 @@ a step). The backward pass holds the nodes fixed, because the derivative of the 
 integral of the derivative.
 """
 
+import functools
 import math
 from typing import Any, Callable, Dict, NamedTuple, Tuple
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .belief import Belief, relu
+from .triton import is_traced
 
 __all__ = ["ACTIVATIONS", "Activation", "clip", "leaky_relu", "quadrature"]
 
@@ -84,11 +86,20 @@ _POINTS = 32  # per piece
 _LEGENDRE = torch.from_numpy(np.stack(np.polynomial.legendre.leggauss(_POINTS)))
 
 
+@functools.lru_cache(maxsize=None)
+def _legendre(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The nodes and weights on a device. Copying them in every step would wait for the device."""
+    with torch.inference_mode(False):
+        return _LEGENDRE.to(device, dtype)
+
+
 @torch.no_grad()
 def _nodes(belief: Belief, std: Tensor, bends: Tuple[float, ...]) -> Tuple[Tensor, Tensor]:
     """The nodes z and their weights, times the density, along a new last dimension."""
     mean = belief.mean
-    nodes, weights = _LEGENDRE.to(mean)
+    # What is recorded must not be kept.
+    legendre = _LEGENDRE.to(mean) if is_traced(mean) else _legendre(mean.dtype, mean.device)
+    nodes, weights = legendre
     edges = [torch.full_like(mean, -_REACH)]
     edges += [((bend - mean) / std).clamp(-_REACH, _REACH) for bend in bends]
     edges = torch.stack([*edges, torch.full_like(mean, _REACH)], dim=-1)

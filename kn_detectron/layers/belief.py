@@ -24,7 +24,7 @@ frozen BatchNorm   its statistics are the posterior      ours
 """
 
 import math
-from typing import NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -265,8 +265,8 @@ def add(a: Belief, b: Belief) -> Belief:
     return Belief(a.mean + b.mean, a.var + b.var)
 
 
-def scale(belief: Belief, factor: float) -> Belief:
-    """The belief about a feature map that was multiplied by a number."""
+def scale(belief: Belief, factor: Union[float, Tensor]) -> Belief:
+    """The belief about a feature map that was multiplied by a number, or by one per channel, (C,)."""
     return Belief(belief.mean * factor, belief.var * factor**2)
 
 
@@ -320,8 +320,10 @@ def roi_align(belief: Belief, regions: Sequence[int]) -> Belief:
     """
     if belief.mean.shape[0] == 1:  # one belief for all of them
         return belief
-    repeats = torch.as_tensor(regions, device=belief.mean.device)
-    return Belief(*(v.repeat_interleave(repeats, dim=0) for v in belief))
+    # Without a tensor of the numbers, which a device would have to be asked for.
+    return Belief(
+        *(torch.cat([r.expand(n, -1) for r, n in zip(v.split(1), regions)]) for v in belief)
+    )
 
 
 def normalized(weight: Tensor, bias: Tensor) -> Belief:

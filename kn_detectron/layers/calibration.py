@@ -5,7 +5,7 @@ or :mod:`kn_detectron.checkpoint.calibration` for detectors.
 """
 
 import contextlib
-from typing import Callable, Dict, List
+from typing import Callable, Dict
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from .belief import Belief
 from .kalman_norm import KalmanNorm2d
 
-__all__ = ["fit_prior", "is_exact", "on_priors", "removing"]
+__all__ = ["fit_prior", "is_exact", "on_priors"]
 
 # If a channel does not vary in the prediction or in the checkpoint, its exact b or r is infinite.
 _LARGEST_OFFSET = 1e6
@@ -62,18 +62,7 @@ def on_priors(layers: Dict[str, nn.Module], action: Callable):
 
         return hook
 
-    with removing() as handles:
+    with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True))
+            hooks.enter_context(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True))
         yield
-
-
-@contextlib.contextmanager
-def removing():
-    """Gives a list for the handles of hooks, and removes these hooks at the end."""
-    handles: List = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -11,7 +11,16 @@ from .belief import Belief
 from .filter import Vectors, process
 from .triton import is_traced
 
-__all__ = ["KN_STATE", "KalmanFilter", "OUTSIDE", "Prior", "VARIANTS", "cast"]
+__all__ = [
+    "INITIAL_PROCESS_NOISE",
+    "KN_STATE",
+    "KalmanFilter",
+    "OUTSIDE",
+    "Prior",
+    "VARIANTS",
+    "cast",
+    "logit_of",
+]
 
 VARIANTS = ("network", "paper")
 
@@ -19,7 +28,7 @@ VARIANTS = ("network", "paper")
 KN_STATE = ("gain_logit", "gain_scale", "mean_offset", "log_var_scale", "process_noise")
 
 # softplus(-5) = 0.0067: R starts small beside the variance of 1 that normalised features have.
-_INITIAL_PROCESS_NOISE = -5.0
+INITIAL_PROCESS_NOISE = -5.0
 
 
 class _OutsideAChain:
@@ -38,7 +47,8 @@ Prior = Union[Belief, None, _OutsideAChain]
 _SATURATED = 1e4
 
 
-def _logit(gain: float) -> float:
+def logit_of(gain: float) -> float:
+    """The parameter of a gain: log(gain / (1 - gain)), and a large finite number for 0 and 1."""
     if gain in (0.0, 1.0):
         return _SATURATED if gain else -_SATURATED
     return math.log(gain / (1.0 - gain))
@@ -106,13 +116,13 @@ class KalmanFilter(nn.Module):
     def _reset_filter(self) -> None:
         if self.is_head:
             return
-        self.gain_logit.fill_(_logit(self.initial_gain))
+        self.gain_logit.fill_(logit_of(self.initial_gain))
         self.gain_scale.fill_(1.0)
         if self.has_process_model and self.variant == "network":
             self.mean_offset.zero_()
             self.log_var_scale.zero_()
         elif self.has_process_model:
-            self.process_noise.fill_(_INITIAL_PROCESS_NOISE)
+            self.process_noise.fill_(INITIAL_PROCESS_NOISE)
         self._remember_that_it_measures(self.initial_gain > 0.0)
 
     def reset_parameters(self) -> None:

@@ -66,12 +66,10 @@ class BeliefPooler(ROIPooler):
         return Feature(x, self.chain.transition.start(belief, x))
 
     def _by_region(self, beliefs: List[Belief], boxes: List[Boxes]) -> Belief:
-        device = beliefs[0].mean.device
         level = assign_boxes_to_levels(
             boxes, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
         )
-        regions = torch.tensor([len(b) for b in boxes], device=device)
-        image = torch.arange(len(boxes), device=device).repeat_interleave(regions)
+        image = torch.cat([level.new_full((len(b),), i) for i, b in enumerate(boxes)])
 
         def of_regions(moments: List[torch.Tensor]) -> torch.Tensor:
             by_level = torch.stack([v.expand(len(boxes), -1) for v in moments])

@@ -72,6 +72,15 @@ def test_without_gpu_the_default_device_is_replaced_but_a_wish_is_refused(tmp_pa
         load_config(argument_parser().parse_args([*arguments, "MODEL.DEVICE", "cuda"]))
 
 
+def test_several_ranks_need_several_devices(tmp_path, datasets):
+    arguments = ["--config", str(tiny.write_config(tmp_path / "tiny.yaml")), "--num-gpus", "2"]
+    arguments += ["MODEL.DEVICE", "cuda:1"]
+    with pytest.raises(
+        InputError, match="MODEL.DEVICE cuda:1 is one GPU and --num-gpus asks for 2"
+    ):
+        load_config(argument_parser().parse_args(arguments))
+
+
 def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
     arguments = ["--config", str(tiny.write_config(tmp_path / "tiny.yaml"))]
     arguments += ["OUTPUT_DIR", str(tmp_path / "run"), "MODEL.DEVICE", "cpu"]

@@ -27,6 +27,7 @@ from kn_detectron.engine import (
     command_line,
 )
 from kn_detectron.engine.batches import AgreedBatches
+from kn_detectron.layers import kalman_layers
 
 from ..models import build_backbone, randomize, resnet_cfg
 from ..ranks import spawn_two, two_ranks
@@ -172,6 +173,26 @@ def _resumes(rank, folder, datasets):
             tiny.assert_same_state(resumed / "model_final.pth", whole / "model_final.pth")
             one, other = (f / "inference" / "results.json" for f in (whole, resumed))
             assert one.read_text() == other.read_text()
+
+
+def _starts_alike(rank, folder, datasets):
+    with two_ranks(rank, folder), tiny.shapes(datasets):
+        trainer, _ = tiny.trainer(tiny.config(folder, "MODEL.KN.VARIANT", "network"))
+        layers = list(kalman_layers(trainer.model).values())
+        with torch.no_grad():  # as GPUs of two kinds would
+            for layer in layers:
+                layer.gain_logit += rank
+                layer.mean_offset += rank
+        trainer.resume_or_load(resume=False)
+        for layer in layers:
+            assert layer.gain.item() == pytest.approx(0.1)
+            assert not layer.mean_offset.any()
+    Path(folder, f"alike{rank}").touch()
+
+
+def test_two_processes_start_with_the_same_priors(datasets, tmp_path):
+    spawn_two(_starts_alike, str(tmp_path), datasets)
+    assert (tmp_path / "alike0").exists() and (tmp_path / "alike1").exists()
 
 
 def test_a_resumed_run_of_two_processes_is_bit_equal(datasets, tmp_path):

@@ -4,8 +4,9 @@ import mpmath
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kn_detectron.layers import Belief
+from kn_detectron.layers import Belief, activations
 from kn_detectron.layers.activations import ACTIVATIONS, clip, leaky_relu, quadrature
 
 from .test_belief import assert_within_sampling_error, random_belief, sample
@@ -125,3 +126,30 @@ def test_a_step_is_integrated_at_its_place():
     cdf = 0.5 * math.erfc(-0.3 / math.sqrt(2))
     assert got.mean.item() == pytest.approx(cdf, abs=1e-4)
     assert got.var.item() == pytest.approx(cdf * (1 - cdf), abs=1e-2)
+
+
+def test_the_nodes_of_the_quadrature_are_copied_once():
+    """On a GPU each copy waits for the device. Here a copy changes the dtype."""
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].shape == (2, 32):
+                copies.append(function)
+            return function(*args, **(kwargs or {}))
+
+    activations._legendre.cache_clear()
+    belief = Belief(torch.zeros(1, 3), torch.ones(1, 3))
+    with Copies():
+        for _ in range(3):
+            quadrature(torch.sigmoid, belief)
+    assert len(copies) == 1
+
+
+def test_a_first_call_in_inference_mode_leaves_nodes_to_train_with():
+    activations._legendre.cache_clear()
+    mean = torch.zeros(1, 3, requires_grad=True)
+    with torch.inference_mode():
+        quadrature(torch.sigmoid, Belief(torch.zeros(1, 3), torch.ones(1, 3)))
+    quadrature(torch.sigmoid, Belief(mean, torch.ones(1, 3))).mean.sum().backward()
+    assert (mean.grad > 0).all()

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmark.measure import is_free
@@ -298,7 +299,9 @@ def test_they_compile_for_a_gpu_without_spilling(variant, capability, monkeypatc
             spec = Spec(Sets(1, channels, 1, channels), 1e-5, paper, measured is not None)
             twins.Filter.forward(v, measured, spec, running, 49)
             twins.Filter.backward(None, v, measured, spec, (vector, vector), (row, row), 49)
-    assert len(launched) == 2 * (2 + 4 + 4)
+            cumulative = running._replace(momentum=None)
+            twins.Filter.forward(v, measured, spec, cumulative, 49)
+    assert len(launched) == 2 * (2 + 4 + 6)
     for kernel, given in launched:
         constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
         compiled = compile(
@@ -306,6 +309,10 @@ def test_they_compile_for_a_gpu_without_spilling(variant, capability, monkeypatc
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": given.get("num_warps", 4)},
         )
+        if given.get("CUMULATIVE"):  # all threads read the number of batches before one writes it
+            code = compiled.asm["ptx"]
+            read, written = code.index("ld.global.b64"), code.index("st.global.b64")
+            assert "bar.sync" in code[read:written]
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run(
@@ -362,6 +369,26 @@ def test_a_first_call_in_inference_mode_postpones_the_check(unchecked):
     assert chosen() is not Rectify
     with torch.inference_mode():  # by now it is known
         assert chosen() is not Rectify
+
+
+@kernels
+def test_a_first_call_in_a_checkpointed_block_is_checked_too(unchecked, caplog):
+    """What the check saves for its backward pass is not the block's."""
+    conv, norm = nn.Conv2d(3, 5, 1, bias=False).to(DEVICE), KalmanNorm2d(5).to(DEVICE)
+    prior = Belief(*(v.to(DEVICE) for v in prior_of(3)))
+
+    def block(x):
+        about = ClosedFormTransition().relu(prior, x)
+        return norm(conv(x.relu()), prior=ClosedFormTransition().conv(about, conv))[0]
+
+    x, gradients = torch.randn(2, 3, 4, 4, device=DEVICE), []
+    for run in (lambda x: checkpoint(block, x, use_reentrant=False), block):
+        loss = run(x).square().sum()
+        gradients.append(torch.autograd.grad(loss, [conv.weight, norm.weight]))
+    for got, want in zip(*gradients):
+        close(got, want.double())
+    assert not [r for r in caplog.records if "is not used" in r.message]
+    assert choice._verdicts and all(choice._verdicts.values())
 
 
 @kernels

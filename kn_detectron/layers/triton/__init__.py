@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-__all__ = ["fastest", "is_traced"]
+__all__ = ["fastest", "is_traced", "tensors_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +36,13 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
-def _tensors(values) -> Iterator[Tensor]:
+def tensors_in(values) -> Iterator[Tensor]:
     """The tensors in nested tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, tuple):
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def fastest(operation, *arguments):
@@ -58,12 +58,10 @@ def fastest(operation, *arguments):
     """
     if torch.compiler.is_compiling():
         return operation
-    tensors = list(_tensors(arguments))
+    tensors = list(tensors_in(arguments))
     first = tensors[0]
     if not (first.is_cuda or _INTERPRETED) or is_traced(first):
         return operation
-    if first.is_cuda and first.device.index != torch.cuda.current_device():
-        return operation  # Triton launches on the current device only
     if any(t.dtype != torch.float32 for t in tensors if t.is_floating_point()):
         return operation
     kernels = _kernels()

@@ -7,7 +7,8 @@ operators. The class with torch's operators is the reference, and runs wherever 
 fits the call.
 """
 
-from typing import Optional, Tuple
+import functools
+from typing import Callable, Optional, Tuple
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from torch import Tensor
 from .. import passes
 from ..belief import Belief
 from ..filter import GATE_LIMIT, Gradients, Running, Spec, Statistics, Vectors
+from . import tensors_in
 
 __all__ = ["Convolve", "Filter", "Rectify"]
 
@@ -28,6 +30,17 @@ _BACK_ROWS, _BACK_COLUMNS, _BACK_WARPS = 256, 16, 8  # the same for _predict_bac
 LARGEST_CHANNELS = 4096
 
 _GATE_LIMIT = tl.constexpr(GATE_LIMIT)
+
+
+def _on_their_device(launch: Callable) -> Callable:
+    """Makes a function launch on the device of its tensors. Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def on_their_device(*arguments):
+        with torch.cuda.device_of(next(tensors_in(arguments))):
+            return launch(*arguments)
+
+    return on_their_device
 
 
 @triton.jit
@@ -98,6 +111,7 @@ class Rectify:
         return ()
 
     @staticmethod
+    @_on_their_device
     def forward(mean: Tensor, var: Tensor) -> Tuple[Tuple[Tensor, Tensor], Tuple[Tensor, ...]]:
         """The moments behind the ReLU, and the first arguments of :meth:`backward`."""
         mean, var = mean.contiguous(), var.contiguous()
@@ -107,6 +121,7 @@ class Rectify:
         return (out_mean, out_var), (mean, var)
 
     @staticmethod
+    @_on_their_device
     def backward(
         mean: Tensor, var: Tensor, d_out_mean: Tensor, d_out_var: Tensor
     ) -> Tuple[Tensor, Tensor]:
@@ -196,6 +211,7 @@ class Convolve:
         return (weight[0, 0].numel(),) if groups == 1 and mean.shape[0] == 1 else None
 
     @staticmethod
+    @_on_their_device
     def forward(
         mean: Tensor, var: Tensor, weight: Tensor, groups: int = 1
     ) -> Tuple[Tensor, Tensor]:
@@ -212,6 +228,7 @@ class Convolve:
         return out_mean, out_var
 
     @staticmethod
+    @_on_their_device
     def backward(
         mean: Tensor,
         var: Tensor,
@@ -360,10 +377,12 @@ def _filter_forward(
     if TRACKS:
         if MEASURES:
             v = v + tl.where(fits, q, 1.0) * x_v * bessel
+        # In front of the sum, behind which all threads have read it: one of them writes it then.
+        count = tl.load(batches)
         # If a number is NaN or infinite, so is the sum.
         total = tl.sum(tl.where(inside, m + v, 0.0), 0)
         finite = tl.abs(total) < float("inf")
-        count = tl.load(batches) + finite.to(tl.int64)
+        count = count + finite.to(tl.int64)
         tl.store(batches, count)
         rate = 1.0 * momentum
         if CUMULATIVE:
@@ -528,6 +547,7 @@ class Filter:
         return pointers, switches
 
     @staticmethod
+    @_on_their_device
     def forward(
         v: Vectors, measured: Optional[Belief], spec: Spec, running: Optional[Running], count: int
     ) -> Tuple[Statistics, None]:
@@ -551,6 +571,7 @@ class Filter:
         return Statistics(mean, scale, belief), None
 
     @staticmethod
+    @_on_their_device
     def backward(
         kept: None,
         v: Vectors,
