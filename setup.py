@@ -28,8 +28,8 @@ setup(
     python_requires=">=3.10",
     # detectron2 is missing here on purpose: PyPI has no package of that name by its authors.
     install_requires=[
-        "torch>=2.0",
-        "torchvision>=0.15",
+        "torch>=2.3",
+        "torchvision>=0.18",
         "numpy>=1.23",
         "pillow>=9.0",
         "matplotlib>=3.5",

@@ -48,18 +48,17 @@ def check_headers(records, image_root):
         )
 
 
-def fault_of_image(path, annotated_size=None, decode=True):
-    """Tells why an image cannot be used.
+def fault_of_image(path, annotated_size=None):
+    """Tells why an image cannot be used. All of it is read.
 
     Args:
         path (str): of the file.
         annotated_size (tuple[int, int] or None): width and height that it is to have, if any.
-        decode (bool): whether all of it is read, and not only where it begins.
 
     Returns:
         str or None: a sentence, or None for an image that can be used.
     """
-    fault, _ = _look_at(path, annotated_size, decode)
+    fault, _ = _look_at(path, annotated_size, decode=True)
     return fault
 
 

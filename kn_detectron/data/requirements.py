@@ -152,7 +152,7 @@ def _check_masks(cfg, truths):
 def _check_keypoints(cfg, truths):
     if not cfg.MODEL.KEYPOINT_ON:
         return
-    for name, truth in _all(truths).items():
+    for name in _all(truths):
         metadata = MetadataCatalog.get(name)
         for key in ("keypoint_names", "keypoint_flip_map"):
             if metadata.get(key) is None:

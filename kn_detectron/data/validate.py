@@ -141,8 +141,8 @@ def check_datasets_once(cfg, keys=("TRAIN", "TEST")):
             check_requirements(cfg, check_datasets(cfg, keys))
         except InputError as error:
             fault = str(error)
-    for fault in filter(None, comm.all_gather(fault)):
-        raise InputError(fault)
+    for found in filter(None, comm.all_gather(fault)):
+        raise InputError(found)
     use_checked_datasets(cfg, keys)
 
 

@@ -56,7 +56,7 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
     running statistics are then set to the posterior.
 
     In all other respects the layer is a :class:`torch.nn.BatchNorm2d`, and it loads BatchNorm's
-    state dicts. There are three exceptions. An empty batch changes no statistic. A batch with
+    state dicts. There are four exceptions. An empty batch changes no statistic. A batch with
     non-finite values changes no statistic. With a prior, one value per channel is enough in
     training. Second derivatives through the layer raise an error.
 
@@ -115,7 +115,7 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
         self._init_filter(
             num_features,
             gain,
-            learn_gain and gain is not None,
+            learn_gain,
             variant,
             process_model,
             prior_gradient,
@@ -321,7 +321,7 @@ class GroupKalmanNorm2d(KalmanFilter, nn.GroupNorm):
         self._init_filter(
             num_channels,
             gain,
-            learn_gain and gain is not None,
+            learn_gain,
             variant,
             process_model,
             prior_gradient,

@@ -1,6 +1,7 @@
 """Configs, weights and models by the name of a config, as detectron2's ``model_zoo`` has them."""
 
 from pathlib import Path
+from typing import Optional
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -85,7 +86,7 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
     return cfg
 
 
-def get(config_path: str, trained: bool = False, device: str = None) -> nn.Module:
+def get(config_path: str, trained: bool = False, device: Optional[str] = None) -> nn.Module:
     """Builds the model of a shipped config and loads its weights.
 
     Args:

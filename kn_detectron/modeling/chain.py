@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Union
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -30,6 +31,7 @@ __all__ = [
     "build_norm",
     "feature_of",
     "link_convolutions",
+    "normalized_image_std",
     "normalized_convolution",
     "rectified",
     "residual_sum",
@@ -88,6 +90,11 @@ class Features(Dict[str, Tensor]):
 def feature_of(features: Dict[str, Tensor], name: str) -> Feature:
     """One of the features of a backbone, with its belief if there is one."""
     return Feature(features[name], getattr(features, "beliefs", {}).get(name))
+
+
+def normalized_image_std(cfg: CfgNode) -> Tensor:
+    """The standard deviation of the training images behind pixel normalisation, shape (3,)."""
+    return torch.tensor(cfg.MODEL.KN.IMAGE_STD) / torch.tensor(cfg.MODEL.PIXEL_STD)
 
 
 # For torch.export, which refuses outputs of an unknown type.

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..layers import Belief, KalmanNetwork, convert_kalman_norm
 from ..networks import build_network
 from ..networks.efficientnet import is_efficientnet_port, timm_names
-from .chain import ChainConfig, Features
+from .chain import ChainConfig, Features, normalized_image_std
 
 __all__ = ["KNNetwork", "PlainNetwork", "build_kn_network_backbone"]
 
@@ -162,7 +162,7 @@ def build_kn_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     if norm != "KN":
         return PlainNetwork(extractor, shapes, frozen=norm == "FrozenBN")
     chain = ChainConfig.from_config(cfg)
-    image_std = torch.tensor(cfg.MODEL.KN.IMAGE_STD) / torch.tensor(cfg.MODEL.PIXEL_STD)
+    image_std = normalized_image_std(cfg)
     network = convert_kalman_norm(
         extractor,
         image_mean=[0.0] * len(image_std),

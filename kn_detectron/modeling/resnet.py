@@ -24,6 +24,7 @@ from .chain import (
     Feature,
     Features,
     build_norm,
+    normalized_image_std,
     rectified,
     residual_sum,
 )
@@ -240,7 +241,7 @@ def build_kn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> KNResNet:
         dilation = resnets.RES5_DILATION if stage == 3 else 1
         first_stride = 1 if stage == 0 or dilation == 2 else 2
         stages.append(make_kn_stage(cfg, stage, num_blocks, chain, first_stride, dilation))
-    image_std = torch.tensor(cfg.MODEL.KN.IMAGE_STD) / torch.tensor(cfg.MODEL.PIXEL_STD)
+    image_std = normalized_image_std(cfg)
     return KNResNet(
         stem,
         stages,

@@ -1,7 +1,5 @@
 """The ResNets for CIFAR, of 6n + 2 layers."""
 
-from typing import Tuple
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

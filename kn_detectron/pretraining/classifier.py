@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import InputError
 from ..layers import KalmanNorm2d, convert_kalman_norm, set_norm_batch_size
 from ..modeling import ChainConfig
+from ..modeling.chain import normalized_image_std
 from ..networks import build_network
 from .config import micro_batch
 from .norms import BatchRenorm2d, apply_weight_norm, replace_batch_norms
@@ -144,10 +145,9 @@ def _build_network(cfg):
             ) from error
     if norm in ("KN", "GKN"):
         chain = ChainConfig.from_config(cfg)
-        std = torch.tensor(kn.IMAGE_STD) / torch.tensor(cfg.MODEL.PIXEL_STD)
         network = convert_kalman_norm(
             network,
-            image_std=std.tolist(),
+            image_std=normalized_image_std(cfg).tolist(),
             eval_statistics=chain.eval_statistics,
             transition=chain.transition,
             **chain.layer_options,

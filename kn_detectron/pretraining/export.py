@@ -8,7 +8,7 @@ from ..checkpoint.files import atomic_write
 __all__ = ["export_backbone"]
 
 
-def export_backbone(state, path, conventions, half=False):
+def export_backbone(state, path, conventions):
     """Writes the weights of a classifier as those of a detector's ResNet.
 
     The names have no prefix, so that stem to res4 and res5 find their places in any detector.
@@ -17,14 +17,11 @@ def export_backbone(state, path, conventions, half=False):
         state (dict[str, Tensor]): of an :class:`~kn_detectron.pretraining.ImageClassifier`.
         path (str): file to write or to replace.
         conventions (Conventions): of the config that it was trained with.
-        half (bool): whether to write filters in float16. The tensors of the norms stay as they are:
-            they are small, and a small variance would become 0.
     """
-    prefix = "backbone."
-    model = {}
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        model[name.removeprefix(prefix)] = tensor.half() if half and tensor.ndim > 1 else tensor
+    model = {
+        name.removeprefix("backbone."): tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+    }
     content = {
         "model": model,
         "matching_heuristics": True,

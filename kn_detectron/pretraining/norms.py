@@ -6,8 +6,8 @@ from typing import Callable, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
-from ..errors import InputError
 from ..layers.sets import Sets
 from ..networks import CifarResNet
 
@@ -116,15 +116,7 @@ def apply_weight_norm(network: nn.Module) -> None:
     Args:
         network: a detectron2 ResNet that was built with the norm "", or a
             :class:`~kn_detectron.networks.CifarResNet`.
-
-    Raises:
-        InputError: torch does not have it.
     """
-    try:
-        from torch.nn.utils.parametrizations import weight_norm
-    except ImportError as error:
-        raise InputError("--norm WN needs torch 2.1 or newer: update torch.") from error
-
     if isinstance(network, CifarResNet):
         first, blocks = network.conv1, list(network.blocks)
     else:

@@ -5,12 +5,12 @@ import os
 
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
-from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.conventions import Conventions
 from ..data import first_sentence
 from ..engine import Trainer
 from ..engine.evaluation import write_results
+from ..engine.hooks import unwrapped
 from ..errors import InputError
 from .config import micro_batch
 from .data import build_train_loader
@@ -34,7 +34,7 @@ class ClassificationTrainer(Trainer):
         results = super().train()
         if comm.is_main_process() and self.cfg.PRETRAINING.NORM != "WN":  # no detector has it
             path = os.path.join(self.cfg.OUTPUT_DIR, "backbone.pth")
-            state = _unwrap(self.model).state_dict()
+            state = unwrapped(self.model).state_dict()
             export_backbone(state, path, Conventions.of_config(self.cfg))
             network = self.cfg.PRETRAINING.NETWORK
             whose = f"the weights of {network}" if network else "for MODEL.WEIGHTS of a detector"
@@ -81,16 +81,12 @@ class ClassificationTrainer(Trainer):
             dict: see :func:`~kn_detectron.pretraining.evaluate`.
         """
         try:
-            results = evaluate(cfg, _unwrap(model))
+            results = evaluate(cfg, unwrapped(model))
         except InputError as error:
             raise InputError(first_sentence(error)) from error
         if comm.is_main_process():
             write_results(cfg, results)
         return results
-
-
-def _unwrap(model):
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class _ProgressPrinter(EventWriter):

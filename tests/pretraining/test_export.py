@@ -27,11 +27,11 @@ def _fpn(norm):
     return detection
 
 
-def _exported(detection, path, half=False):
+def _exported(detection, path):
     cfg = config("d", norm=None, detection=detection)
     torch.manual_seed(0)
     model = randomize(ImageClassifier(cfg))
-    export_backbone(model.state_dict(), str(path), Conventions.of_config(cfg), half)
+    export_backbone(model.state_dict(), str(path), Conventions.of_config(cfg))
     return model
 
 
@@ -88,25 +88,6 @@ def test_content(tmp_path):
     assert {name.partition(".")[0] for name in content["model"]} == {
         *("stem", "res2", "res3", "res4", "res5", "linear")
     }
-
-
-def test_half(tmp_path):
-    detection = _fpn("KN")
-    model = _exported(detection, tmp_path / "whole.pth")
-    _exported(detection, tmp_path / "half.pth", half=True)
-    content = torch.load(tmp_path / "half.pth", weights_only=True)["model"]
-    assert content["res3.0.conv2.weight"].dtype == torch.float16
-    for name in ("running_var", "weight", "gain_logit", "log_var_scale"):
-        assert content[f"res3.0.conv2.norm.{name}"].dtype == torch.float32
-    sizes = [(tmp_path / f"{name}.pth").stat().st_size for name in ("whole", "half")]
-    assert sizes[1] < 0.62 * sizes[0]
-    detector = build_model(detection)
-    KNCheckpointer(detector).load(str(tmp_path / "half.pth"), checkpointables=[])
-    loaded = detector.backbone.bottom_up.res3[0].conv2
-    assert loaded.weight.dtype == torch.float32
-    torch.testing.assert_close(
-        loaded.weight, model.backbone.res3[0].conv2.weight, rtol=1e-3, atol=1e-4
-    )
 
 
 def _network_classifier(name, norm="KN"):

@@ -276,7 +276,7 @@ def _build_step(group: Group, norm: str, device: torch.device) -> Candidate:
     if group.dtype == "float16":
         if device.type == "cpu":
             raise NotRun("float16 needs gradient scaling, which detectron2 has for GPUs only")
-        scaler = torch.cuda.amp.GradScaler()
+        scaler = torch.amp.GradScaler("cuda")
 
     def forward():
         torch.manual_seed(0)

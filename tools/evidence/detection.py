@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-
 from kn_detectron.engine import Trainer
 from kn_detectron.engine.command_line import argument_parser, load_config, run, set_up
 from kn_detectron.model_zoo import get_config, get_config_file

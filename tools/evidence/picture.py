@@ -4,13 +4,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Dict
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  # after the choice of the backend
-
-from . import arms  # noqa: E402
-from .classification import CIFAR  # noqa: E402
+from . import arms
+from .classification import CIFAR
 
 __all__ = ["draw_classification", "draw_detection", "draw_gaps"]
 
@@ -30,7 +27,8 @@ def draw_detection(data: Dict, path: Path) -> None:
         for name in reversed(arms.ARMS)
         if any((run["arm"], run["images"]) == (name, images) for run in data["runs"])
     ]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.9 + 0.45 * len(rows)), sharey=True)
+    figure = Figure(figsize=(10, 0.9 + 0.45 * len(rows)))
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, (task, title) in zip(axes, (("bbox", "box AP"), ("segm", "mask AP"))):
         for row, (name, images) in enumerate(rows):
             runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, images)]
@@ -46,7 +44,6 @@ def draw_detection(data: Dict, path: Path) -> None:
     axes[0].set_yticks(range(len(rows)), labels)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def draw_classification(data: Dict, path: Path) -> None:
@@ -58,7 +55,8 @@ def draw_classification(data: Dict, path: Path) -> None:
         data: ``runs`` of tools/evidence/classification.py.
         path: of the picture.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, 2, sharey=True)
     runs = [run for run in data["runs"] if run["arm"] in CIFAR]
     sizes = sorted({run["micro_batch"] for run in runs if CIFAR[run["arm"]].shares})
     for axis, (kind, title) in zip(
@@ -87,7 +85,6 @@ def draw_classification(data: Dict, path: Path) -> None:
     axes[1].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def draw_gaps(gaps: Dict[str, Dict], path: Path) -> None:
@@ -98,7 +95,8 @@ def draw_gaps(gaps: Dict[str, Dict], path: Path) -> None:
             each is drawn channel by channel.
         path: of the picture.
     """
-    figure, axes = plt.subplots(1, len(gaps) + 1, figsize=(4.5 * (len(gaps) + 1), 4))
+    figure = Figure(figsize=(4.5 * (len(gaps) + 1), 4))
+    axes = figure.subplots(1, len(gaps) + 1)
     last = {name: list(by_norm.values())[-1] for name, by_norm in gaps.items()}
     highest = max(gap.quantile(0.99).item() for gap in last.values())
     for axis, (name, gap) in zip(axes, last.items()):
@@ -114,4 +112,3 @@ def draw_gaps(gaps: Dict[str, Dict], path: Path) -> None:
     axes[-1].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)

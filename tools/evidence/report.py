@@ -159,7 +159,9 @@ def main():
         "--own-rate", metavar="FOLDER", help="runs with a learning rate for each arm"
     )
     parser.add_argument("--parts", metavar="FOLDER", help="KN with one of its parts changed")
-    parser.add_argument("--long", metavar="FOLDER", help="the same, with a longer schedule")
+    parser.add_argument(
+        "--long", metavar="FOLDER", help="those of --own-rate, with a longer schedule"
+    )
     parser.add_argument("--own-weights", metavar="FOLDER", help="those of the arms R50_*")
     parser.add_argument("--truth", metavar="FILE", help="annotations that these were evaluated on")
     parser.add_argument(

@@ -149,10 +149,7 @@ class Chain(nn.Module):
 
     def scale(self, belief: Optional[Belief], factor) -> Optional[Belief]:
         """The belief behind a product with a number, or with a tensor of one value per channel."""
-        if belief is None:
-            return None
-        factor = self._constant(factor)
-        return Belief(belief.mean * factor, belief.var * (factor * factor))
+        return None if belief is None else closed_form.scale(belief, self._constant(factor))
 
     def shift(self, belief: Optional[Belief], offset) -> Optional[Belief]:
         """The belief behind a sum with a number, or with a tensor of one value per channel."""

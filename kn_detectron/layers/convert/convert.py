@@ -16,7 +16,7 @@ from .about import End
 from .chain import Chain
 from .network import KalmanNetwork, Program
 from .tracing import is_norm, is_of_torch, trace
-from .walk import CHAIN, Walk
+from .walk import Walk
 
 __all__ = ["convert_kalman_norm"]
 

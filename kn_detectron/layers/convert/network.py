@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 
 from ...errors import InputError
-from .chain import Chain
 from ..kalman_norm import check_takes_prior
+from .chain import Chain
 from .tracing import in_mode
 from .walk import CHAIN
 

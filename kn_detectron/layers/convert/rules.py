@@ -3,8 +3,9 @@
 For a function or method a rule is ``rule(walk, *args, **kwargs)``, with a :class:`~.walk.Walk` and
 the arguments of the node. For a module it is ``rule(walk, module, x)``. It returns an
 :class:`~.about.About` or a tuple of them, or raises an :class:`~.about.End` that says why it
-cannot. The arguments behind the first have torch's names. The rules for channels are in :mod:`.channels`. The tables of rules are at the end of this
-file. The arithmetic of beliefs is in :class:`~.chain.Chain`.
+cannot. The arguments behind the first have torch's names. The rules for channels are in
+:mod:`.channels`. The tables of rules are at the end of this file. The arithmetic of beliefs is in
+:class:`~.chain.Chain`.
 """
 
 import operator
@@ -204,7 +205,7 @@ _SAME_MODULES = (
 
 # By class. The rule of the nearest base class counts, if the module has its forward function.
 _MODULES: Dict[type, Callable] = {
-    **{module: _same_module for module in _SAME_MODULES},
+    **dict.fromkeys(_SAME_MODULES, _same_module),
     **{a.module: _activation_module(name, a) for name, a in ACTIVATIONS.items()},
     nn.Conv2d: _conv_module,
     nn.ChannelShuffle: on_channels.channel_shuffle_module,
