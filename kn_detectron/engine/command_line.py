@@ -151,7 +151,8 @@ def read_config(args, *extensions):
         extend(cfg)
     _merge_file(cfg, args.config_file)
     merge_options(cfg, args.opts)
-    _choose_device(cfg, args.opts, args.num_gpus)
+    # Only commands that train have several ranks.
+    _choose_device(cfg, args.opts, getattr(args, "num_gpus", 1))
     check_config(cfg)
     check_detectron2_keys(cfg)
     return cfg
