@@ -43,8 +43,8 @@ def add_kn_config(cfg: CN) -> None:
     kn.GAIN_ANNEAL = [1.0, 1.0]
     # Whether each layer learns a correction of its prior (b and r, or the paper's R).
     kn.PROCESS_MODEL = True
-    # Whether gradients flow through the prior to the layers below. Most of KN's benefit comes from
-    # these gradients.
+    # Whether gradients flow through the prior to the layers below. In fine-tuning no difference was
+    # found (docs/evidence.md); from scratch it was not measured.
     kn.PRIOR_GRADIENT = True
     # Standard deviation of the pixels of the training images, in 0..255 and the channel order of
     # PIXEL_MEAN: the belief about the image, where the chain starts. The default is ImageNet's.
