@@ -39,7 +39,6 @@ from .hooks import (
     SeedStep,
     average_running_statistics,
     broadcast_filters,
-    unwrapped,
 )
 from .optimizer import exempt_filters_from_decay
 from .resuming import optimizer_settings, plain, report_changes, set_optimizer_settings
@@ -199,7 +198,7 @@ class Trainer(DefaultTrainer):
                 self.cfg.OUTPUT_DIR,
             )
         self.checkpointer.resume_or_load(weights, resume=resume)
-        broadcast_filters(unwrapped(self.model))
+        broadcast_filters(self.model)
         if resume and there:
             self.start_iter = self.iter + 1
 

@@ -177,7 +177,7 @@ def _resumes(rank, folder, datasets):
 
 def _starts_alike(rank, folder, datasets):
     with two_ranks(rank, folder), tiny.shapes(datasets):
-        trainer, _ = tiny.trainer(tiny.config(folder, "MODEL.KN.VARIANT", "network"))
+        trainer, _ = tiny.trainer(tiny.config(folder))
         layers = list(kalman_layers(trainer.model).values())
         with torch.no_grad():  # as GPUs of two kinds would
             for layer in layers:
