@@ -10,7 +10,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..layers.belief import roi_align
+from ..layers.belief import Belief, roi_align
 from .chain import ChainConfig, Feature, Features, feature_of
 from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
 from .poolers import BeliefPooler
@@ -134,7 +134,15 @@ class KNCascadeROIHeads(_KNPooledHeads, CascadeROIHeads):
     def _run_stage(self, features: List, proposals: List, stage: int):
         if not isinstance(self.box_pooler, BeliefPooler):
             return super()._run_stage(features, proposals, stage)
+        # As in detectron2, each stage gives what is below its share of the gradient. A belief has
+        # the same share, since it is a function of the same weights.
+        features = [_with_gradient_scale(f, 1.0 / self.num_cascade_stages) for f in features]
         x = self.box_pooler(features, [p.proposal_boxes for p in proposals])
-        # As in detectron2, each stage gives the features its share of the gradient.
-        value = _ScaleGradient.apply(x.value, 1.0 / self.num_cascade_stages)
-        return self.box_predictor[stage](self.box_head[stage](Feature(value, x.belief)))
+        return self.box_predictor[stage](self.box_head[stage](x))
+
+
+def _with_gradient_scale(feature: Feature, scale: float) -> Feature:
+    value = _ScaleGradient.apply(feature.value, scale)
+    if feature.belief is None:
+        return Feature(value)
+    return Feature(value, Belief(*(_ScaleGradient.apply(part, scale) for part in feature.belief)))

@@ -27,6 +27,7 @@ from kn_detectron.layers import (
     set_norm_batch_size,
 )
 
+from ...gradients import slopes
 from .networks import Branchy, frozen_statistics, images, relative_error, trained
 
 
@@ -89,6 +90,16 @@ def test_in_training_at_gain_0_it_is_the_frozen_network(original, converted, bat
         nn.init.zeros_(layer.mean_offset)
     with torch.no_grad():
         assert relative_error(converted(images(batch)), want) > 1e-2
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_its_gradients_are_those_of_the_function(converted, scale):
+    set_gain_scale(converted.double(), scale)
+    x = images().double()
+    weight = torch.randn(converted(x).shape, generator=torch.Generator().manual_seed(1))
+    by_autograd, by_difference = slopes(converted, lambda: (converted(x) * weight).mean())
+    assert abs(by_difference) > 1e-2
+    assert by_autograd == pytest.approx(by_difference, rel=3e-3)
 
 
 class Doubled(nn.Conv2d):
