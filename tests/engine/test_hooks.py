@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 from kn_detectron.engine import GainAnneal, KalmanStatistics, SeedStep
 from kn_detectron.engine.hooks import PreciseStatistics
-from kn_detectron.layers import Belief, kalman_layers, set_gain_scale
+from kn_detectron.layers import Belief, KalmanNorm2d, kalman_layers, set_gain_scale
 
 from ..models import build_backbone, build_rcnn, fpn_rcnn_cfg, images, randomize, resnet_cfg
 from .loop import CHANNELS, Images, Loop, TwoNorms
@@ -127,6 +129,13 @@ def test_precise_statistics_are_those_of_the_posterior(scale, var):
     assert (model.head.running_var - 1).abs().max() < 0.1
 
 
+def test_precise_statistics_read_the_batches_behind_the_step():
+    hook = PreciseStatistics(1, TwoNorms().train(), Images(), 1)
+    hook.trainer = SimpleNamespace(iter=7, max_iter=20, seed=5)
+    hook.update_stats()
+    assert (hook._data_loader.seed, hook._data_loader.start_iter) == (5, 8)
+
+
 def _draws(first, seed=3):
     drawn = {}
 
@@ -144,6 +153,15 @@ def test_a_step_draws_the_same_wherever_the_run_started():
     assert late == {k: whole[k] for k in (2, 3)}
     assert len({number for step in whole.values() for number in step}) == 12
     assert _draws(0, seed=4)[0] != whole[0]
+
+
+def test_each_rank_draws_its_own(monkeypatch):
+    first = _draws(0)
+    monkeypatch.setattr(comm, "get_rank", lambda: 1)
+    second = _draws(0)
+    assert not {n for step in first.values() for n in step} & {
+        n for step in second.values() for n in step
+    }
 
 
 class _Storage(HookBase):
@@ -183,6 +201,29 @@ def test_kalman_statistics_store_gain_and_innovation():
         assert stored.pop(f"kn/{name}/body") == pytest.approx(value, rel=1e-4)
         assert stored.pop(f"kn/{name}") == pytest.approx(value, rel=1e-4)
     assert not stored
+
+
+def test_kalman_statistics_average_over_calls_and_layers():
+    model, prior = TwoNorms(), Belief(torch.zeros(1, CHANNELS), torch.ones(1, CHANNELS))
+    model.again = KalmanNorm2d(CHANNELS, gain=0.3)
+    inputs = [x for x, _ in zip(Images(), range(3))]
+    with EventStorage() as storage:
+        hook = KalmanStatistics(period=1)
+        hook.trainer = SimpleNamespace(model=model, iter=0, max_iter=1, storage=storage)
+        hook.before_step()
+        model.body(inputs[0], prior=prior)
+        for x in inputs[1:]:
+            model.again(x, prior=prior)
+        hook.after_step()
+    stored = {name: value for name, (value, _) in storage.latest().items()}
+    body, *again = (
+        [part.abs().mean().item() for part in model.body.innovation(x, prior)] for x in inputs
+    )
+    for k, kind in enumerate(["innovation_mean", "innovation_logvar"]):
+        of_again = (again[0][k] + again[1][k]) / 2
+        assert stored[f"kn/{kind}/again"] == pytest.approx(of_again, rel=1e-4)
+        assert stored[f"kn/{kind}"] == pytest.approx((body[k] + of_again) / 2, rel=1e-4)
+    assert stored["kn/gain"] == pytest.approx(0.2)
 
 
 def test_kalman_statistics_leave_nothing_behind_and_change_nothing():

@@ -37,12 +37,12 @@ def test_update_with_mixture_is_the_variance_of_the_mixture():
 
 
 def test_gate_looks_at_each_row():
-    prior = Belief(torch.ones(2, 2), torch.tensor([[100.0, 102.0], [100.0, 99.0]]))
-    measured = Belief(torch.zeros(2, 2), torch.ones(2, 2))
+    prior = Belief(torch.ones(3, 2), torch.tensor([[99.0, 102.0], [100.0, 99.0], [99.0, 101.0]]))
+    measured = Belief(torch.zeros(3, 2), torch.ones(3, 2))
     got, fits = KF.gate(prior, measured)
-    assert fits.tolist() == [[False], [True]]
-    assert torch.equal(got.mean, torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
-    assert torch.equal(got.var, torch.tensor([[1.0, 1.0], [100.0, 99.0]]))
+    assert fits.tolist() == [[False], [True], [False]]  # the last one just reaches the limit
+    assert torch.equal(got.mean, torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
+    assert torch.equal(got.var, torch.tensor([[1.0, 1.0], [100.0, 99.0], [1.0, 1.0]]))
 
 
 def test_gate_keeps_an_infinite_prior_out_of_the_gradients():

@@ -194,13 +194,24 @@ def test_annealing_to_gain_0_compiles_once_more(graphs):
     assert len(graphs) == 2
 
 
-def test_innovation(x):
-    prior = prior_of()
-    mean, logvar = KalmanNorm2d(4, eps=0.25).innovation(x, prior)
-    measured, predicted = x.var((0, 2, 3), unbiased=False) + 0.25, prior.var[0] + 0.25
-    torch.testing.assert_close(mean, (x.mean((0, 2, 3)) - prior.mean[0]) / predicted.sqrt())
-    torch.testing.assert_close(logvar, (measured / predicted).log())
-    assert [v.shape for v in make("GKN").innovation(x, prior)] == [(2,), (2,)]
+@BOTH
+def test_innovation(kind, x):
+    layer, prior = randomize(make(kind, eps=0.25)), prior_of()
+    mean = prior.mean[0] + layer.mean_offset * prior.var[0].sqrt()
+    var = prior.var[0] * layer.log_var_scale.exp()
+    pixels = x
+    if kind == "GKN":  # what is normalised together is an image's group of two channels
+        mean, var = ((v[0::2] + v[1::2]) / 2 for v in (mean, var + mean.square()))
+        var = var - mean.square()
+        pixels = x.view(len(x), 2, 2, -1).transpose(1, 2)
+    else:
+        pixels = x.transpose(0, 1).reshape(1, 1, 4, -1)
+    measured_var, measured_mean = torch.var_mean(pixels, (1, 3), unbiased=False)
+    want = (
+        ((measured_mean - mean) / (var + 0.25).sqrt()).mean(0),
+        ((measured_var + 0.25) / (var + 0.25)).log().mean(0),
+    )
+    torch.testing.assert_close(layer.innovation(x, prior), want)
 
 
 def test_a_dead_channel_has_finite_innovations():
