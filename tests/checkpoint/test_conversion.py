@@ -103,6 +103,17 @@ def test_other_norms_load_as_the_source_does(tmp_path, detector, kn_detector, so
         assert torch.equal(value, detector[name]), name
 
 
+def test_filters_in_half_precision(tmp_path, kn_detector):
+    """Only what has more than one axis: gains and statistics stay as they are."""
+    source, target = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+    torch.save(kn_detector, source)
+    convert_weights(source, target, "same", half=True)
+    state = _content(target)["model"]
+    assert set(state) == set(kn_detector)
+    for name, tensor in kn_detector.items():
+        assert torch.equal(state[name], tensor.half() if tensor.dim() > 1 else tensor), name
+
+
 def test_a_fpn_detector(tmp_path):
     source = randomize(build_backbone(resnet_cfg("BN", **FPN)))
     state = {f"backbone.{n}": v for n, v in source.state_dict().items()}

@@ -17,7 +17,7 @@ from detectron2.layers import FrozenBatchNorm2d
 import kn_detectron
 from kn_detectron import InputError, KalmanNorm2d
 from kn_detectron.checkpoint import KNCheckpointer, fold, fold_weights
-from kn_detectron.checkpoint.folding import stock_config
+from kn_detectron.checkpoint.folding import _carry_eps, stock_config
 
 from ..models import build_rcnn, fpn_rcnn_cfg, images, rcnn_cfg, retinanet_cfg
 from .deployed import assert_same_detections, c4_cfg, detect, fpn_cfg, pictures, trained
@@ -204,6 +204,18 @@ def test_another_eps_is_carried(name, models):
     detected = detect(fold(cfg, model)[1], pictures())
     # An eps in the scale rounds differently, and boxes are exponentials of what differs.
     assert_same_detections(detect(model, pictures()), detected, tolerance=1e-3)
+
+
+def test_another_eps_of_a_norm_that_shares_its_scale():
+    """As the norms of RetinaNet's levels do: the difference goes into the variance."""
+    norm = torch.nn.Sequential(KalmanNorm2d(3, eps=1e-3, affine=False)).eval()
+    norm[0].running_var.copy_(torch.tensor([1e-4, 0.01, 1.0]))
+    stock = torch.nn.Sequential(torch.nn.BatchNorm2d(3, affine=False)).eval()
+    state = norm.state_dict()
+    _carry_eps(norm, stock, state)
+    stock.load_state_dict({name: state[name] for name in stock.state_dict()})
+    x = images(2, 8)
+    torch.testing.assert_close(stock(x), norm(x))
 
 
 # RetinaNet, whose towers have statistics for each level, as detectron2 has them from 0.6 on.

@@ -131,12 +131,27 @@ def test_moving_statistics_approach_the_population():
 # Precision, torch's machinery.
 
 
-def test_float16_statistics_do_not_overflow():
-    x = (torch.randn(2, 4, 32, 32) * 300).half()
-    norm = KalmanNorm2d(4, gain=None)
-    norm(x)
-    want = 0.9 + 0.1 * x.double().transpose(0, 1).flatten(1).var(1)
-    torch.testing.assert_close(norm.running_var.double(), want, rtol=1e-4, atol=0)
+@BOTH
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("mean, std", [(0.0, 300.0), (10.0, 0.1)])
+def test_float16_statistics_neither_overflow_nor_cancel(kind, memory_format, mean, std):
+    """Squares beyond float16's range; a variance far smaller than the square of the mean."""
+    x = mean + std * torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = x.half().contiguous(memory_format=memory_format)
+    head, body = make(kind, gain=None), make(kind, gain=0.5)
+    prior = Belief(torch.zeros(1, 4), torch.full((1, 4), std**2))
+    for norm, call in (
+        (head, lambda norm, x: norm(x)),
+        (body, lambda norm, x: norm(x, prior=prior)[0]),
+    ):
+        exact = copy.deepcopy(norm).double()
+        y, want = call(norm, x), call(exact, x.double())
+        assert y.dtype == torch.float16
+        torch.testing.assert_close(y.double(), want, rtol=2e-3, atol=2e-3)
+        for name, statistic in exact.named_buffers():
+            if "running" in name:
+                got = norm.get_buffer(name).double()
+                torch.testing.assert_close(got, statistic, rtol=1e-4, atol=1e-6)
 
 
 class Block(nn.Module):
