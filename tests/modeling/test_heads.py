@@ -223,6 +223,7 @@ def test_a_chain_of_two_norms_is_refused(part, norm):
         build_rcnn(fpn_rcnn_cfg("KN", **{f"MODEL__{part}__NORM": norm}))
 
 
+@pytest.mark.trains
 @HEADS
 @pytest.mark.parametrize("batch", [1, 3])
 def test_losses_at_gain_0_are_the_frozen_networks(heads, batch):

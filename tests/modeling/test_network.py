@@ -71,6 +71,7 @@ def test_features_are_what_the_last_block_of_their_stride_puts_out(name, channel
     assert not backbone.eval()(images(2, 64)).beliefs
 
 
+@pytest.mark.trains
 def test_at_gain_0_it_computes_what_the_frozen_network_does(tmp_path):
     network, path = trained_mobilenet(tmp_path)
     backbone = build_backbone(network_cfg(MODEL__KN__NETWORK_WEIGHTS=path))
@@ -87,6 +88,7 @@ def lite0_backbone(norm):
     return build_backbone(cfg).train()
 
 
+@pytest.mark.trains
 def test_calibrated_to_real_imagenet_weights_it_computes_what_frozen_batch_norm_does():
     """EfficientNet-Lite0: depthwise convolutions, ReLU6, 49 norms, at gain 0 in training."""
     kn, frozen = lite0_backbone("KN"), lite0_backbone("BN")
