@@ -117,12 +117,19 @@ def detect(mapper, model, path):
         (np.ndarray, Instances): the photo in RGB, and the detections on the CPU.
 
     Raises:
-        InputError: the photo cannot be read.
+        InputError: the photo cannot be read, or is too narrow to be resized.
     """
     try:
-        inputs, image = mapper({"file_name": str(path)}), read_image(str(path), "RGB")
+        image = read_image(str(path), "RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
         raise InputError(f"{path} cannot be read ({error}): give an intact image file.") from error
+    height, width = image.shape[:2]
+    try:
+        inputs = mapper({"file_name": str(path)})
+    except ValueError as error:
+        raise InputError(
+            f"{path}, which is {width} x {height} pixels, cannot be resized ({error}): crop it."
+        ) from error
     return image, model([inputs])[0]["instances"].to("cpu")
 
 
@@ -186,8 +193,9 @@ def main():
     print(f"{number} with {count} detections drawn: {output}/*.png")
     print(f"All {len(results)} detections, down to the lowest score: {output}/detections.json")
     if faults:
-        more = f"; {len(faults) - 1} others could not be read either" if len(faults) > 1 else ""
-        raise InputError(f"{str(faults[0]).rstrip('.')}{more}.")
+        for fault in faults[:-1]:
+            print(f"error: {fault}", file=sys.stderr)
+        raise faults[-1]
 
 
 if __name__ == "__main__":

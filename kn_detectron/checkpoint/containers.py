@@ -9,6 +9,7 @@ object that is returned is the one that was checked.
 import argparse
 import contextlib
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -92,9 +93,11 @@ def _read_torch(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports bytes it cannot read with nearly every type
         if isinstance(error, pickle.UnpicklingError):
+            found = re.search(r"GLOBAL (\S+)", str(error))  # as torch words it
+            example = f" (the first is {found[1]})" if found else ""
             raise InputError(
-                f"{path} holds more than tensors and plain containers, which could run code when "
-                "read: load it where you trust it and save only its state_dict with torch.save."
+                f"{path} holds more than tensors and plain containers{example}, which could run code "
+                "when read: load it where you trust it and save only its state_dict with torch.save."
             ) from error
         # The directory of a zip archive is at its end, so a truncated one has only the beginning.
         if not zipfile.is_zipfile(path):

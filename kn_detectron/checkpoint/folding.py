@@ -208,8 +208,8 @@ def fold_network(network):
     """
     if not isinstance(network, KalmanNetwork):
         raise InputError(
-            f"{type(network).__name__} is no network that convert_kalman_norm made: give one, or "
-            "fold a detector with fold(cfg, model)."
+            f"{type(network).__name__} is no network that convert_kalman_norm made: give one (of "
+            "DistributedDataParallel its .module), or fold a detector with fold(cfg, model)."
         )
     _check_statistics(network)
     for name, layer in network.named_modules():

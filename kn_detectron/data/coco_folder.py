@@ -11,8 +11,8 @@ from ..errors import InputError
 __all__ = ["register_coco_folder"]
 
 
-def register_coco_folder(folder):
-    """Registers the two splits of a folder that is laid out as COCO is.
+def register_coco_folder(folder, splits=("train", "val")):
+    """Registers the splits of a folder that is laid out as COCO is.
 
     The images of ``annotations/instances_train.json`` are in ``train/``, and those of
     ``annotations/instances_val.json`` in ``val/``. If the file is called
@@ -21,9 +21,10 @@ def register_coco_folder(folder):
 
     Args:
         folder (str): the folder. The files are not read.
+        splits (tuple[str]): the splits that have to be there.
 
     Returns:
-        tuple[str, str]: the names of training and validation.
+        tuple[str]: their names as datasets.
 
     Raises:
         InputError: an annotation file is missing.
@@ -34,7 +35,7 @@ def register_coco_folder(folder):
             f"--dataset {folder} is not a folder: give one with annotations/instances_train.json, "
             "annotations/instances_val.json, train/ and val/ in it."
         )
-    return _register_split(folder, "train"), _register_split(folder, "val")
+    return tuple(_register_split(folder, split) for split in splits)
 
 
 def _register_split(folder, split):

@@ -30,10 +30,10 @@ class CheckedMapper:
 
         Raises:
             InputError: the image is missing, damaged or of another size than annotated or too narrow,
-                or its masks do not fit INPUT.MASK_FORMAT.
+                or its masks do not fit INPUT.MASK_FORMAT, or the mapper has left it out.
         """
         try:
-            return self.mapper(dataset_dict)
+            sample = self.mapper(dataset_dict)
         except Exception as error:
             # Looked for after the failure, so that sound images are read only once.
             sentence = (
@@ -44,6 +44,12 @@ class CheckedMapper:
             if sentence is None:
                 raise
             raise InputError(sentence) from error
+        if sample is None:
+            raise InputError(
+                f"The mapper returned None for image {dataset_dict['file_name']}: leave such images "
+                "out of the dataset, since a run that is resumed counts one sample for every image."
+            )
+        return sample
 
     @staticmethod
     def _fault_of_image(dataset_dict):

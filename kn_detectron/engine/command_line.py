@@ -6,6 +6,7 @@ import io
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -88,8 +89,9 @@ def load_config(args):
     """
     cfg = read_config(args)
     if args.dataset:
-        train, val = register_coco_folder(args.dataset)
-        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train,), (val,)
+        splits = ("val",) if args.eval_only else ("train", "val")
+        *train, val = register_coco_folder(args.dataset, splits)
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), (val,)
     register_named_folders(cfg)
     keys = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     for key in keys:
@@ -166,7 +168,15 @@ def _merge_file(cfg, path):
             "images that it generates (GETTING_STARTED.md goes on from there)."
         )
     if not os.path.isfile(path):
-        raise InputError(f"Config file {path} does not exist: give the path of a YAML file.")
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise InputError(f"Config file {path} {what}: give the path of a YAML file.")
+    if path.endswith(".py"):
+        raise InputError(
+            f"Config file {path} is Python, as detectron2's LazyConfig: give a YAML file, or build "
+            "the model in a script of your own."
+        )
+    if not Path(path).read_bytes().strip():
+        raise InputError(f"Config file {path} is empty: give a YAML file with keys of the config.")
     try:
         cfg.merge_from_file(path)
     except yaml.YAMLError as error:
@@ -181,7 +191,8 @@ def _merge_file(cfg, path):
     # What detectron2 and yacs raise depends on how the content is wrong.
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"Config file {path} cannot be used ({_one_line(error)}): correct or remove the entry."
+            f"Config file {path} cannot be used ({_one_line(error)}): correct or remove the entry"
+            f"{_form_that_fits(error)}."
         ) from error
 
 
@@ -208,7 +219,8 @@ def merge_options(cfg, options):
             cfg.merge_from_list([key, value])
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{key} {value} cannot be set ({_one_line(error)}): correct the key or the value."
+                f"{key} {value} cannot be set ({_one_line(error)}): correct the key or the value"
+                f"{_form_that_fits(error)}."
             ) from error
 
 
@@ -229,6 +241,19 @@ def _choose_device(cfg, options, num_gpus):
         cfg.SOLVER.AMP.ENABLED = False  # detectron2 has it for GPUs only
 
 
+def _form_that_fits(error):
+    """How to write a value of the type that yacs names in its error about a type."""
+    types = re.search(r"Type mismatch \(<class '(\w+)'> vs. <class '(\w+)'>\)", str(error))
+    if types is None:
+        return ""
+    wanted, given = types.groups()
+    if (wanted, given) == ("float", "int"):
+        return ", as in 0.0 for 0"
+    if wanted in ("tuple", "list"):
+        return ', as in "(100,)" for a single 100'
+    return ""
+
+
 def _one_line(error):
     # str() of a KeyError is in quotes.
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -236,7 +261,10 @@ def _one_line(error):
 
 
 def set_up(cfg, args):
-    """Sets up the logs and writes the config, in every process of a run.
+    """Sets up the logs, in every process of a run, and writes the config into a new folder.
+
+    The config.yaml of an earlier run stays until :meth:`Trainer.train` begins, since an evaluation
+    and a run that is refused are not what the checkpoints there come from.
 
     Args:
         cfg (CfgNode): of :func:`load_config`.
@@ -244,7 +272,7 @@ def set_up(cfg, args):
     """
     register_named_folders(cfg)
     use_checked_datasets(cfg)
-    with _training_config_kept(cfg, args):
+    with _former_config_kept(cfg):
         default_setup(cfg, args)
     logger = setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="kn_detectron")
     _escape_what_the_locale_lacks()
@@ -253,10 +281,10 @@ def set_up(cfg, args):
 
 
 @contextlib.contextmanager
-def _training_config_kept(cfg, args):
-    """Keeps an evaluation from replacing the config.yaml that the training wrote."""
+def _former_config_kept(cfg):
+    """Keeps detectron2 from replacing the config.yaml of an earlier run."""
     path = Path(cfg.OUTPUT_DIR, "config.yaml")
-    written = path.read_bytes() if args.eval_only and path.is_file() else None
+    written = path.read_bytes() if path.is_file() else None
     yield
     if written is not None and comm.is_main_process():
         with atomic_write(str(path)) as file:

@@ -4,7 +4,16 @@ import difflib
 from functools import reduce
 
 import torch
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+)
+from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
+from PIL import Image
 
 from ..errors import InputError
 
@@ -14,6 +23,11 @@ _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
     "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    # Empty for heads that have none of their own, as those of R50-C4.
+    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
 }
 
 
@@ -27,6 +41,10 @@ def _is_device(name):
 
 _RULES = {
     "MODEL.DEVICE": (_is_device, "a device of torch, such as 'cuda' or 'cpu'"),
+    "INPUT.FORMAT": (
+        lambda name: name in ("BGR", "YUV-BT.601", *Image.MODES),
+        "'BGR', 'RGB' or another mode of Pillow's",
+    ),
     "INPUT.MASK_FORMAT": (("polygon", "bitmask").__contains__, "'polygon' or 'bitmask'"),
     "DATALOADER.NUM_WORKERS": (lambda number: number >= 0, "0 or more"),
     "SOLVER.MAX_ITER": (lambda number: number >= 1, "1 or more"),
@@ -48,7 +66,7 @@ def check_detectron2_keys(cfg):
 
     for key, registry in _REGISTRIES.items():
         name = value_of(key)
-        if name in registry:
+        if not name or name in registry:
             continue
         near = difflib.get_close_matches(name, [known for known, _ in registry])
         hint = f" (is {' or '.join(near)} meant?)" if near else ""

@@ -5,6 +5,8 @@ import logging
 import math
 import os
 
+import numpy as np
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOeval, COCOeval_opt
@@ -75,16 +77,16 @@ def check_test_augmentation(cfg):
         )
 
 
-def build_coco_evaluator(cfg, dataset_name, folder="inference"):
+def build_coco_evaluator(cfg, dataset_name, output_folder=None):
     """Builds the evaluator of a dataset for what the config's model predicts.
 
     Args:
         cfg (CfgNode): detectron2's config.
         dataset_name (str): a registered dataset in COCO's format.
-        folder (str): where in OUTPUT_DIR the results go.
+        output_folder (str or None): where the results go; None is OUTPUT_DIR/inference.
 
     Returns:
-        FullCOCOEvaluator: it writes the detections to OUTPUT_DIR/<folder>/<dataset>. For a dataset
+        FullCOCOEvaluator: it writes the detections to <output_folder>/<dataset>. For a dataset
         that is named by the path of its images, as with --dataset, <dataset> is the last two parts
         of that path.
     """
@@ -109,7 +111,7 @@ def build_coco_evaluator(cfg, dataset_name, folder="inference"):
     return FullCOCOEvaluator(
         dataset_name,
         tuple(tasks),
-        output_dir=os.path.join(cfg.OUTPUT_DIR, folder, place),
+        output_dir=os.path.join(output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"), place),
         # Without the compiled extension both names are the same class.
         use_fast_impl=COCOeval_opt is not COCOeval,
     )
@@ -120,7 +122,8 @@ def write_results(cfg, results):
 
     Args:
         cfg (CfgNode): detectron2's config.
-        results (dict): what ``Trainer.test`` returns; numbers that are not defined become null.
+        results (dict): what ``Trainer.test`` returns; numbers that are not defined become null,
+            and those of numpy and torch become Python's.
     """
     path = os.path.join(cfg.OUTPUT_DIR, "inference", "results.json")
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -131,4 +134,8 @@ def write_results(cfg, results):
 def _without_nan(value):
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return _without_nan(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

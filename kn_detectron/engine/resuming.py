@@ -6,13 +6,19 @@ says which of its keys no longer decide anything.
 """
 
 import logging
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import yaml
 from detectron2.config import CfgNode
 from torch.optim import Optimizer
 
-__all__ = ["optimizer_settings", "plain", "report_changes", "set_optimizer_settings"]
+__all__ = [
+    "describe_changes",
+    "optimizer_settings",
+    "plain",
+    "report_changes",
+    "set_optimizer_settings",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -58,6 +64,22 @@ def report_changes(before: Dict[str, Any], now: Dict[str, Any], iteration: int) 
                 old,
                 reason,
             )
+
+
+def describe_changes(before: Optional[Dict[str, Any]], now: Dict[str, Any]) -> str:
+    """What a sentence about a checkpoint that does not fit says of the config.
+
+    Args:
+        before: the config that the checkpoint was written with, or None if it has none.
+        now: the present one.
+    """
+    changed = dict(_changes(before, now)) if before is not None else {}
+    texts = [
+        f"{key} {new!r} (before: {old!r})"
+        for key, (old, new) in changed.items()
+        if key not in _UNREPORTED
+    ]
+    return f"; other keys than before are {', '.join(texts)}" if texts else ""
 
 
 def _changes(before, now, prefix: str = "") -> Iterator[Tuple[str, Tuple[Any, Any]]]:

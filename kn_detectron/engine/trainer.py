@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import weakref
 
 from detectron2.engine import (
@@ -20,7 +21,7 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
 from ..checkpoint import KNCheckpointer
-from ..checkpoint.files import is_full_disk
+from ..checkpoint.files import atomic_write, is_full_disk
 from ..config import check_config
 from ..data import (
     build_test_loader,
@@ -41,7 +42,13 @@ from .hooks import (
     broadcast_filters,
 )
 from .optimizer import exempt_filters_from_decay
-from .resuming import optimizer_settings, plain, report_changes, set_optimizer_settings
+from .resuming import (
+    describe_changes,
+    optimizer_settings,
+    plain,
+    report_changes,
+    set_optimizer_settings,
+)
 from .stopping import StopOnSignal, Stopped
 
 __all__ = ["Trainer"]
@@ -88,7 +95,7 @@ class Trainer(DefaultTrainer):
         self.check_datasets(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        self._batches = AgreedBatches(self.build_train_loader(cfg))
+        self._batches = AgreedBatches(_checked(self.build_train_loader(cfg)))
         on_gpu = next(model.parameters()).is_cuda
         model = create_ddp_model(
             model, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None})
@@ -212,6 +219,10 @@ class Trainer(DefaultTrainer):
             InputError: the loss diverged, or the data or the output folder cannot be used.
             Stopped: a signal ended the run.
         """
+        if comm.is_main_process():
+            # Not before: of a run that was refused the folder keeps the former config.
+            with atomic_write(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml")) as file:
+                file.write(self.cfg.dump().encode())
         self._batches.loader.seed = self.seed
         self._batches.loader.start_iter = self.start_iter
         if self.start_iter >= self.max_iter:
@@ -299,6 +310,7 @@ class Trainer(DefaultTrainer):
         Raises:
             InputError: the state is that of another optimizer, as with another config.
         """
+        before = state_dict.get("config")  # older checkpoints have none
         settings = optimizer_settings(self._trainer.optimizer)
         try:
             TrainerBase.load_state_dict(self, state_dict)
@@ -306,14 +318,15 @@ class Trainer(DefaultTrainer):
             self.seed = state_dict["seed"]
         except (KeyError, ValueError) as error:
             raise InputError(
-                f"The checkpoint in {self.cfg.OUTPUT_DIR} is not of a run like this one ({error}): "
-                "resume with the config and the detectron2 it was started with, or give the "
-                "checkpoint as MODEL.WEIGHTS of a new run."
+                f"The checkpoint in {self.cfg.OUTPUT_DIR} is not of a run like this one ({error}"
+                f"{describe_changes(before, plain(self.cfg))}): resume with the config and the "
+                "detectron2 it was started with, or give the checkpoint as MODEL.WEIGHTS of a new "
+                "run."
             ) from error
         if self.iter < self.max_iter:  # otherwise nothing is left to train, and no rate is defined
             set_optimizer_settings(self._trainer.optimizer, self.scheduler, settings)
-        if "config" in state_dict:  # older checkpoints have none
-            report_changes(state_dict["config"], plain(self.cfg), self.iter + 1)
+        if before is not None:
+            report_changes(before, plain(self.cfg), self.iter + 1)
         if self.cfg.SEED not in (-1, self.seed):
             _logger.warning(
                 "The resumed run has seed %d, and keeps it instead of SEED %d.",
@@ -328,7 +341,14 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        """Builds the training loader, whose stream of batches can begin at any iteration."""
+        """Builds the training loader, whose stream of batches can begin at any iteration.
+
+        An own one with another mapper is
+        ``kn_detectron.data.build_train_loader(cfg, mapper=mapper)``.
+
+        Returns:
+            TrainLoader
+        """
         return build_train_loader(cfg)
 
     @classmethod
@@ -337,9 +357,15 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name, folder="inference"):
-        """Builds the COCO evaluator of a test dataset."""
-        return build_coco_evaluator(cfg, dataset_name, folder)
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        """Builds the COCO evaluator of a test dataset.
+
+        Args:
+            cfg (CfgNode): detectron2's config.
+            dataset_name (str): a registered dataset.
+            output_folder (str or None): where its files go; None is OUTPUT_DIR/inference.
+        """
+        return build_coco_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
@@ -366,11 +392,19 @@ class Trainer(DefaultTrainer):
     def _test_with_augmentation(cls, cfg, model, evaluators):
         _logger.info("Evaluating with test-time augmentation.")
         if evaluators is None:
-            evaluators = [
-                cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST
-            ]
+            folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+            evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = super().test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{task}_TTA": numbers for task, numbers in results.items()}
+
+
+def _checked(loader):
+    if not hasattr(loader, "start_iter"):
+        raise InputError(
+            f"build_train_loader returned a {type(loader).__name__}, which cannot go on where a run "
+            "was interrupted: return kn_detectron.data.build_train_loader(cfg, mapper=...)."
+        )
+    return loader
 
 
 def _check_reference_world_size(cfg):

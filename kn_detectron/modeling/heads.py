@@ -13,6 +13,7 @@ from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
 from torch import Tensor
 
+from ..errors import InputError
 from .chain import ChainConfig, Feature, build_norm, link_convolutions
 
 __all__ = ["KNFastRCNNConvFCHead", "KNMaskRCNNConvUpsampleHead"]
@@ -27,8 +28,18 @@ class _KNHead:
         self.chain = chain
         self.conv_norm_relus = link_convolutions(self, self.conv_norm_relus, chain)
 
+    def _check_needs_no_belief(self) -> None:
+        norms = (conv.norm for conv in self.conv_norm_relus)
+        if any(getattr(norm, "needs_prior", False) for norm in norms):
+            raise InputError(
+                f"{type(self).__name__} needs the beliefs about its regions, which only the ROI "
+                'heads of this package give it: set MODEL.ROI_HEADS.NAME "KNStandardROIHeads" or '
+                '"KNCascadeROIHeads"'
+            )
+
     def _run(self, x: Union[Tensor, Feature]) -> Tensor:
         if isinstance(x, Tensor):
+            self._check_needs_no_belief()
             x = Feature(x)
         for conv in self.conv_norm_relus:
             x = conv(x)

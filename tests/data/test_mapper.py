@@ -123,6 +123,12 @@ def _refuse(dataset_dict):
     raise InputError("No: it is refused.")
 
 
+def test_a_mapper_that_leaves_an_image_out(record):
+    mapper = CheckedMapper(lambda dataset_dict: None)
+    sentence = _sentence(mapper, {"file_name": "photo.jpg"})
+    assert "returned None for image photo.jpg" in sentence
+
+
 def test_an_image_too_narrow_to_be_resized(cfg, tmp_path):
     path = tmp_path / "thin.png"
     Image.new("RGB", (4000, 1)).save(path)

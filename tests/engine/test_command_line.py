@@ -93,6 +93,7 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
     [
         (["MODEL.KN.GIAN", "0.1"], ["MODEL.KN.GIAN"]),
         (["MODEL.KN.GAIN", "1.5"], ["MODEL.KN.GAIN is 1.5"]),
+        (["MODEL.KN.GAIN", "0"], ["MODEL.KN.GAIN 0 cannot be set", "as in 0.0 for 0"]),
         (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER many"]),
         (["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "half a pair"]),
         (["SOLVER.MAX_ITER", "3", "--eval-only"], ["--eval-only", "before"]),
@@ -101,6 +102,11 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
         (["MODEL.WEIGHTS", "/nowhere/model.pth"], ["MODEL.WEIGHTS /nowhere/model.pth", '""']),
         (["OUTPUT_DIR", "/dev/null/run"], ["OUTPUT_DIR /dev/null/run"]),
         (["MODEL.ROI_HEADS.NAME", "KNRes5ROIHead"], ["MODEL.ROI_HEADS.NAME", "KNRes5ROIHeads"]),
+        (
+            ["MODEL.ROI_BOX_HEAD.NAME", "KNFastRCNNConvFcHead"],
+            ["MODEL.ROI_BOX_HEAD.NAME is", "KNFastRCNNConvFCHead"],
+        ),
+        (["INPUT.FORMAT", "rgb"], ["INPUT.FORMAT is 'rgb', but must be 'BGR', 'RGB' or another"]),
         (["MODEL.BACKBONE.NAME", "nothing"], ["'nothing', which is not registered: correct it"]),
         (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE is 'gpu', but must be a device"]),
         (["INPUT.MASK_FORMAT", "bitmap"], ["INPUT.MASK_FORMAT is 'bitmap', but must be 'polygon'"]),
@@ -124,7 +130,9 @@ def test_bad_options(command, tmp_path, arguments, patterns):
         (None, ["does not exist"]),
         ("MODEL: [", ["not valid YAML"]),
         ("- a list", ["cannot be used"]),
-        ("", ["cannot be used"]),
+        ("", ["is empty: give a YAML file"]),
+        ("VERSION: 2\nMODEL: {KN: {GAIN: 0}}", ["as in 0.0 for 0"]),
+        ("VERSION: 2\nSOLVER: {STEPS: 100}", ['as in "\\(100,\\)" for a single 100']),
         ("_BASE_: nothing.yaml", ["_BASE_ that cannot be read"]),
         ("MODEL: {KN: {GIAN: 1}}\nVERSION: 2", ["MODEL.KN.GIAN"]),
         ("SOLVER: {MAX_ITER: many}\nVERSION: 2", ["many"]),
@@ -137,8 +145,11 @@ def test_bad_config_file(command, tmp_path, content, patterns):
     _assert_one_sentence(command(config=path), re.escape(str(path)), *patterns)
 
 
-def test_no_config_file(command):
+def test_no_config_file(command, tmp_path):
     _assert_one_sentence(command(config=None), "--config FILE")
+    _assert_one_sentence(command(config=tmp_path), "is a folder: give the path of a YAML file")
+    (tmp_path / "lazy.py").write_text("model = None")
+    _assert_one_sentence(command(config=tmp_path / "lazy.py"), "is Python, as .* LazyConfig")
 
 
 def test_broken_dataset_is_found_before_the_model_is_built(command, tmp_path, datasets):
@@ -304,6 +315,7 @@ def test_fine_tuning_on_a_folder(command, plain, own_data, tmp_path):
     assert {f"AP-{name}" for name in ("circle", "square", "triangle")} <= set(results["segm"])
     assert "AP-star" not in results["segm"]
     written = (run / "config.yaml").read_text()
+    (own_data / "annotations/instances_train.json").unlink()  # an evaluation does without it
     options = ["--eval-only", "OUTPUT_DIR", run, "MODEL.WEIGHTS", run / "model_final.pth"]
     status, out, err = command("--dataset", own_data, *options)
     assert status == 0, err
@@ -341,6 +353,22 @@ def test_the_config_that_a_run_wrote_is_enough(command, own_data, tmp_path):
     name = "roi_heads.box_predictor.cls_score.weight"
     assert torch.equal(predictor.model.state_dict()[name], state[name])
     assert fold_weights(cfg, str(tmp_path / "folded"))[0] == str(tmp_path / "folded.pth")
+
+
+def test_a_run_that_is_refused_leaves_the_config_of_the_one_before(command, plain, tmp_path):
+    """The checkpoints there are that one's: it is resumed, evaluated and folded with its config."""
+    run = tmp_path / "run"
+    shutil.copytree(plain[0], run)
+    config = run / "config.yaml"
+    assert command("OUTPUT_DIR", run, "SOLVER.MAX_ITER", "1")[0] == 0
+    written = config.read_text()
+    more = ["OUTPUT_DIR", run, "SOLVER.MAX_ITER", "2"]
+    result = command("--resume", *more, "MODEL.KN.LEARN_GAIN", "False", config=config)
+    assert result[0] == 1 and "MODEL.KN.LEARN_GAIN False (before: True)" in result[2]
+    assert command(*more, "MODEL.RESNETS.NORM", "kn", config=config)[0] == 1
+    assert config.read_text() == written
+    assert command("--resume", *more, config=config)[0] == 0
+    assert yaml.safe_load(config.read_text())["SOLVER"]["MAX_ITER"] == 2
 
 
 @pytest.mark.parametrize("flag", ["--eval-only", "--resume"])

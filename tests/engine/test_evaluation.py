@@ -1,11 +1,25 @@
 """The evaluator of a dataset, and that a dataset with a measure of its own is warned of."""
 
+import json
+
+import numpy as np
 import pytest
+import torch
 from detectron2.data import MetadataCatalog
 
-from kn_detectron.engine.evaluation import build_coco_evaluator
+from kn_detectron.engine.evaluation import build_coco_evaluator, write_results
 
 from . import tiny
+
+
+def test_numbers_of_numpy_and_torch_are_written(tmp_path):
+    """Evaluators of one's own return them."""
+    numbers = {"AP": np.float32(0.5), "APs": np.float32("nan"), "APl": torch.tensor(3.0)}
+    results = {"own": {**numbers, "of classes": np.array([1.0, np.nan]), "count": np.int64(2)}}
+    write_results(tiny.config(tmp_path), results)
+    written = json.loads((tmp_path / "inference/results.json").read_text())
+    want = {"AP": 0.5, "APs": None, "APl": 3.0, "of classes": [1.0, None], "count": 2}
+    assert written == {"own": want}
 
 
 @pytest.mark.parametrize("kind", ["coco", "pascal_voc"])

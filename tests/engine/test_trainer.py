@@ -1,4 +1,11 @@
+import os
+
 import pytest
+from detectron2.data import build_detection_train_loader
+
+from kn_detectron import InputError
+from kn_detectron.engine import Trainer
+from kn_detectron.engine.evaluation import build_coco_evaluator
 
 from . import tiny
 
@@ -15,3 +22,27 @@ def test_settings_for_more_gpus_are_scaled(datasets, tmp_path):
     assert trainer.max_iter == 2 * steps and solver.STEPS == tuple(2 * end for end in ends)
     for group in trainer.optimizer.param_groups:
         assert group["initial_lr"] == pytest.approx(rate / 2)
+
+
+def test_a_loader_that_cannot_be_resumed_is_refused(datasets, tmp_path):
+    class WithDetectron2sLoader(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_detection_train_loader(cfg)
+
+    with pytest.raises(InputError, match="return kn_detectron.data.build_train_loader"):
+        WithDetectron2sLoader(tiny.config(tmp_path))
+
+
+def test_an_evaluator_of_ones_own_gets_its_folder_as_in_detectron2(datasets, tmp_path):
+    folders = []
+
+    class WithEvaluator(Trainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+            folders.append(output_folder)
+            return build_coco_evaluator(cfg, dataset_name, output_folder)
+
+    cfg = tiny.config(tmp_path, "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,))
+    WithEvaluator.test(cfg, WithEvaluator.build_model(cfg))
+    assert folders == [None, os.path.join(cfg.OUTPUT_DIR, "inference_TTA")]

@@ -216,6 +216,12 @@ def test_no_beliefs_is_a_sentence():
         train_step(model, rcnn_inputs())
 
 
+def test_heads_that_get_no_beliefs_are_a_sentence():
+    model = build_rcnn(fpn_rcnn_cfg("KN", MODEL__ROI_HEADS__NAME="StandardROIHeads"))
+    with pytest.raises(InputError, match='set MODEL.ROI_HEADS.NAME "KNStandardROIHeads"'):
+        train_step(model, rcnn_inputs())
+
+
 @pytest.mark.parametrize("part", ["ROI_BOX_HEAD", "ROI_MASK_HEAD"])
 @pytest.mark.parametrize("norm", ["", "GKN"])
 def test_a_chain_of_two_norms_is_refused(part, norm):

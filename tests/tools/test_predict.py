@@ -56,9 +56,11 @@ def test_an_image_that_cannot_be_read_does_not_cost_the_others(photos, tmp_path,
     shutil.copytree(photos, mixed)
     (mixed / "000000.jpg").write_bytes(b"no image")
     shutil.copy(next(photos.iterdir()), mixed / "again.png")
+    Image.new("RGB", (4000, 1)).save(mixed / "thin.png")
     status, out, error = command("predict", mixed, photos, "--output", tmp_path / "out")
     assert status == 1 and "7 photos with " in out
     assert "000000.jpg cannot be read (" in error and "Traceback" not in error
+    assert "thin.png, which is 4000 x 1 pixels, cannot be resized (" in error
     # Photos of the same name in two folders have a picture each.
     assert len(list((tmp_path / "out").glob("*.png"))) == 7
 

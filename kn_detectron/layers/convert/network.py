@@ -66,7 +66,8 @@ class KalmanNetwork(nn.Module):
     It has the modules, parameters and attributes of the original under the same names. Its norms
     are KN or GKN, and it has one more module. Its ``forward`` is generated code, which passes
     beliefs along with the features and calls the innermost modules one by one. The ``forward``
-    functions and hooks of the modules around them would pass no beliefs, and are not called.
+    functions and hooks of the modules around them would pass no beliefs, and are not called. For the
+    same reason it has no other method of the original's class, nor is it an instance of that class.
 
     Attributes:
         kalman_chain (Chain): the additional module, without parameters, which computes the beliefs.
@@ -84,6 +85,18 @@ class KalmanNetwork(nn.Module):
         self._programs = programs
         self._norms: Dict[str, nn.Module] = {}
         self.add_module(CHAIN, chain)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            if original is None or not hasattr(original, name):
+                raise
+            raise AttributeError(
+                f"{name} belongs to {original.__name__}, and a converted network has only its "
+                "forward(): call it on the network before the conversion, or on restored()"
+            ) from None
 
     @property
     def code(self) -> str:

@@ -102,6 +102,19 @@ def test_its_gradients_are_those_of_the_function(converted, scale):
     assert by_autograd == pytest.approx(by_difference, rel=3e-3)
 
 
+def test_a_method_of_the_original_is_a_sentence():
+    class WithMethod(Branchy):
+        def forward_features(self, x):
+            return self.stem(x)
+
+    network = convert_kalman_norm(WithMethod())
+    with pytest.raises(AttributeError, match="forward_features belongs to WithMethod, and a conv"):
+        network.forward_features(images())
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        network.nothing
+    assert network.restored().forward_features(images()).shape[1] == 8
+
+
 class Doubled(nn.Conv2d):
     """A convolution that does something of its own."""
 
