@@ -21,6 +21,7 @@ from ..layers.convert.tracing import in_mode
 from ..layers.kalman_filter import INITIAL_PROCESS_NOISE, logit_of
 from ..modeling import (
     KNFPN,
+    ChainConfig,
     Features,
     KNCascadeROIHeads,
     KNNetwork,
@@ -154,7 +155,8 @@ def _passing_on_running_statistics(model: nn.Module):
 
 def _pass_beliefs(model: nn.Module) -> None:
     """Runs the chains on empty batches, which carry beliefs and change no statistic."""
-    chains = [(module, module.chain) for module in model.modules() if hasattr(module, "chain")]
+    chains = [(module, getattr(module, "chain", None)) for module in model.modules()]
+    chains = [(module, chain) for module, chain in chains if isinstance(chain, ChainConfig)]
     try:
         for module, chain in chains:  # sampled priors would be noisy
             module.chain = dataclasses.replace(chain, transition=ClosedFormTransition())

@@ -53,7 +53,8 @@ def clip(belief: Belief, low: float, high: float) -> Belief:
     inside = upper.mean - lower.mean
     var = upper.var - lower.var - 2.0 * lower.mean * (height - inside)
     mean = torch.where(mirrored, high - inside, low + inside)
-    return Belief(mean, var.clamp_min(0.0))
+    # In float32 the difference cancels for a very wide belief. No variance inside is larger.
+    return Belief(mean, var.clamp(0.0, 0.25 * height * height))
 
 
 def leaky_relu(belief: Belief, slope) -> Belief:

@@ -5,6 +5,7 @@ or :mod:`kn_detectron.checkpoint.calibration` for detectors.
 """
 
 import contextlib
+import math
 from typing import Callable, Dict
 
 import torch
@@ -16,8 +17,10 @@ from .kalman_norm import KalmanNorm2d
 __all__ = ["fit_prior", "is_exact", "on_priors"]
 
 # If a channel does not vary in the prediction or in the checkpoint, its exact b or r is infinite.
-_LARGEST_OFFSET = 1e6
+_LARGEST_OFFSET = 1e3
 _LARGEST_LOG_SCALE = 50.0
+# Of a channel that does not vary, what is this small beside eps changes nothing.
+_NEGLIGIBLE = 1e-5
 
 
 def is_exact(layer: nn.Module) -> bool:
@@ -35,6 +38,10 @@ def is_exact(layer: nn.Module) -> bool:
 def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
     """Sets b and r of a layer so that its processed prior equals its running statistics.
 
+    Channels that are dead in the prediction and in the statistics keep b = r = 0: eps alone decides
+    what comes of them. The quotient of two numbers near 0, such as 1e5, would make no difference
+    now, and a loss of NaN as soon as the filter has moved.
+
     Args:
         layer: a layer for which :func:`is_exact` is true.
         prior: the belief predicted for it, shape (1, C).
@@ -45,10 +52,15 @@ def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
     """
     mean, var = (v[0].to(layer.running_var.dtype) for v in prior)
     tiny = torch.finfo(var.dtype).tiny
-    offset = (layer.running_mean - mean) / var.clamp_min(tiny).sqrt()
+    difference = layer.running_mean - mean
+    offset = difference / var.clamp_min(tiny).sqrt()
     log_scale = layer.running_var.clamp_min(tiny).log() - var.clamp_min(tiny).log()
-    layer.mean_offset.copy_(offset.clamp(-_LARGEST_OFFSET, _LARGEST_OFFSET))
-    layer.log_var_scale.copy_(log_scale.clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE))
+    dead = torch.maximum(layer.running_var, var) <= _NEGLIGIBLE * layer.eps
+    dead &= difference.abs() <= _NEGLIGIBLE * math.sqrt(layer.eps)
+    offset = offset.masked_fill(dead, 0.0).clamp(-_LARGEST_OFFSET, _LARGEST_OFFSET)
+    log_scale = log_scale.masked_fill(dead, 0.0).clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
+    layer.mean_offset.copy_(offset)
+    layer.log_var_scale.copy_(log_scale)
     return max(layer.mean_offset.abs().max().item(), layer.log_var_scale.abs().max().item())
 
 

@@ -170,7 +170,8 @@ def gate(prior: Belief, measured: Belief) -> Tuple[Belief, Tensor]:
     """Replaces a prior that is far too wide by the measurement (released code).
 
     A row of the prior is dropped if the mean over its channels of var_prior / var_measured reaches
-    :data:`GATE_LIMIT`. The posterior of this row is then the measurement, whatever the gain is.
+    :data:`GATE_LIMIT`, as it does where one channel does not vary in the batch. The posterior of this
+    row is then the measurement, whatever the gain is.
 
     Returns:
         The prior to use, and whether its rows are the given ones, shape (rows, 1).

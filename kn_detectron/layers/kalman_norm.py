@@ -53,12 +53,12 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
     Moving averages of the posterior are kept for inference, as in BatchNorm. In ``running_var`` the
     measured part of the variance is unbiased (multiplied by n / (n - 1)), and the predicted part is
     not changed. At gain 0 nothing is measured, and the posterior does not depend on the batch. The
-    running statistics are then set to the posterior.
+    running statistics are then set to the posterior, whatever ``momentum`` is.
 
     In all other respects the layer is a :class:`torch.nn.BatchNorm2d`, and it loads BatchNorm's
     state dicts. There are four exceptions. An empty batch changes no statistic. A batch with
     non-finite values changes no statistic. With a prior, one value per channel is enough in
-    training. Second derivatives through the layer raise an error.
+    training, where the paper variant drops the prior and normalises to β. Second derivatives through the layer raise an error.
 
     With :func:`set_norm_batch_size` it treats a batch as several micro-batches, as the released
     code does.

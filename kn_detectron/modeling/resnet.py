@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..layers import Belief
 from ..layers.belief import max_pool2d
+from ..layers.passes import statistics_dtype
 from .chain import (
     ChainConfig,
     ChainConv2d,
@@ -138,6 +139,7 @@ class KNResNet(ResNet):
         transition, belief = self.chain.transition, None
         if self.training or self.chain.predicts_in_evaluation:
             image_var = self.image_var[None]
+            image_var = image_var.to(statistics_dtype(image_var))
             belief = transition.start(Belief(torch.zeros_like(image_var), image_var), x)
         outputs, feature = Features(), Feature(x, belief)
         for name in ("stem", *self.stage_names):

@@ -9,7 +9,7 @@ from torch import nn
 
 from kn_detectron import InputError
 from kn_detectron.checkpoint import calibrate, fit_process_noise
-from kn_detectron.layers import kalman_layers, set_gain_scale
+from kn_detectron.layers import convert_kalman_norm, kalman_layers, set_gain_scale
 
 from ..models import build_backbone, build_rcnn, images, rcnn_cfg, resnet_cfg
 from .deployed import assert_same_detections, detect
@@ -189,6 +189,32 @@ def test_a_dead_channel_keeps_everything_finite():
     calibrate(backbone)
     assert all(p.isfinite().all() for p in backbone.parameters())
     assert backbone(images())["res4"].isfinite().all()
+
+
+def test_a_dead_filter_can_come_to_life():
+    """Its stale statistics are negligible, and as a quotient of small numbers b was thousands: then
+    the first step made the loss 1e8, and a later one NaN."""
+    conv = nn.Conv2d(3, 4, 3, bias=False)
+    below = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU()
+    network = nn.Sequential(*below, conv, nn.BatchNorm2d(4))
+    network = convert_kalman_norm(network, gain=0.0, learn_gain=False)
+    norm = network.get_submodule("4")
+    with torch.no_grad():
+        conv.weight[0] *= 1e-20
+        norm.running_mean[0], norm.running_var[0] = -3e-15, 1e-41
+    calibrate(network)
+    assert norm.mean_offset[0] == norm.log_var_scale[0] == 0
+    assert norm.mean_offset[1:].any() and norm.log_var_scale[1:].all()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.005, momentum=0.9)
+    target = torch.randn(2, 4, 28, 28, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(5):
+        loss = (network.train()(images(2, 32) / 50) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert max(losses) < 2 * losses[0]
 
 
 @pytest.mark.parametrize(
