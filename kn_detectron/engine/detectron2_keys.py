@@ -23,7 +23,7 @@ _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
     "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
-    # Empty for heads that have none of their own, as those of R50-C4.
+    # The name of a head may be empty where there is none, as with R50-C4.
     "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
     "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
     "MODEL.ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
@@ -66,7 +66,7 @@ def check_detectron2_keys(cfg):
 
     for key, registry in _REGISTRIES.items():
         name = value_of(key)
-        if not name or name in registry:
+        if name in registry or (name == "" and "_HEAD." in key):
             continue
         near = difflib.get_close_matches(name, [known for known, _ in registry])
         hint = f" (is {' or '.join(near)} meant?)" if near else ""

@@ -128,14 +128,14 @@ def write_results(cfg, results):
     path = os.path.join(cfg.OUTPUT_DIR, "inference", "results.json")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with atomic_write(path) as file:
-        file.write(json.dumps(_without_nan(results), indent=2).encode())
+        file.write(json.dumps(_as_json(results), indent=2).encode())
 
 
-def _without_nan(value):
+def _as_json(value):
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
-        return _without_nan(value.tolist())
+        return _as_json(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [_as_json(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
