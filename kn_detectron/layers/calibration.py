@@ -20,7 +20,7 @@ __all__ = ["fit_prior", "is_exact", "on_priors"]
 _LARGEST_OFFSET = 1e3
 _LARGEST_LOG_SCALE = 50.0
 # Of a channel that does not vary, what is this small beside eps changes nothing.
-_NEGLIGIBLE = 1e-5
+_NEGLIGIBLE = 1e-6
 
 
 def is_exact(layer: nn.Module) -> bool:
@@ -56,11 +56,11 @@ def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
     offset = difference / var.clamp_min(tiny).sqrt()
     log_scale = layer.running_var.clamp_min(tiny).log() - var.clamp_min(tiny).log()
     dead = torch.maximum(layer.running_var, var) <= _NEGLIGIBLE * layer.eps
+    log_scale.masked_fill_(dead, 0.0)
     dead &= difference.abs() <= _NEGLIGIBLE * math.sqrt(layer.eps)
-    offset = offset.masked_fill(dead, 0.0).clamp(-_LARGEST_OFFSET, _LARGEST_OFFSET)
-    log_scale = log_scale.masked_fill(dead, 0.0).clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
-    layer.mean_offset.copy_(offset)
-    layer.log_var_scale.copy_(log_scale)
+    offset.masked_fill_(dead, 0.0)
+    layer.mean_offset.copy_(offset.clamp(-_LARGEST_OFFSET, _LARGEST_OFFSET))
+    layer.log_var_scale.copy_(log_scale.clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE))
     return max(layer.mean_offset.abs().max().item(), layer.log_var_scale.abs().max().item())
 
 

@@ -49,6 +49,7 @@ kernels = pytest.mark.skipif(
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run as they are")
 def test_kernels_in_the_interpreter():
     env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    env.pop("PYTEST_ADDOPTS", None)  # it may ask for less to be printed
     files = __file__, os.path.join(os.path.dirname(__file__), "test_norm_module.py")
     tests = "test_triton or float32 or in_every_precision or norm_of_torch or non_finite"
     chosen = f"not GroupKalmanNorm2d and ({tests})"

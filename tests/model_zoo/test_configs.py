@@ -268,7 +268,6 @@ def few_shapes(tmp_path_factory):
         yield
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize("model", MASK_RCNN + RETINANET)
 def test_instant_test_runs(few_shapes, tmp_path, model):
     name = CONFIGS / f"quick_schedules/{model}_instant_test.yaml"
