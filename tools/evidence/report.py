@@ -19,7 +19,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Dict, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 from pycocotools.coco import COCO
 
@@ -44,9 +44,6 @@ def added(old: Dict, new: Dict) -> Dict:
     its seeds.
     """
 
-    def settings(run):
-        return [run.get(key) for key in SETTINGS]
-
     def sides(difference):
         arms = zip((difference["ours"], difference["theirs"]), difference["learning_rates"])
         return [*arms, difference["images"]]
@@ -61,11 +58,13 @@ def added(old: Dict, new: Dict) -> Dict:
         return same and set(difference["seeds"]) <= set(other["seeds"])
 
     runs = new["runs"]
-    places = [settings(run) for run in runs]
-    data = {"runs": [run for run in old["runs"] if settings(run) not in places] + runs}
+    places = [_settings(run) for run in runs]
+    data = {"runs": [run for run in old["runs"] if _settings(run) not in places] + runs}
+    if "again" in old or new.get("again"):
+        data["again"] = old.get("again", []) + new.get("again", [])
     if "differences" in new:
-        before = [(settings(run), run["results"]) for run in old["runs"]]
-        changed = [run for run in runs if (settings(run), run["results"]) not in before]
+        before = [(_settings(run), run["results"]) for run in old["runs"]]
+        changed = [run for run in runs if (_settings(run), run["results"]) not in before]
         kept = [
             difference
             for difference in old["differences"]
@@ -74,6 +73,21 @@ def added(old: Dict, new: Dict) -> Dict:
         ]
         data["differences"] = kept + new["differences"]
     return data
+
+
+def without_repeats(old: Dict, new: Dict, arms: Sequence[str]) -> Dict:
+    """New results, of which the runs that only repeat old ones beside others are set apart.
+
+    Where a machine rounds otherwise, the same run ends elsewhere. The old run then stays, with the
+    differences from runs beside it, and so do the new differences. The repeat goes to "again".
+
+    Args:
+        old, new: entries as in :func:`added`.
+        arms: those whose runs were repeated.
+    """
+    places = [_settings(run) for run in old["runs"]]
+    again = [run for run in new["runs"] if run["arm"] in arms and _settings(run) in places]
+    return {**new, "runs": [run for run in new["runs"] if run not in again], "again": again}
 
 
 def collect_detection(folder: Path, truth_file: str, samples: int = 1000) -> Dict:
@@ -163,6 +177,9 @@ def main():
         "--long", metavar="FOLDER", help="those of --own-rate, with a longer schedule"
     )
     parser.add_argument("--own-weights", metavar="FOLDER", help="those of the arms R50_*")
+    parser.add_argument(
+        "--repeated", nargs="+", default=[], metavar="ARM", help="run again beside others only"
+    )
     parser.add_argument("--truth", metavar="FILE", help="annotations that these were evaluated on")
     parser.add_argument(
         "--choice", metavar="FOLDER", help="runs of detection.py on the folder of hold_out.py"
@@ -179,7 +196,7 @@ def main():
             if not args.truth:
                 parser.error("detectors need --truth FILE")
             data = collect_detection(Path(getattr(args, name)), args.truth)
-            _add(folder / f"{name}.json", data)
+            _add(folder / f"{name}.json", data, args.repeated)
     for name in ("choice", "own_choice", "classification", "paper_variant", "pretraining"):
         if getattr(args, name):
             runs = list(read_results(Path(getattr(args, name))).values())
@@ -194,8 +211,15 @@ def _read(path: Path) -> Dict:
     return json.loads(path.read_text())
 
 
-def _add(path: Path, new: Dict) -> None:
-    data = added(_read(path), new) if path.is_file() else new
+def _settings(run: Dict) -> List:
+    return [run.get(key) for key in SETTINGS]
+
+
+def _add(path: Path, new: Dict, repeated: Sequence[str] = ()) -> None:
+    data = new
+    if path.is_file():
+        old = _read(path)
+        data = added(old, without_repeats(old, new, repeated))
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 

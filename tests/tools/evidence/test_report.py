@@ -50,6 +50,17 @@ def test_a_run_that_repeats_the_old_results_leaves_its_differences():
     assert report.added(old, new)["differences"] == [*kept, difference([1, 3], 0.3)]
 
 
+def test_a_run_that_was_repeated_beside_others_leaves_the_old_one_and_is_kept():
+    old = {"runs": [run("BN", 2, 1, 1.0)], "differences": [difference([1], 0.1)]}
+    repeat, other = run("BN", 2, 1, 1.5), run("BN", 2, 2, 2.0)
+    new = {"runs": [repeat, other], "differences": [difference([2], 0.3)]}
+    data = report.added(old, report.without_repeats(old, new, ["BN"]))
+    assert data["runs"] == [*old["runs"], other] and data["again"] == [repeat]
+    assert [d["difference"] for d in data["differences"]] == [0.1, 0.3]
+    assert report.added(data, {"runs": []})["again"] == [repeat]
+    assert report.without_repeats(old, new, [])["runs"] == [repeat, other]
+
+
 def test_results_of_runs_are_collected_with_their_differences(tmp_path):
     truth = {
         "images": [{"id": i, "width": 100, "height": 100} for i in range(4)],
