@@ -155,8 +155,8 @@ def _passing_on_running_statistics(model: nn.Module):
 
 def _pass_beliefs(model: nn.Module) -> None:
     """Runs the chains on empty batches, which carry beliefs and change no statistic."""
-    chains = [(module, getattr(module, "chain", None)) for module in model.modules()]
-    chains = [(module, chain) for module, chain in chains if isinstance(chain, ChainConfig)]
+    parts = [m for m in model.modules() if isinstance(getattr(m, "chain", None), ChainConfig)]
+    chains = [(module, module.chain) for module in parts]
     try:
         for module, chain in chains:  # sampled priors would be noisy
             module.chain = dataclasses.replace(chain, transition=ClosedFormTransition())

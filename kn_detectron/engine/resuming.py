@@ -45,11 +45,7 @@ def report_changes(before: Dict[str, Any], now: Dict[str, Any], iteration: int) 
         iteration: the first one of the resumed run.
     """
     changed = dict(_changes(before, now))
-    in_force = [
-        f"{key} {new!r} (before: {old!r})"
-        for key, (old, new) in changed.items()
-        if key not in _NOT_IN_FORCE and key not in _UNREPORTED
-    ]
+    in_force = _texts(changed, (*_NOT_IN_FORCE, *_UNREPORTED))
     if in_force:
         _logger.info(
             "From iteration %d on other settings are in force: %s.", iteration, ", ".join(in_force)
@@ -74,12 +70,16 @@ def describe_changes(before: Optional[Dict[str, Any]], now: Dict[str, Any]) -> s
         now: the present one.
     """
     changed = dict(_changes(before, now)) if before is not None else {}
-    texts = [
+    texts = _texts(changed, _UNREPORTED)
+    return f"; other keys than before are {', '.join(texts)}" if texts else ""
+
+
+def _texts(changed, left_out) -> List[str]:
+    return [
         f"{key} {new!r} (before: {old!r})"
         for key, (old, new) in changed.items()
-        if key not in _UNREPORTED
+        if key not in left_out
     ]
-    return f"; other keys than before are {', '.join(texts)}" if texts else ""
 
 
 def _changes(before, now, prefix: str = "") -> Iterator[Tuple[str, Tuple[Any, Any]]]:

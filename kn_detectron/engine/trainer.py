@@ -95,7 +95,7 @@ class Trainer(DefaultTrainer):
         self.check_datasets(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        self._batches = AgreedBatches(_checked(self.build_train_loader(cfg)))
+        self._batches = AgreedBatches(_resumable(self.build_train_loader(cfg)))
         on_gpu = next(model.parameters()).is_cuda
         model = create_ddp_model(
             model, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None})
@@ -398,7 +398,7 @@ class Trainer(DefaultTrainer):
         return {f"{task}_TTA": numbers for task, numbers in results.items()}
 
 
-def _checked(loader):
+def _resumable(loader):
     if not hasattr(loader, "start_iter"):
         raise InputError(
             f"build_train_loader returned a {type(loader).__name__}, which cannot go on where a run "

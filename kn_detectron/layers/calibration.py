@@ -38,9 +38,9 @@ def is_exact(layer: nn.Module) -> bool:
 def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
     """Sets b and r of a layer so that its processed prior equals its running statistics.
 
-    Channels that are dead in the prediction and in the statistics keep b = r = 0: eps alone decides
-    what comes of them. The quotient of two numbers near 0, such as 1e5, would make no difference
-    now, and a loss of NaN as soon as the filter has moved.
+    A channel that is dead in the prediction and in the statistics keeps r = 0, and b = 0 if its means
+    agree: eps alone decides what comes of it. The quotient of two numbers near 0, such as 1e5, would
+    make no difference now, and a loss of NaN as soon as the filter has moved.
 
     Args:
         layer: a layer for which :func:`is_exact` is true.

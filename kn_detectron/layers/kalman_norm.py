@@ -58,7 +58,8 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
     In all other respects the layer is a :class:`torch.nn.BatchNorm2d`, and it loads BatchNorm's
     state dicts. There are four exceptions. An empty batch changes no statistic. A batch with
     non-finite values changes no statistic. With a prior, one value per channel is enough in
-    training, where the paper variant drops the prior and normalises to β. Second derivatives through the layer raise an error.
+    training, where the paper variant drops the prior and normalises to β. Second derivatives through
+    the layer raise an error.
 
     With :func:`set_norm_batch_size` it treats a batch as several micro-batches, as the released
     code does.

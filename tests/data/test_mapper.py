@@ -123,7 +123,7 @@ def _refuse(dataset_dict):
     raise InputError("No: it is refused.")
 
 
-def test_a_mapper_that_leaves_an_image_out(record):
+def test_a_mapper_that_leaves_an_image_out():
     mapper = CheckedMapper(lambda dataset_dict: None)
     sentence = _sentence(mapper, {"file_name": "photo.jpg"})
     assert "returned None for image photo.jpg" in sentence

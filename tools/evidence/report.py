@@ -61,7 +61,8 @@ def added(old: Dict, new: Dict) -> Dict:
     places = [_settings(run) for run in runs]
     data = {"runs": [run for run in old["runs"] if _settings(run) not in places] + runs}
     if "again" in old or new.get("again"):
-        data["again"] = old.get("again", []) + new.get("again", [])
+        again = new.get("again", [])
+        data["again"] = [run for run in old.get("again", []) if run not in again] + again
     if "differences" in new:
         before = [(_settings(run), run["results"]) for run in old["runs"]]
         changed = [run for run in runs if (_settings(run), run["results"]) not in before]

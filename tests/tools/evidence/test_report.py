@@ -58,6 +58,7 @@ def test_a_run_that_was_repeated_beside_others_leaves_the_old_one_and_is_kept():
     assert data["runs"] == [*old["runs"], other] and data["again"] == [repeat]
     assert [d["difference"] for d in data["differences"]] == [0.1, 0.3]
     assert report.added(data, {"runs": []})["again"] == [repeat]
+    assert report.added(data, report.without_repeats(old, new, ["BN"]))["again"] == [repeat]
     assert report.without_repeats(old, new, [])["runs"] == [repeat, other]
 
 
