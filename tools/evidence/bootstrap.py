@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -22,7 +22,9 @@ class MatchedRun:
 
     def __init__(self, truth: COCO, detections: Sequence[Dict], task: str):
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(truth, truth.loadRes(list(detections)), task)
+            # loadRes takes no empty list, which a run that diverged has.
+            found = truth.loadRes(list(detections)) if detections else COCO()
+            evaluation = COCOeval(truth, found, task)
             evaluation.params.areaRng = [[0, 1e10]]
             evaluation.params.areaRngLbl = ["all"]
             evaluation.params.maxDets = [100]
@@ -32,7 +34,9 @@ class MatchedRun:
         self._recalls = params.recThrs
         by_category = np.array(evaluation.evalImgs, dtype=object)
         by_category = by_category.reshape(len(params.catIds), self.num_photos)
-        self._categories = [_Category(matches) for matches in by_category]
+        # pycocotools has None where a photo has neither an object nor a detection of the category.
+        matches = [[(i, m) for i, m in enumerate(row) if m is not None] for row in by_category]
+        self._categories = [_Category(row) for row in matches if row]
 
     def average_precision(self, sample: np.ndarray) -> float:
         """COCO's AP, in percent, on some of the photographs.
@@ -49,11 +53,10 @@ class _Category:
     """The matches of one category, the best detection first.
 
     Args:
-        matches: the matches of pycocotools for each photo; None if there is nothing to match.
+        matches: those of pycocotools, each with the index of its photo; at least one.
     """
 
-    def __init__(self, matches: Sequence[Optional[Dict]]):
-        matches = [(photo, m) for photo, m in enumerate(matches) if m is not None]
+    def __init__(self, matches: Sequence[Tuple[int, Dict]]):
         self._objects = {photo: np.sum(np.equal(m["gtIgnore"], 0)) for photo, m in matches}
         photos = [np.full(len(m["dtScores"]), photo) for photo, m in matches]
         scores = np.concatenate([np.array(m["dtScores"], dtype=float) for _, m in matches])

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from . import arms
 from .classification import CIFAR
+from .tables import by_setting
 
 __all__ = ["draw_classification", "draw_detection", "draw_gaps"]
 
@@ -15,31 +16,26 @@ __all__ = ["draw_classification", "draw_detection", "draw_gaps"]
 def draw_detection(data: Dict, path: Path) -> None:
     """Draws the box and mask AP of each run, and the means as bars.
 
-    There is one row for each arm and number of images per step.
+    There is one row for each arm, number of images per step and learning rate.
 
     Args:
         data: ``runs`` of tools/evidence/detection.py.
         path: of the picture.
     """
-    rows = [
-        (name, images)
-        for images in sorted({run["images"] for run in data["runs"]})
-        for name in reversed(arms.ARMS)
-        if any((run["arm"], run["images"]) == (name, images) for run in data["runs"])
-    ]
-    figure = Figure(figsize=(10, 0.9 + 0.45 * len(rows)))
+    groups = by_setting(data)
+    figure = Figure(figsize=(10, 0.9 + 0.45 * len(groups)))
     axes = figure.subplots(1, 2, sharey=True)
+    rows = list(reversed(groups.items()))
     for axis, (task, title) in zip(axes, (("bbox", "box AP"), ("segm", "mask AP"))):
-        for row, (name, images) in enumerate(rows):
-            runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, images)]
+        for row, ((name, *_), runs) in enumerate(rows):
             values = [run["results"][task]["AP"] for run in runs]
             axis.barh(row, mean(values), color="C0" if name.startswith("KN") else "0.75")
             axis.plot(values, [row] * len(values), "o", color="black", markersize=4)
         axis.set(title=title, xlim=(0, None))
         axis.grid(axis="x", alpha=0.3)
     labels = [
-        f"{arms.ARMS[name].label}: {images} image{'s' if images > 1 else ''} per step"
-        for name, images in rows
+        f"{arms.ARMS[name].label}: {images} image{'s' if images > 1 else ''}, rate {rate}"
+        for (name, images, rate), _ in rows
     ]
     axes[0].set_yticks(range(len(rows)), labels)
     figure.tight_layout()

@@ -111,7 +111,13 @@ def collect_detection(folder: Path, truth_file: str, samples: int = 1000) -> Dic
                     (found,) = (run / "inference").glob("*/coco_instances_results.json")
                     found = MatchedRun(truth, json.loads(found.read_text()), task)
                     setting = result["arm"], result["learning_rate"]
-                    matched.setdefault(setting, {})[result["seed"]] = found
+                    seeds = matched.setdefault(setting, {})
+                    if result["seed"] in seeds:
+                        raise ValueError(
+                            f"{run} has arm, learning rate, images and seed of another run in"
+                            f" {folder}: expected each run once, so give a folder of one schedule."
+                        )
+                    seeds[result["seed"]] = found
             for pair in itertools.product(sorted(matched), repeat=2):
                 (ours, our_rate), (theirs, their_rate) = pair
                 seeds = sorted(set(matched[pair[0]]) & set(matched[pair[1]]))
@@ -119,7 +125,7 @@ def collect_detection(folder: Path, truth_file: str, samples: int = 1000) -> Dic
                     continue
                 pair = ([matched[setting][seed] for seed in seeds] for setting in pair)
                 difference = paired_bootstrap(*pair, samples=samples)
-                difference = {key: round(value, 2) for key, value in difference.items()}
+                difference = {key: round(value, 4) for key, value in difference.items()}
                 names = {"ours": ours, "theirs": theirs, "images": images, "task": task}
                 rates = {"learning_rates": [our_rate, their_rate]}
                 differences.append({**names, **rates, "seeds": seeds, **difference})

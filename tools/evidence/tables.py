@@ -16,6 +16,7 @@ __all__ = [
     "COMPARED",
     "TASKS",
     "against_paper_table",
+    "by_setting",
     "choice_table",
     "classification_table",
     "detection_tables",
@@ -69,12 +70,11 @@ def detection_tables(data: Dict) -> str:
     """The tables of the detectors in Markdown, one pair for each number of images per step."""
     parts = []
     for images in sorted({run["images"] for run in data["runs"]}, reverse=True):
-        rows = []
-        for name, arm in arms.ARMS.items():
-            for rate in _rates(data, name, images):
-                wanted = name, images, rate
-                runs = [r for r in data["runs"] if _setting(r) == wanted]
-                rows.append([arm.label, rate, len(runs), *_average_precisions(runs)])
+        rows = [
+            [arms.ARMS[name].label, rate, len(runs), *_average_precisions(runs)]
+            for (name, of_images, rate), runs in by_setting(data).items()
+            if of_images == images
+        ]
         header = [
             "norm",
             "learning rate",
@@ -96,13 +96,22 @@ def detection_tables(data: Dict) -> str:
     return _escaped("\n\n".join(parts))
 
 
-def _setting(run: Dict) -> Tuple[str, int, float]:
-    return run["arm"], run["images"], run["learning_rate"]
+def by_setting(data: Dict) -> Dict[Tuple[str, int, float], List[Dict]]:
+    """The runs that differ in their seed only, by (arm, images per step, learning rate).
+
+    The most images per step come first, then the arms as arms.py has them, then the lowest rate.
+    """
+    found: Dict[Tuple[str, int, float], List[Dict]] = {}
+    for run in data["runs"]:
+        found.setdefault((run["arm"], run["images"], run["learning_rate"]), []).append(run)
+    names = list(arms.ARMS)
+    order = sorted(found, key=lambda setting: (-setting[1], names.index(setting[0]), setting[2]))
+    return {setting: found[setting] for setting in order}
 
 
 def _rates(data: Dict, name: str, images: int) -> List[float]:
     """The learning rates at which an arm was run with so many images per step."""
-    return sorted({rate for *what, rate in map(_setting, data["runs"]) if what == [name, images]})
+    return [rate for *what, rate in by_setting(data) if what == [name, images]]
 
 
 def _average_precisions(runs: List[Dict]) -> List[str]:
@@ -142,17 +151,37 @@ def _difference_rows(data: Dict, images: int) -> List[List]:
 
 
 def summary_table(data: Dict) -> str:
-    """One line for each arm and number of images per step in Markdown, for README."""
+    """One line for each arm, number of images per step and learning rate in Markdown, for README."""
     rows = []
-    for images in sorted({run["images"] for run in data["runs"]}, reverse=True):
-        for name, arm in arms.ARMS.items():
-            runs = [r for r in data["runs"] if (r["arm"], r["images"]) == (name, images)]
-            if runs:
-                box, mask, *_ = _average_precisions(runs)
-                rate = runs[0]["learning_rate"]
-                rows.append([arm.label, images, rate, len(runs), box, mask])
+    for (name, images, rate), runs in by_setting(data).items():
+        box, mask, *_ = _average_precisions(runs)
+        lead = _lead(data, name, images, rate)
+        rows.append([arms.ARMS[name].label, images, rate, len(runs), box, mask, lead])
     header = ["norm in the backbone", "images", "learning rate", "seeds", "box AP", "mask AP"]
+    header.append("minus BN*, side by side (seeds)")
     return _escaped(tabulate(rows, header, tablefmt="github", disable_numparse=True))
+
+
+def _lead(data: Dict, name: str, images: int, rate: float) -> str:
+    """Box / mask AP minus that of BN* at its lowest rate, mean over the seeds that ran beside it."""
+    sides = ["BN_frozen", [rate, min(_rates(data, "BN_frozen", images), default=None)], images]
+    leads, seeds = {}, []
+    for task in TASKS:
+        seeds, total = [], 0.0
+        found = [
+            d
+            for d in data["differences"]
+            if d["ours"] == name
+            and d["task"] == task
+            and [d["theirs"], d["learning_rates"], d["images"]] == sides
+        ]
+        for d in sorted(found, key=lambda d: -len(d["seeds"])):
+            if not set(seeds) & set(d["seeds"]):
+                seeds += d["seeds"]
+                total += len(d["seeds"]) * d["difference"]
+        if seeds:
+            leads[task] = f"{total / len(seeds):+.1f}"
+    return " / ".join(leads.values()) + f" ({len(seeds)})" if leads else ""
 
 
 def zoo_table(data: Dict) -> str:

@@ -91,3 +91,21 @@ def test_equal_runs_do_not_differ_and_better_ones_do(truth):
     assert 0 < better["low"] <= better["difference"] <= better["high"]
     worse = paired_bootstrap([bad], [good], samples=50)
     assert worse["high"] == pytest.approx(-better["low"])
+
+
+def test_a_run_that_detects_nothing_has_an_average_precision_of_0(truth):
+    nothing = MatchedRun(truth, [], "bbox")
+    assert nothing.average_precision(np.arange(NUM_PHOTOS)) == 0
+    good = run(truth, 1)
+    found = paired_bootstrap([good], [nothing], samples=5)
+    assert found["difference"] == good.average_precision(np.arange(NUM_PHOTOS))
+
+
+def test_a_category_of_which_there_is_nothing_does_not_count(truth):
+    want = run(truth, 3).average_precision(np.arange(NUM_PHOTOS))
+    other = COCO()
+    cat = {"id": 3, "name": "cat"}
+    other.dataset = {**truth.dataset, "categories": [*truth.dataset["categories"], cat]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        other.createIndex()
+    assert run(other, 3).average_precision(np.arange(NUM_PHOTOS)) == want

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +99,11 @@ def test_results_of_runs_are_collected_with_their_differences(tmp_path):
         for task in ("bbox", "segm")
         for rate, value in ((0.01, 100), (0.02, 0))
     }
+
+    (tmp_path / "runs" / "again").mkdir()
+    shutil.copytree(folder, tmp_path / "runs" / "again" / folder.name)
+    with pytest.raises(ValueError, match="seed of another run .* each run once"):
+        report.collect_detection(tmp_path / "runs", str(tmp_path / "truth.json"), samples=5)
 
 
 def rle(left):

@@ -24,6 +24,39 @@ def test_a_table_has_means_ranges_and_differences():
     assert "1 image per step" not in text and ", at 0.01" not in text
 
 
+def test_the_summary_compares_runs_with_bn_beside_them():
+    """Each seed counts once, and of BN* the lowest learning rate is compared."""
+
+    def difference(seeds, value, rate=0.01):
+        names = {"ours": "KN", "theirs": "BN_frozen", "images": 2, "learning_rates": [0.01, rate]}
+        return {**names, "seeds": seeds, "difference": value, "low": 0.0, "high": 9.0}
+
+    data = {
+        "runs": [
+            run("KN", 2, 1, 13.0),
+            run("GN", 2, 1, 3.0),
+            run("BN_frozen", 2, 1, 10.0),
+            {**run("BN_frozen", 2, 1, 11.0), "learning_rate": 0.02},
+        ],
+        "differences": [
+            {**difference(*of), "task": task}
+            for of in (([3], 1.0), ([1, 2], 4.0), ([2, 3], 9.0), ([1], 9.0, 0.02))
+            for task in ("bbox", "segm")
+        ],
+    }
+    rows = [
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in tables.summary_table(data).split("\n")
+    ]
+    found = {(row[0], row[2]): row[-1] for row in rows[2:]}
+    assert found == {
+        (r"BN\*, frozen", "0.01"): "",
+        (r"BN\*, frozen", "0.02"): "",
+        ("GN with BN's scale and shift", "0.01"): "",
+        ("KN, gain 0.02 annealed", "0.01"): "+3.0 / +3.0 (3)",
+    }
+
+
 def test_each_learning_rate_of_an_arm_has_a_row_of_its_own():
     def difference(rate, value):
         names = {"ours": "KN", "theirs": "BN_frozen", "images": 2, "learning_rates": [0.01, rate]}
