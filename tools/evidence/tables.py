@@ -188,24 +188,24 @@ def zoo_table(data: Dict) -> str:
     """One line for each run in Markdown, with its config and its released weights, for MODEL_ZOO.md."""
     released = released_weights()
     rows = []
-    for name, arm in arms.ARMS.items():
-        for run in data["runs"]:
-            if run["arm"] == name:
-                weights = f"{Path(arm.config).stem}.pth"
-                as_released = not arm.options and not arm.change and run["seed"] == 1
-                is_released = weights in released and as_released
-                rows.append(
-                    [
-                        arm.label,
-                        f"{run['steps']} x {run['images']} images",
-                        run["learning_rate"],
-                        run["seed"],
-                        f"{run['results']['bbox']['AP']:.1f}",
-                        f"{run['results']['segm']['AP']:.1f}",
-                        f"[config](kn_detectron/model_zoo/configs/{arm.config})",
-                        f"`kn://{weights}`" if is_released else "",
-                    ]
-                )
+    for (name, images, rate), runs in by_setting(data).items():
+        arm = arms.ARMS[name]
+        weights = f"{Path(arm.config).stem}.pth"
+        for run in sorted(runs, key=lambda run: run["seed"]):
+            as_released = not arm.options and not arm.change and run["seed"] == 1
+            is_released = weights in released and as_released
+            rows.append(
+                [
+                    arm.label,
+                    f"{run['steps']} x {images} image{'s' if images > 1 else ''}",
+                    rate,
+                    run["seed"],
+                    f"{run['results']['bbox']['AP']:.1f}",
+                    f"{run['results']['segm']['AP']:.1f}",
+                    f"[config](kn_detectron/model_zoo/configs/{arm.config})",
+                    f"`kn://{weights}`" if is_released else "",
+                ]
+            )
     header = ["norm", "schedule", "learning rate", "seed", "box AP", "mask AP", "config", "weights"]
     if not any(weights for *_, weights in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
