@@ -52,9 +52,9 @@ def add_kn_config(cfg: CN) -> None:
     # Inference with "moving" averages (the paper's Option A), or with the filtered statistics of
     # the "batch" at hand (Option B). GKN has no moving averages and always uses the latter.
     kn.EVAL_STATISTICS = "moving"
-    # The network of build_kn_network_backbone: a name of torchvision.models, or timm/<name>.
+    # The network of build_kn_network_backbone: a name that build_network takes.
     kn.NETWORK = "resnet50"
-    # Its weights, a local file in the format of its library; "" starts from scratch.
+    # Its weights, a local file or package://NAME/FILE in the format of its library; "" starts from scratch.
     kn.NETWORK_WEIGHTS = ""
     # Groups of GKN; must divide all the widths of the network.
     kn.NUM_GROUPS = 32

@@ -26,7 +26,7 @@ from PIL import Image
 from kn_detectron.checkpoint import KNCheckpointer
 from kn_detectron.data import register_named_folders
 from kn_detectron.engine import load_run
-from kn_detectron.engine.command_line import merge_options, read_config, run
+from kn_detectron.engine.command_line import read_config, run
 from kn_detectron.engine.output_dir import make_writable
 from kn_detectron.engine.pictures import BrightVisualizer
 from kn_detectron.engine.prediction import coco_results, shown
@@ -89,8 +89,7 @@ def load_model(args):
         args.opts = ["MODEL.WEIGHTS", get_checkpoint_file(_RELEASED), *args.opts]
     path = Path(args.config_file)
     if path.name == "config.yaml":
-        cfg = load_run(path.parent)
-        merge_options(cfg, args.opts)
+        cfg = load_run(path.parent, args.opts)
     else:
         cfg = read_config(args)
         if "MODEL.WEIGHTS" not in args.opts[::2]:

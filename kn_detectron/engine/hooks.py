@@ -87,7 +87,7 @@ class GainAnneal(HookBase):
     def before_step(self):
         """Sets the scale of the step, and calibrates if it is the first one below 1."""
         scale = self.scale(self.trainer.iter)
-        if self._start > 0 and scale < 1.0 == self._former_scale():
+        if self._start > 0 and scale < 1.0 and self._former_scale() == 1.0:
             self._calibrate()
         if scale != self._scale:
             set_gain_scale(unwrapped(self.trainer.model), scale)

@@ -1,5 +1,6 @@
 """Pictures of a run: predictions, curves, and what each layer trusts."""
 
+import contextlib
 import json
 import os
 from typing import Dict, List
@@ -16,6 +17,7 @@ from torch import nn
 
 from ..data import build_test_loader
 from ..layers import kalman_layers
+from ..layers.modes import in_mode
 from .prediction import shown
 
 __all__ = ["BrightVisualizer", "draw_curves", "draw_gains", "draw_predictions", "read_metrics"]
@@ -68,7 +70,7 @@ def draw_predictions(
 
     Args:
         cfg: its DATASETS.TEST[0] is drawn.
-        models: detectron2 detectors by the title of their column; left in their modes.
+        models: detectron2 detectors by the title of their column; each module keeps its mode.
         path: of the picture.
         count: number of images.
         min_score: predictions below are left out.
@@ -76,28 +78,27 @@ def draw_predictions(
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
     truth = {d["file_name"]: d for d in DatasetCatalog.get(name)}
-    training, rows = {title: model.training for title, model in models.items()}, []
-    for model in models.values():
-        model.eval()
-    for (inputs,) in build_test_loader(cfg, name):
-        record = truth[inputs["file_name"]]
-        if not record["annotations"]:
-            continue
-        image = utils.read_image(inputs["file_name"], "RGB")
-        scale = max(1.0, 320 / min(image.shape[:2]))
-
-        def visualizer():
-            return BrightVisualizer(image, metadata, scale)
-
-        drawn = [visualizer().draw_dataset_dict(record)]
+    rows = []
+    with contextlib.ExitStack() as modes:
         for model in models.values():
-            found = shown(model([inputs])[0]["instances"].to("cpu"), min_score)
-            drawn.append(visualizer().draw_instance_predictions(found))
-        rows.append(np.concatenate([picture.get_image() for picture in drawn], axis=1))
-        if len(rows) == count:
-            break
-    for title, model in models.items():
-        model.train(training[title])
+            modes.enter_context(in_mode(model, training=False))
+        for (inputs,) in build_test_loader(cfg, name):
+            record = truth[inputs["file_name"]]
+            if not record["annotations"]:
+                continue
+            image = utils.read_image(inputs["file_name"], "RGB")
+            scale = max(1.0, 320 / min(image.shape[:2]))
+
+            def visualizer():
+                return BrightVisualizer(image, metadata, scale)
+
+            drawn = [visualizer().draw_dataset_dict(record)]
+            for model in models.values():
+                found = shown(model([inputs])[0]["instances"].to("cpu"), min_score)
+                drawn.append(visualizer().draw_instance_predictions(found))
+            rows.append(np.concatenate([picture.get_image() for picture in drawn], axis=1))
+            if len(rows) == count:
+                break
     titles = ["ground truth", *models]
     heights = [row.shape[0] / row.shape[1] for row in rows]
     figure = Figure(figsize=(_WIDTH, _WIDTH * sum(heights)), layout="constrained")

@@ -30,6 +30,7 @@ from ..data import (
     first_sentence,
 )
 from ..errors import InputError
+from ..layers.modes import in_mode
 from .batches import AgreedBatches
 from .evaluation import build_coco_evaluator, check_test_augmentation, write_results
 from .hooks import (
@@ -379,9 +380,12 @@ class Trainer(DefaultTrainer):
         check_test_augmentation(cfg)
         cls.check_datasets(cfg, ("TEST",))
         try:
-            results = super().test(cfg, model, evaluators)
-            if cfg.TEST.AUG.ENABLED:
-                results.update(cls._test_with_augmentation(cfg, model, evaluators))
+            # detectron2 gives all modules the mode of the whole model afterwards, and would train
+            # norms that were put into evaluation mode.
+            with in_mode(model, training=False):
+                results = super().test(cfg, model, evaluators)
+                if cfg.TEST.AUG.ENABLED:
+                    results.update(cls._test_with_augmentation(cfg, model, evaluators))
         except InputError as error:
             raise InputError(first_sentence(error)) from error
         if comm.is_main_process():

@@ -38,7 +38,7 @@ def is_exact(layer: nn.Module) -> bool:
 def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
     """Sets b and r of a layer so that its processed prior equals its running statistics.
 
-    A channel that is dead in the prediction and in the statistics keeps r = 0, and b = 0 if its means
+    A channel that is dead in the prediction and in the statistics gets r = 0, and b = 0 if its means
     agree: eps alone decides what comes of it. The quotient of two numbers near 0, such as 1e5, would
     make no difference now, and a loss of NaN as soon as the filter has moved.
 

@@ -43,7 +43,7 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
 
     - ``variant="network"`` (ours): :math:`\mu_{prior} + b \sqrt{\Sigma_{prior}}` and
       :math:`\Sigma_{prior} e^r`, with b and r learned from 0. The belief passed on is the belief
-      about y, which is exactly :math:`(\beta, \gamma^2)`.
+      about y, which is :math:`(\beta, \gamma^2)`, where :math:`\epsilon` is neglected.
     - ``variant="paper"``: :math:`\Sigma_{prior} + R`, with R = softplus(``process_noise``). The
       belief passed on is :math:`(\mu, \Sigma)`, the belief about the un-normalised x. As in the
       released code, :math:`\Sigma` also has the term :math:`q (1 - q) (\bar x - \mu_{prior})^2`. A

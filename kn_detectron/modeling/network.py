@@ -7,7 +7,6 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
-from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -224,9 +223,14 @@ def _block_ends(in_training: Sequence[str], in_evaluation: Sequence[str]) -> Lis
 def _load(extractor: nn.Module, path: str, name: str) -> None:
     # Imported here, because the package of the readers imports this one.
     from ..checkpoint.containers import read_container
+    from ..checkpoint.files import fetch
     from ..checkpoint.wrapping import unwrapped_content
 
-    state, _ = unwrapped_content(read_container(PathManager.get_local_path(path)), path)
+    try:
+        file = fetch(path)
+    except InputError as error:
+        raise InputError(f"MODEL.KN.NETWORK_WEIGHTS {error}.") from error
+    state, _ = unwrapped_content(read_container(file), path)
     if is_efficientnet_port(state):
         state = {new: state[old] for old, new in timm_names(state, extractor.state_dict()).items()}
     for key, tensor in extractor.state_dict().items():

@@ -31,13 +31,16 @@ _OTHER_BATCH_NORMS = ("FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 _MODEL_KEYS = ("BACKBONE", "RESNETS", "KN", "PIXEL_MEAN", "PIXEL_STD", "DEVICE")
 _SCHEDULE_KEYS = ("GAIN", "GAIN_ANNEAL", "EVAL_STATISTICS")
 
-# Keys whose values classification_config derives, and which a classifier needs as they are.
+# Keys whose values classification_config derives or takes over, and which a classifier needs as
+# they are. Mixed precision and the device are as read_config has checked them.
 DECIDED_KEYS = (
     "MODEL.META_ARCHITECTURE",
     "MODEL.BACKBONE.NAME",
     "MODEL.BACKBONE.FREEZE_AT",
     "MODEL.RESNETS.NORM",
     "MODEL.RESNETS.OUT_FEATURES",
+    "MODEL.DEVICE",
+    "SOLVER.AMP.ENABLED",
 )
 
 
@@ -90,7 +93,8 @@ def classification_config(
     Architecture, norm, MODEL.KN, pixel format and statistics, device, seed and number of workers
     are the detector's, so the weights fit it by construction. Nothing is frozen, and
     MODEL.KN.GAIN, GAIN_ANNEAL and EVAL_STATISTICS are the defaults, since a detector's config has
-    values for fine-tuning there. OUTPUT_DIR is ``pretraining_<norm>`` inside the detector's.
+    values for fine-tuning there. OUTPUT_DIR is ``pretraining_<norm>`` inside the detector's,
+    or ``pretraining_<network>_<norm>``.
 
     The schedule is the usual one of ImageNet: momentum 0.9, a warm-up over the first twentieth (5
     epochs of 100), then a cosine down to 0. The trainer evaluates and writes a checkpoint after

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
+from ..layers.modes import in_mode
 from .config import micro_batch
 from .data import IGNORED, build_eval_loader
 
@@ -49,7 +50,7 @@ def evaluate(cfg, model):
 
     Args:
         cfg (CfgNode): of :func:`~kn_detectron.pretraining.classification_config`.
-        model (ImageClassifier): in any mode; the mode is restored.
+        model (ImageClassifier): in any mode; each module keeps its own.
 
     Returns:
         dict: ``{"moving": {"top1", "top5"}, "online": {...}}`` in percent. For norms without
@@ -65,9 +66,7 @@ def evaluate(cfg, model):
     # Per mode, the number of images whose label comes first, and is among the first five.
     right = torch.zeros(len(modes), 2, dtype=torch.int64)
     images = 0
-    was_training = model.training
-    model.eval()
-    try:
+    with in_mode(model, training=False):
         for batch in build_eval_loader(cfg):
             label = batch["label"]
             images += int((label != IGNORED).sum())
@@ -77,8 +76,6 @@ def evaluate(cfg, model):
                 best = logits.topk(min(5, logits.shape[1])).indices.cpu()
                 hits = best == label[:, None]
                 right[row] += torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
-    finally:
-        model.train(was_training)
     gathered = comm.all_gather((right, images))
     right, images = (sum(part) for part in zip(*gathered))
     percent = (100 * right.double() / images).tolist()

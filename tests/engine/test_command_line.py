@@ -353,6 +353,9 @@ def test_the_config_that_a_run_wrote_is_enough(command, own_data, tmp_path):
     name = "roi_heads.box_predictor.cls_score.weight"
     assert torch.equal(predictor.model.state_dict()[name], state[name])
     assert fold_weights(cfg, str(tmp_path / "folded"))[0] == str(tmp_path / "folded.pth")
+    assert load_run(run, ["MODEL.WEIGHTS", "other.pth"]).MODEL.WEIGHTS == "other.pth"
+    with pytest.raises(InputError, match="MODEL.DEVICE is 'gpu', but must be a device"):
+        load_run(run, ["MODEL.DEVICE", "gpu"])
 
 
 def test_a_run_that_is_refused_leaves_the_config_of_the_one_before(command, plain, tmp_path):

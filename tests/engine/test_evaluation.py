@@ -7,7 +7,10 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 
+from kn_detectron.engine import Trainer
 from kn_detectron.engine.evaluation import build_coco_evaluator, write_results
+from kn_detectron.engine.pictures import draw_predictions
+from kn_detectron.layers import kalman_layers
 
 from . import tiny
 
@@ -35,3 +38,20 @@ def test_another_measure_than_cocos_is_warned_of(datasets, tmp_path, kn_log, kin
         metadata.evaluator_type = before
     warned = "shapes_val has the evaluator type 'pascal_voc', and is evaluated with COCO's AP"
     assert (warned in kn_log.text) == (kind != "coco")
+
+
+def test_norms_in_evaluation_mode_stay_there_through_an_evaluation(datasets, tmp_path):
+    """They keep their statistics while the rest is trained, and the rest goes on being trained."""
+    cfg = tiny.config(tmp_path)
+    torch.manual_seed(0)
+    model = Trainer.build_model(cfg).train()
+    for norm in kalman_layers(model).values():
+        norm.eval()
+    before = [module.training for module in model.modules()]
+    Trainer.test(cfg, model)
+    assert [module.training for module in model.modules()] == before
+    draw_predictions(cfg, {"model": model}, str(tmp_path / "picture.png"), count=1)
+    assert [module.training for module in model.modules()] == before and set(before) == {
+        True,
+        False,
+    }

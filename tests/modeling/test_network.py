@@ -187,6 +187,7 @@ def test_what_it_refuses(tmp_path):
         (dict(MODEL__RESNETS__OUT_FEATURES=["res6"]), "has 'res6', .* give some of res2, res3"),
         (dict(MODEL__BACKBONE__FREEZE_AT=2), "FREEZE_AT is 2, but"),
         (dict(MODEL__RESNETS__NORM="GKN"), "NORM is 'GKN', but"),
+        (dict(MODEL__KN__NETWORK_WEIGHTS="/no/such.pth"), "NETWORK_WEIGHTS /no/such.pth does not"),
         (dict(MODEL__KN__NETWORK_WEIGHTS=str(other)), "features.0.0.weight of shape .1,., but"),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -113,6 +113,15 @@ def test_evaluation_needs_no_training_around_it(folder):
     assert not storage.latest()
 
 
+def test_every_module_keeps_its_mode(folder):
+    cfg = config(folder, "KN")
+    model = _classifier(cfg).train()
+    model.backbone.stem.eval()
+    before = [module.training for module in model.modules()]
+    evaluate(cfg, model)
+    assert [module.training for module in model.modules()] == before
+
+
 def _evaluate_on_rank(rank, cfg, folder):
     with two_ranks(rank, folder):
         torch.manual_seed(0)

@@ -71,6 +71,8 @@ def narrow(walk, x, dim, start, length) -> About:
     start, length = numbers(walk, (start, length))
     if start is None or length is None:
         raise End("it cuts at an index that is computed")
+    if start < 0:
+        start += about.channels[0]
     return _slice(walk, about, start, start + length)
 
 

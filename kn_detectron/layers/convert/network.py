@@ -13,8 +13,8 @@ from torch import fx, nn
 
 from ...errors import InputError
 from ..kalman_norm import check_takes_prior
+from ..modes import in_mode
 from .chain import Chain
-from .tracing import in_mode
 from .walk import CHAIN
 
 __all__ = ["KalmanNetwork", "Program"]

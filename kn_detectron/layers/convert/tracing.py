@@ -1,20 +1,19 @@
 """Traces a network by torch.fx."""
 
-import contextlib
 import inspect
 import operator
 import os
 import traceback
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from torch import fx, nn
 
 from ...errors import InputError
+from ..modes import in_mode
 from .rules import is_ruled
 
-__all__ = ["in_mode", "is_frozen_norm", "is_norm", "is_of_torch", "trace"]
+__all__ = ["is_frozen_norm", "is_norm", "is_of_torch", "trace"]
 
 
 def is_of_torch(file: str) -> bool:
@@ -87,18 +86,6 @@ class _Tracer(fx.Tracer):
                 self.graph.erase_node(node)
             self.module_stack = modules
             return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
-
-
-@contextlib.contextmanager
-def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """Puts a network into training or evaluation mode, and every module back afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        network.train(training)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _defaults(network: nn.Module) -> dict:

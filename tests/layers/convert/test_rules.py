@@ -156,6 +156,7 @@ EXACT = {
     "split": lambda x: torch.cat(x.split([3, 5], 1)[::-1], 1),
     "equal split": lambda x: torch.cat(torch.split(x, 3, dim=1)[::-1], 1),
     "narrow": lambda x: x.narrow(1, 2, 4),
+    "narrow from the end": lambda x: x.narrow(1, -4, 4),
     "every second channel": lambda x: x[:, 1::2],
     "single channels": lambda x: torch.cat([x[:, i].unsqueeze(1) for i in (5, 2)], 1),
     "shuffle by hand": shuffled,
