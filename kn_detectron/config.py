@@ -54,7 +54,8 @@ def add_kn_config(cfg: CN) -> None:
     kn.EVAL_STATISTICS = "moving"
     # The network of build_kn_network_backbone: a name that build_network takes.
     kn.NETWORK = "resnet50"
-    # Its weights, a local file or package://NAME/FILE in the format of its library; "" starts from scratch.
+    # Its weights, a local file or package://NAME/FILE, in the format of its library; "" starts from
+    # scratch.
     kn.NETWORK_WEIGHTS = ""
     # Groups of GKN; must divide all the widths of the network.
     kn.NUM_GROUPS = 32

@@ -17,8 +17,8 @@ from torch import nn
 from ..errors import InputError
 from ..layers import Belief, ClosedFormTransition, KalmanNetwork, KalmanNorm2d, kalman_layers
 from ..layers.calibration import fit_prior, is_exact, on_priors
-from ..layers.modes import in_mode
 from ..layers.kalman_filter import INITIAL_PROCESS_NOISE, logit_of
+from ..layers.modes import in_mode
 from ..modeling import (
     KNFPN,
     ChainConfig,

@@ -23,6 +23,9 @@ from typing import Dict, List, Sequence, Tuple
 
 from pycocotools.coco import COCO
 
+from kn_detectron.engine import command_line
+from kn_detectron.errors import InputError
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 # Beside this file, not installed.
 from evidence import tables  # noqa: E402
@@ -87,7 +90,8 @@ def without_repeats(old: Dict, new: Dict, arms: Sequence[str]) -> Dict:
         arms: those whose runs were repeated.
     """
     places = [_settings(run) for run in old["runs"]]
-    again = [run for run in new["runs"] if run["arm"] in arms and _settings(run) in places]
+    known = [run for run in new["runs"] if run["arm"] in arms and _settings(run) in places]
+    again = [run for run in known if run not in old["runs"]]  # not one that is collected twice
     return {**new, "runs": [run for run in new["runs"] if run not in again], "again": again}
 
 
@@ -98,6 +102,9 @@ def collect_detection(folder: Path, truth_file: str, samples: int = 1000) -> Dic
         folder: of the runs.
         truth_file: the annotations that they were evaluated on.
         samples: of the bootstrap.
+
+    Raises:
+        InputError: two runs have the same settings.
     """
     results = read_results(folder)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -113,7 +120,7 @@ def collect_detection(folder: Path, truth_file: str, samples: int = 1000) -> Dic
                     setting = result["arm"], result["learning_rate"]
                     seeds = matched.setdefault(setting, {})
                     if result["seed"] in seeds:
-                        raise ValueError(
+                        raise InputError(
                             f"{run} has arm, learning rate, images and seed of another run in"
                             f" {folder}: expected each run once, so give a folder of one schedule."
                         )
@@ -231,4 +238,4 @@ def _add(path: Path, new: Dict, repeated: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

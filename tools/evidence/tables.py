@@ -163,25 +163,30 @@ def summary_table(data: Dict) -> str:
 
 
 def _lead(data: Dict, name: str, images: int, rate: float) -> str:
-    """Box / mask AP minus that of BN* at its lowest rate, mean over the seeds that ran beside it."""
-    sides = ["BN_frozen", [rate, min(_rates(data, "BN_frozen", images), default=None)], images]
-    leads, seeds = {}, []
-    for task in TASKS:
-        seeds, total = [], 0.0
-        found = [
-            d
-            for d in data["differences"]
-            if d["ours"] == name
-            and d["task"] == task
-            and [d["theirs"], d["learning_rates"], d["images"]] == sides
-        ]
-        for d in sorted(found, key=lambda d: -len(d["seeds"])):
-            if not set(seeds) & set(d["seeds"]):
-                seeds += d["seeds"]
-                total += len(d["seeds"]) * d["difference"]
-        if seeds:
-            leads[task] = f"{total / len(seeds):+.1f}"
-    return " / ".join(leads.values()) + f" ({len(seeds)})" if leads else ""
+    """Box / mask AP minus that of BN* at its lowest rate, over the seeds that ran beside it."""
+    wanted = name, "BN_frozen", images, [rate, *_rates(data, "BN_frozen", images)[:1]]
+    found = [
+        d
+        for d in data["differences"]
+        if (d["ours"], d["theirs"], d["images"], d["learning_rates"]) == wanted
+    ]
+    if not found:
+        return ""
+    by_task = [_mean_over_seeds([d for d in found if d["task"] == task]) for task in TASKS]
+    return " / ".join(f"{value:+.1f}" for value, _ in by_task) + f" ({by_task[0][1]})"
+
+
+def _mean_over_seeds(differences: List[Dict]) -> Tuple[float, int]:
+    """The mean of differences that were taken over several seeds each, and the number of seeds.
+
+    Each seed counts once, in the difference that has the most of them.
+    """
+    values, seeds = [], set()
+    for difference in sorted(differences, key=lambda d: -len(d["seeds"])):
+        if seeds.isdisjoint(difference["seeds"]):
+            seeds.update(difference["seeds"])
+            values += [difference["difference"]] * len(difference["seeds"])
+    return mean(values), len(seeds)
 
 
 def zoo_table(data: Dict) -> str:

@@ -10,6 +10,8 @@ from evidence import report
 from evidence.picture import draw_detection
 from PIL import Image
 
+from kn_detectron import InputError
+
 from .results import run
 
 
@@ -61,6 +63,7 @@ def test_a_run_that_was_repeated_beside_others_leaves_the_old_one_and_is_kept():
     assert report.added(data, {"runs": []})["again"] == [repeat]
     assert report.added(data, report.without_repeats(old, new, ["BN"]))["again"] == [repeat]
     assert report.without_repeats(old, new, [])["runs"] == [repeat, other]
+    assert report.without_repeats(data, {"runs": [other]}, ["BN"]) == {"runs": [other], "again": []}
 
 
 def test_results_of_runs_are_collected_with_their_differences(tmp_path):
@@ -102,7 +105,7 @@ def test_results_of_runs_are_collected_with_their_differences(tmp_path):
 
     (tmp_path / "runs" / "again").mkdir()
     shutil.copytree(folder, tmp_path / "runs" / "again" / folder.name)
-    with pytest.raises(ValueError, match="seed of another run .* each run once"):
+    with pytest.raises(InputError, match="seed of another run .* each run once"):
         report.collect_detection(tmp_path / "runs", str(tmp_path / "truth.json"), samples=5)
 
 
