@@ -53,7 +53,6 @@ venv: $(installed)
 	  --target "$$($(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; }
 	$(if $(filter venv,$(MAKECMDGOALS)),@echo "Installed. Activate it: . .venv/bin/activate")
 
-# --no-compile: Python compiles a module at its first import, and most are never imported.
 $(installed): $(requirements) setup.py pyproject.toml
 	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON) here: install Python 3.10\
 	 or newer, or name it with PYTHON=..." >&2; exit 1; }
@@ -64,7 +63,7 @@ $(installed): $(requirements) setup.py pyproject.toml
 	@echo "Installing into .venv: with torch and its CUDA libraries some 3 GB to download and\
 	 6 GB on disk, a minute to half an hour depending on the network."
 	@"$(PYTHON)" -m venv .venv
-	@$(bin)/python -m pip install --no-compile -r requirements/dev.txt
+	@$(bin)/python -m pip install -r requirements/dev.txt
 	@$(bin)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
