@@ -1,6 +1,7 @@
 """The wheel has what an installed kn_detectron needs, and asks for what it can get."""
 
 import ast
+import graphlib
 import os
 import re
 import shutil
@@ -138,3 +139,19 @@ def test_make_says_what_it_lacks(tmp_path, variables, sentence):
     assert result.returncode != 0
     assert sentence in result.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_packages_import_each_other_in_one_direction():
+    """Packages and modules at the top; ``__init__`` puts them together."""
+    imports = {}
+    for path in (ROOT / "kn_detectron").rglob("*.py"):
+        module = path.relative_to(ROOT).with_suffix("").parts
+        importing = imports.setdefault(module[1], set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                target = [*module[: -node.level], *(node.module or "").split(".")]
+                names = [target[1]] if target[1] else [alias.name for alias in node.names]
+                importing.update(set(names) - {module[1]})
+    assert {"layers", "modeling"} <= imports["__init__"]
+    order = list(graphlib.TopologicalSorter(imports).static_order())
+    assert order.index("layers") < order.index("modeling") < order.index("checkpoint")

@@ -30,7 +30,7 @@ from kn_detectron.engine.command_line import read_config, run
 from kn_detectron.engine.output_dir import make_writable
 from kn_detectron.engine.pictures import BrightVisualizer
 from kn_detectron.engine.prediction import coco_results, shown
-from kn_detectron.errors import InputError
+from kn_detectron.errors import InputError, one_line
 from kn_detectron.model_zoo import get_checkpoint_file, get_config_file
 
 # Behind kn_detectron, which makes old versions of detectron2 importable.
@@ -121,13 +121,16 @@ def detect(mapper, model, path):
     try:
         image = read_image(str(path), "RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
-        raise InputError(f"{path} cannot be read ({error}): give an intact image file.") from error
+        raise InputError(
+            f"{path} cannot be read ({one_line(error)}): give an intact image file."
+        ) from error
     height, width = image.shape[:2]
     try:
         inputs = mapper({"file_name": str(path)})
     except ValueError as error:
         raise InputError(
-            f"{path}, which is {width} x {height} pixels, cannot be resized ({error}): crop it."
+            f"{path}, which is {width} x {height} pixels, cannot be resized ({one_line(error)}): "
+            "crop it."
         ) from error
     return image, model([inputs])[0]["instances"].to("cpu")
 

@@ -7,8 +7,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from ..errors import InputError
+from ..files import atomic_write, explained_write_errors, fetch, remove_partial_files
 from .conventions import CHECKPOINT_KEY, Conventions, differences
-from .files import atomic_write, explained_write_errors, fetch, remove_partial_files
 from .loading import load_weights
 from .sources import read_weights
 

@@ -14,12 +14,12 @@ from detectron2.config import get_cfg
 from torch import Tensor
 
 from ..config import add_kn_config
-from ..errors import InputError
+from ..errors import InputError, one_line
+from ..files import atomic_write, explained_write_errors, fetch
 from ..layers import KN_STATE
 from ..layers.kalman_filter import VARIANTS
 from .architecture import resnet_of
 from .conventions import CHECKPOINT_KEY
-from .files import atomic_write, explained_write_errors, fetch
 from .loading import GAINS, load_weights
 from .matching import RESNET_STAGE, leaf
 from .sources import Weights, read_weights
@@ -136,7 +136,7 @@ def _convert(
     try:
         model = resnet_of(resnet.tensors, norm, variant, image_var)
     except (AssertionError, IndexError, KeyError, ValueError, ZeroDivisionError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        reason = one_line(error) + (" is missing" if isinstance(error, KeyError) else "")
         raise InputError(
             f"{path} has a ResNet whose architecture cannot be read off its tensors ({reason}): "
             "give weights of a plain ResNet or ResNeXt."

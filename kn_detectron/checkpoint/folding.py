@@ -22,10 +22,10 @@ from detectron2.modeling import build_model
 
 from ..config import check_config
 from ..errors import InputError
+from ..files import atomic_write, explained_write_errors
 from ..layers import KN_STATE, GroupKalmanNorm2d, KalmanNetwork, KalmanNorm2d
 from .checkpointer import KNCheckpointer
 from .conventions import CHECKPOINT_KEY, Conventions
-from .files import atomic_write, explained_write_errors
 from .matching import leaf, match
 
 __all__ = ["fold", "fold_network", "fold_weights", "stock_config"]

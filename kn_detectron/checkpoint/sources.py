@@ -20,11 +20,16 @@ import numpy as np
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 
-from ..errors import InputError
+from ..errors import InputError, one_line
+from ..files import (
+    is_numeric,
+    read_container,
+    unwrapped_content,
+    unwrapped_names,
+    without_wrappers,
+)
 from ..layers import KN_STATE
-from .containers import read_container
 from .conventions import CHECKPOINT_KEY, Conventions
-from .wrapping import is_numeric, unwrapped_content, unwrapped_names, without_wrappers
 
 __all__ = ["Weights", "read_weights"]
 
@@ -78,7 +83,7 @@ def read_weights(path: str, own: Collection[str] = ()) -> Weights:
     Pickles of detectron2's model zoo (MSRA, FAIR, detectors), of Caffe2 and Detectron1; ``.pth`` of
     torchvision and timm (ResNet-18 to 152, ResNeXt; also their training checkpoints) and timm's
     ``.safetensors``; ``.pth`` of detectron2 and of this package. They are told apart by the names
-    in them, not by that of the file. See :mod:`kn_detectron.checkpoint.containers` for safety.
+    in them, not by that of the file. See :mod:`kn_detectron.files.containers` for safety.
 
     Networks that this package takes from torchvision and timm keep their names. So the names in a
     file of this package, and those of the model itself, are left as they are.
@@ -126,7 +131,8 @@ def _from_caffe2(state, rest, path, is_detectron1: bool) -> Weights:
         state, _ = convert_c2_detectron_names(state)
     except (AssertionError, IndexError, RuntimeError) as error:
         raise InputError(
-            f"{path} is not a checkpoint of Caffe2, although its names are ({error}): use another."
+            f"{path} is not a checkpoint of Caffe2, although its names are ({one_line(error)}): use "
+            "another."
         ) from error
     is_resnext = _groups(state) > 1
     conventions = dataclasses.replace(

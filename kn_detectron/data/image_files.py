@@ -7,7 +7,7 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .pixels import check_mode
 
 __all__ = ["check_headers", "fault_of_image"]
@@ -73,10 +73,7 @@ def _look_at(path, annotated_size, decode):
     except MemoryError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
-        if isinstance(error, FileNotFoundError):
-            reason = "no such file"
-        else:
-            reason = f"{error}".replace("\n", " ") or type(error).__name__
+        reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
         fault = (
             f"Image {path} of the dataset cannot be read ({reason}): expected an intact image "
             "file, replace it or remove it from the annotations."

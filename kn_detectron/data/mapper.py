@@ -1,6 +1,6 @@
 """A dataset mapper that names the image it cannot use."""
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .image_files import fault_of_image
 
 __all__ = ["CheckedMapper", "first_sentence"]
@@ -80,8 +80,8 @@ class CheckedMapper:
         if isinstance(error, ValueError) and sides[1] > 100 * sides[0] > 0:
             return (
                 f"Image {dataset_dict['file_name']} of the dataset, with sides of {sides[0]} and "
-                f"{sides[1]} pixels, cannot be resized ({error}): crop it, or remove it from the "
-                "annotations."
+                f"{sides[1]} pixels, cannot be resized ({one_line(error)}): crop it, or remove it from "
+                "the annotations."
             )
         return None
 

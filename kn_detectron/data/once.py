@@ -6,8 +6,8 @@ from pathlib import Path
 
 from iopath.common.file_io import file_lock
 
-from ..checkpoint.files import explained_write_errors
 from ..errors import InputError
+from ..files import explained_write_errors
 
 __all__ = ["write_once"]
 

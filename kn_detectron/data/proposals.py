@@ -4,8 +4,8 @@ import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from ..checkpoint.containers import read_container
 from ..errors import InputError
+from ..files import read_container
 
 __all__ = ["check_proposals"]
 

@@ -18,8 +18,8 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..checkpoint.files import atomic_write, explained_write_errors
 from ..errors import InputError
+from ..files import atomic_write, explained_write_errors
 from .annotations import Uses, check_annotations
 from .image_files import check_headers
 from .register import prepare_dataset

@@ -20,7 +20,6 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..checkpoint.files import atomic_write, explained_full_disk
 from ..compat import without_notices
 from ..config import add_kn_config, check_config
 from ..data import (
@@ -30,7 +29,8 @@ from ..data import (
     register_named_folders,
     use_checked_datasets,
 )
-from ..errors import InputError
+from ..errors import InputError, one_line
+from ..files import atomic_write, explained_full_disk
 from .detectron2_keys import check_detectron2_keys
 from .logs import full_disk_told_once
 from .output_dir import make_output_dir
@@ -181,17 +181,17 @@ def _merge_file(cfg, path):
         cfg.merge_from_file(path)
     except yaml.YAMLError as error:
         raise InputError(
-            f"Config file {path} is not valid YAML ({_one_line(error)}): correct it."
+            f"Config file {path} is not valid YAML ({one_line(error)}): correct it."
         ) from error
     except OSError as error:  # of _BASE_
         raise InputError(
-            f"Config file {path} has a _BASE_ that cannot be read ({_one_line(error)}): give a path "
+            f"Config file {path} has a _BASE_ that cannot be read ({one_line(error)}): give a path "
             "from the folder of the config file, or an absolute one."
         ) from error
     # What detectron2 and yacs raise depends on how the content is wrong.
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"Config file {path} cannot be used ({_one_line(error)}): correct or remove the entry"
+            f"Config file {path} cannot be used ({one_line(error)}): correct or remove the entry"
             f"{_form_that_fits(error)}."
         ) from error
 
@@ -219,7 +219,7 @@ def merge_options(cfg, options):
             cfg.merge_from_list([key, value])
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{key} {value} cannot be set ({_one_line(error)}): correct the key or the value"
+                f"{key} {value} cannot be set ({one_line(error)}): correct the key or the value"
                 f"{_form_that_fits(error)}."
             ) from error
 
@@ -252,12 +252,6 @@ def _form_that_fits(error):
     if wanted in ("tuple", "list"):
         return ', as in "(100,)" for a single 100'
     return ""
-
-
-def _one_line(error):
-    # str() of a KeyError is in quotes.
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split()).rstrip(".")
 
 
 def set_up(cfg, args):

@@ -13,8 +13,8 @@ from detectron2.evaluation.coco_evaluation import COCOeval, COCOeval_opt
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.logger import create_small_table
 
-from ..checkpoint.files import atomic_write
 from ..errors import InputError
+from ..files import atomic_write
 
 __all__ = [
     "FullCOCOEvaluator",

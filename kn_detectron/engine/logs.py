@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 
-from ..checkpoint.files import is_full_disk
+from ..files import is_full_disk
 
 __all__ = ["full_disk_told_once"]
 

@@ -21,7 +21,6 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
 from ..checkpoint import KNCheckpointer
-from ..checkpoint.files import atomic_write, is_full_disk
 from ..config import check_config
 from ..data import (
     build_test_loader,
@@ -29,7 +28,8 @@ from ..data import (
     check_datasets_once,
     first_sentence,
 )
-from ..errors import InputError
+from ..errors import InputError, one_line
+from ..files import atomic_write, is_full_disk
 from ..layers.modes import in_mode
 from .batches import AgreedBatches
 from .evaluation import build_coco_evaluator, check_test_augmentation, write_results
@@ -319,8 +319,8 @@ class Trainer(DefaultTrainer):
             self.seed = state_dict["seed"]
         except (KeyError, ValueError) as error:
             raise InputError(
-                f"The checkpoint in {self.cfg.OUTPUT_DIR} is not of a run like this one ({error}"
-                f"{describe_changes(before, plain(self.cfg))}): resume with the config and the "
+                f"The checkpoint in {self.cfg.OUTPUT_DIR} is not of a run like this one "
+                f"({one_line(error)}{describe_changes(before, plain(self.cfg))}): resume with the config and the "
                 "detectron2 it was started with, or give the checkpoint as MODEL.WEIGHTS of a new "
                 "run."
             ) from error

@@ -35,6 +35,7 @@ __all__ = [
     "normalized_convolution",
     "rectified",
     "residual_sum",
+    "started",
 ]
 
 
@@ -220,14 +221,17 @@ class ChainConv2d(Conv2d):
     chain: ChainConfig
 
     @classmethod
-    def from_conv(cls, conv: Conv2d, chain: ChainConfig) -> "ChainConv2d":
-        """Makes a link of a chain from a convolution, with its parameters and its norm.
+    def from_conv(cls, conv: nn.Conv2d, chain: ChainConfig) -> "ChainConv2d":
+        """Makes a link of a chain from a convolution, with its parameters.
+
+        Norm and activation are those of detectron2's Conv2d; torch's has none.
 
         Raises:
             TypeError: its activation is not a ReLU.
         """
-        if not isinstance(conv.activation, (nn.ReLU, type(None))):
-            raise TypeError(f"a link of a chain has a ReLU or no activation, not {conv.activation}")
+        activation = getattr(conv, "activation", None)
+        if not isinstance(activation, (nn.ReLU, type(None))):
+            raise TypeError(f"a link of a chain has a ReLU or no activation, not {activation}")
         link = cls(
             conv.in_channels,
             conv.out_channels,
@@ -238,14 +242,21 @@ class ChainConv2d(Conv2d):
             conv.groups,
             bias=conv.bias is not None,
             device="meta",
-            norm=conv.norm,
-            activation=conv.activation,
+            norm=getattr(conv, "norm", None),
+            activation=activation,
         )
         link.weight, link.bias, link.chain = conv.weight, conv.bias, chain
         return link
 
-    def forward(self, x: Union[Tensor, Feature]) -> Union[Tensor, Feature]:
+    def forward(
+        self, x: Union[Tensor, Feature], norm: Optional[nn.Module] = None
+    ) -> Union[Tensor, Feature]:
         """Convolves and normalises a feature map, with the belief about it or alone.
+
+        Args:
+            x: the feature map.
+            norm: if x has a belief, the norm in place of the link's own, for a convolution that
+                several norms share.
 
         Raises:
             TypeError: the norm was replaced by one that takes no prior.
@@ -261,7 +272,7 @@ class ChainConv2d(Conv2d):
                     "then eval() of those norms or stages that shall keep their statistics"
                 )
             return Feature(super().forward(x.value))
-        y = normalized_convolution(x, self, self.norm, self.chain)
+        y = normalized_convolution(x, self, self.norm if norm is None else norm, self.chain)
         return y if self.activation is None else rectified(y, self.chain.transition)
 
 
@@ -315,6 +326,11 @@ def link_convolutions(
         if child in links:
             setattr(module, name, links[child])
     return list(links.values())
+
+
+def started(x: Feature, transition: Transition) -> Feature:
+    """Makes the belief about a feature, if there is one, a source for convolutions."""
+    return x if x.belief is None else Feature(x.value, transition.start(x.belief, x.value))
 
 
 def rectified(x: Feature, transition: Transition) -> Feature:

@@ -25,6 +25,7 @@ from .chain import (
     feature_of,
     link_convolutions,
     residual_sum,
+    started,
 )
 from .network import build_kn_network_backbone
 from .resnet import build_kn_resnet_backbone
@@ -78,6 +79,7 @@ class KNFPN(FPN):
     def fuse(self, bottom_up: Features) -> Features:
         """Makes the levels of the features of ``bottom_up``; see :meth:`forward`."""
         keeps_beliefs = self.training or self.chain.predicts_in_evaluation
+        transition = self.chain.transition
         levels, fused = [], None
         for name, lateral, output in zip(
             reversed(self.in_features), self.lateral_convs, self.output_convs
@@ -92,9 +94,9 @@ class KNFPN(FPN):
                     "another feature, or, if only bottom_up is in evaluation mode, call train() of "
                     "the whole model"
                 )
-            below = lateral(self._started(feature))
+            below = lateral(started(feature, transition))
             fused = below if fused is None else self._fuse(below, fused)
-            levels.insert(0, output(self._started(fused)))
+            levels.insert(0, output(started(fused, transition)))
         outputs = Features()
         for name, level in zip(self._out_features, levels):
             outputs[name] = level.value
@@ -103,12 +105,6 @@ class KNFPN(FPN):
         if self.top_block is not None:
             self._add_top_levels(outputs, bottom_up)
         return outputs
-
-    def _started(self, x: Feature) -> Feature:
-        """A feature whose belief is a source for convolutions."""
-        if x.belief is None:
-            return x
-        return Feature(x.value, self.chain.transition.start(x.belief, x.value))
 
     def _fuse(self, lateral: Feature, above: Feature) -> Feature:
         upsampled = F.interpolate(above.value, scale_factor=2.0, mode="nearest")
@@ -133,7 +129,7 @@ class KNFPN(FPN):
         if not isinstance(self.top_block, LastLevelP6P7):
             return []
         transition = self.chain.transition
-        p6 = transition.conv(self._started(below).belief, self.top_block.p6)
+        p6 = transition.conv(transition.start(below.belief, below.value), self.top_block.p6)
         p7 = transition.conv(transition.relu(p6, values[0]), self.top_block.p7)
         return [p6, p7]
 

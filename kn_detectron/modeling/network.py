@@ -12,6 +12,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from ..config import check_config
 from ..errors import InputError
+from ..files import fetch, read_container, unwrapped_content
 from ..layers import Belief, KalmanNetwork, convert_kalman_norm
 from ..networks import build_network
 from ..networks.efficientnet import is_efficientnet_port, timm_names
@@ -221,11 +222,6 @@ def _block_ends(in_training: Sequence[str], in_evaluation: Sequence[str]) -> Lis
 
 
 def _load(extractor: nn.Module, path: str, name: str) -> None:
-    # Imported here, because the package of the readers imports this one.
-    from ..checkpoint.containers import read_container
-    from ..checkpoint.files import fetch
-    from ..checkpoint.wrapping import unwrapped_content
-
     try:
         file = fetch(path)
     except InputError as error:

@@ -17,12 +17,13 @@ from ..errors import InputError
 from ..layers.belief import affine
 from .chain import (
     ChainConfig,
+    ChainConv2d,
     Feature,
     Features,
     WithBelief,
     build_norm,
-    normalized_convolution,
     rectified,
+    started,
 )
 
 __all__ = ["KNRetinaNet", "KNRetinaNetHead", "LevelNorms"]
@@ -48,26 +49,23 @@ class LevelNorms(nn.ModuleList):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Feature, level: int, conv: nn.Conv2d, chain: ChainConfig) -> Feature:
+    def forward(self, x: Feature, level: int, conv: ChainConv2d) -> Feature:
         """Convolves the features of a level, normalises them, and scales and shifts them.
 
         Args:
             x: shape (N, C_in, H, W). Its belief is a source of the transition, or None.
             level: the number of the level; 0 is the finest.
             conv: the convolution.
-            chain: the settings of the layers.
 
         Returns:
             Feature: shape (N, C, H, W), in front of the activation, with the belief to pass on.
         """
-        if x.belief is None:
-            y = Feature(self[level](conv(x.value)))
-        else:
-            y = normalized_convolution(x, conv, self[level], chain)
+        norm = self[level]
+        y = Feature(norm(conv(x.value))) if x.belief is None else conv(x, norm)
         weight, bias = (p.to(y.value.dtype)[:, None, None] for p in (self.weight, self.bias))
         belief = y.belief
         # The paper variant passes on the belief about the feature in front of its normalisation.
-        if belief is not None and chain.variant == "network":
+        if belief is not None and conv.chain.variant == "network":
             belief = affine(belief, self.weight, self.bias)
         return Feature(torch.addcmul(bias, y.value, weight), belief)
 
@@ -92,6 +90,7 @@ class KNRetinaNetHead(RetinaNetHead):
         for name in _TOWERS:
             tower = getattr(self, name)
             for i in range(0, len(tower), 3):
+                tower[i] = ChainConv2d.from_conv(tower[i], chain)
                 tower[i + 1] = LevelNorms(chain, tower[i].out_channels, len(input_shape))
 
     @classmethod
@@ -129,9 +128,7 @@ class KNRetinaNetHead(RetinaNetHead):
     def _started(self, x: Union[Tensor, Feature]) -> Feature:
         if isinstance(x, Tensor):
             x = Feature(x)
-        if x.belief is not None:
-            return Feature(x.value, self.chain.transition.start(x.belief, x.value))
-        if self.training or self.chain.predicts_in_evaluation:
+        if x.belief is None and (self.training or self.chain.predicts_in_evaluation):
             raise InputError(
                 "The priors of RetinaNet's towers start from the beliefs about the levels, of which "
                 'there are none: set MODEL.META_ARCHITECTURE "KNRetinaNet", MODEL.BACKBONE.NAME '
@@ -139,12 +136,12 @@ class KNRetinaNetHead(RetinaNetHead):
                 'MODEL.RESNETS.NORM or to "", or, if only the backbone is in evaluation mode, call '
                 "train() of the whole model"
             )
-        return x
+        return started(x, self.chain.transition)
 
     def _run(self, tower: nn.Sequential, x: Feature, level: int) -> Tensor:
         layers = list(tower)
         for conv, norms in zip(layers[::3], layers[1::3]):
-            x = rectified(norms(x, level, conv, self.chain), self.chain.transition)
+            x = rectified(norms(x, level, conv), self.chain.transition)
         return x.value
 
     def adopt(self, state: Dict[str, Tensor], prefix: str) -> None:

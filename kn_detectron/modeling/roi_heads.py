@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers.belief import Belief, roi_align
-from .chain import ChainConfig, Feature, Features, feature_of
+from .chain import ChainConfig, Feature, Features, feature_of, started
 from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
 from .poolers import BeliefPooler
 from .resnet import make_kn_stage
@@ -48,8 +48,7 @@ class KNRes5ROIHeads(Res5ROIHeads):
         belief = features[0].belief
         if belief is not None:
             belief = roi_align(belief, [len(b) for b in boxes])
-            belief = self.res5[0].chain.transition.start(belief, x)
-        return self.res5(Feature(x, belief)).value
+        return self.res5(started(Feature(x, belief), self.res5[0].chain.transition)).value
 
     def _with_beliefs(self, features: Dict[str, Tensor]) -> Dict[str, Feature]:
         """The features that the heads use, with their beliefs."""

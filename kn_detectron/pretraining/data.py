@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from ..data import TrainLoader, as_eight_bits
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .config import micro_batch
 
 __all__ = ["build_eval_loader", "build_train_loader", "open_folders", "training_transform"]
@@ -103,10 +103,9 @@ class _ImageMapper:
         except MemoryError:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
-                f"Image {path} cannot be read ({reason}): expected an intact image file, replace "
-                "it or remove it."
+                f"Image {path} cannot be read ({one_line(error)}): expected an intact image file, "
+                "replace it or remove it."
             ) from error
         pixels = np.asarray(self._transform(image))
         return pixels[:, :, :: self._step].transpose(2, 0, 1), sample["label"]

@@ -3,7 +3,7 @@
 import torch
 
 from ..checkpoint.conventions import CHECKPOINT_KEY
-from ..checkpoint.files import atomic_write
+from ..files import atomic_write
 
 __all__ = ["export_backbone"]
 

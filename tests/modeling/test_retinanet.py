@@ -10,6 +10,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.nn.utils import prune
 
 from kn_detectron import InputError, registration
 from kn_detectron.checkpoint import KNCheckpointer, calibrate
@@ -168,7 +169,7 @@ def test_belief_of_the_towers_is_true_of_gaussian_features():
     conv, norms = head.cls_subnet[0], head.cls_subnet[1]
     torch.nn.init.normal_(conv.weight)
     priors = priors_of(head)
-    y = norms(x, 0, conv, chain)
+    y = norms(x, 0, conv)
     assert_true_of(priors["cls_subnet.1.0"], conv(x.value))
     assert_true_of(y.belief, y.value)
 
@@ -177,16 +178,15 @@ def test_belief_of_the_towers_is_true_of_gaussian_features():
 @pytest.mark.parametrize("variant", ["network", "paper"])
 def test_belief_behind_scale_and_shift(norm, variant):
     """The network variant's is about what the next convolution gets, the paper's is not."""
-    chain = ChainConfig(norm=norm, variant=variant, num_groups=1)
     model = model_of(norm, MODEL__KN__VARIANT=variant)
     norms, conv = model.head.cls_subnet[1], model.head.cls_subnet[0]
     x = tower_inputs(model.train(), images())[0]
-    before = norms(x, 0, conv, chain).belief
+    before = norms(x, 0, conv).belief
     with torch.no_grad():
         norms.weight.mul_(3)
         norms.bias.add_(2)
         weight, bias = norms.weight / 3, norms.bias - 2
-    after = norms(x, 0, conv, chain).belief
+    after = norms(x, 0, conv).belief
     if variant == "paper":
         torch.testing.assert_close(after, before)
     else:
@@ -278,6 +278,23 @@ def test_mixed_precision_training_step(norm):
     sum(losses.values()).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("gain", [0.1, 0.0])
+@pytest.mark.parametrize("norm", ["KN", "GKN"])
+def test_hooks_on_the_convolutions_of_the_towers_are_called_in_training(norm, gain):
+    """As torch's pruning does it, whose hook makes the weight before each call."""
+    model = model_of(norm, MODEL__KN__GAIN=gain, MODEL__KN__LEARN_GAIN=gain > 0)
+    levels = tower_inputs(model.train(), images(1, 64))
+    tower = model.head.cls_subnet
+    before, _ = model.head(levels)
+    for i in (0, 3):
+        prune.random_unstructured(tower[i], "weight", amount=0.5)
+        with torch.no_grad():
+            tower[i].weight_orig.zero_()  # of which the next call makes its weight
+    after, _ = model.head(levels)
+    assert all((tower[i].weight == 0).all() for i in (0, 3))
+    assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_evaluation_with_moving_statistics_needs_no_belief():

@@ -15,6 +15,8 @@ from detectron2.utils import comm
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kn_detectron.errors import one_line
+
 from .candidates import Candidate, NotRun, build
 from .presets import Group
 
@@ -164,7 +166,7 @@ def _prepare(group: Group, name: str, device: torch.device, warmup: int):
     except (NotImplementedError, RuntimeError) as error:
         # A whole run must not be lost to one candidate.
         lacks = _is_lack(error, group)
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         row.update(status="not run" if lacks else "failed", reason=reason)
         if not lacks:
             traceback.print_exc()

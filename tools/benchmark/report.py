@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 import kn_detectron
-from kn_detectron.checkpoint.files import atomic_write
+from kn_detectron.files import atomic_write
 
 from .presets import WHATS
 

@@ -8,8 +8,8 @@ from typing import Callable, Dict, Iterable, List
 import torch
 import tqdm
 
-from kn_detectron.checkpoint.files import atomic_write
 from kn_detectron.errors import InputError
+from kn_detectron.files import atomic_write
 
 __all__ = ["read_results", "run_all", "run_apart", "write_result"]
 

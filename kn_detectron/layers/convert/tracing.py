@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from ...errors import InputError
+from ...errors import InputError, one_line
 from ..modes import in_mode
 from .rules import is_ruled
 
@@ -123,7 +123,7 @@ def trace(network: nn.Module, training: bool) -> fx.Graph:
         except Exception as error:  # forward gets proxies, with which anything may fail
             raise InputError(
                 f"{type(network).__name__} cannot be traced by torch.fx, which the conversion to "
-                f"KN needs: {_origin(error)} ({error}). Move code that depends on the values or "
+                f"KN needs: {_origin(error)} ({one_line(error)}). Move code that depends on the values or "
                 "sizes of the input out of forward, or convert parts of the network without it."
             ) from error
     if not next(iter(reversed(graph.nodes))).all_input_nodes:

@@ -6,6 +6,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
+from ...errors import one_line
 from ..belief import Belief
 from ..filter import Running, Spec, Vectors
 from ..sets import Sets
@@ -35,7 +36,7 @@ def disagreement(operation, twin, variant: Tuple, device: torch.device) -> Optio
         for a, b in zip(got, want):
             torch.testing.assert_close(a.double(), b.double(), rtol=1e-3, atol=1e-4)
     except Exception as error:  # a compiler that is missing, a GPU that Triton does not know, ...
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"{type(error).__name__}: {one_line(error)[:300]}"
     return None
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 __all__ = ["read_container"]
 
@@ -142,7 +142,7 @@ def _read_safetensors(path):
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"{path} is damaged or truncated ({_one_line(error)}): copy it again."
+            f"{path} is damaged or truncated ({one_line(error)}): copy it again."
         ) from error
 
 
@@ -162,11 +162,7 @@ def _read_pickle(path):
             return _ArrayUnpickler(file, encoding="latin1").load()
     except Exception as error:  # pickle reports bytes it cannot read with nearly every type
         raise InputError(
-            f"{path} is not a checkpoint ({_one_line(error)}): a file of torch.save, .safetensors "
+            f"{path} is not a checkpoint ({one_line(error)}): a file of torch.save, .safetensors "
             "or a pickled dict of numpy arrays was expected; copy it again, or save a model's "
             "state_dict with torch.save."
         ) from error
-
-
-def _one_line(error):
-    return " ".join(str(error).split()).rstrip(".")

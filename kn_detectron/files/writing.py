@@ -1,11 +1,9 @@
-"""Writing files that are never half there, and fetching files from elsewhere."""
+"""Writing files that are never half there."""
 
 import contextlib
 import errno
 import glob
 import os
-
-from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError
 
@@ -13,7 +11,6 @@ __all__ = [
     "atomic_write",
     "explained_full_disk",
     "explained_write_errors",
-    "fetch",
     "is_full_disk",
     "remove_partial_files",
 ]
@@ -104,29 +101,3 @@ def explained_full_disk(folder):
             f"{folder} cannot be written to ({error.strerror}): make room, then run the same "
             "command with --resume to go on from the last checkpoint."
         ) from error
-
-
-def fetch(path):
-    """Brings a file to this machine, if it is not there.
-
-    Args:
-        path (str): local file, or an address that detectron2's path manager knows.
-
-    Returns:
-        str: local file.
-
-    Raises:
-        InputError: there is no such file, or it cannot be downloaded.
-    """
-    local = path
-    if "://" in path:
-        try:
-            local = PathManager.get_local_path(path)
-        except Exception as error:  # each of iopath's handlers raises what its library does
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(
-                f"{path} cannot be downloaded ({reason}): give a local file instead"
-            ) from error
-    if not os.path.isfile(local):
-        raise InputError(f"{path} does not exist: give the path of a checkpoint")
-    return local

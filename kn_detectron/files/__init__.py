@@ -1,0 +1,26 @@
+"""Files: fetched, read without trusting them, and written so that they are never half there."""
+
+from .containers import read_container
+from .fetching import fetch
+from .wrapping import is_numeric, unwrapped_content, unwrapped_names, without_wrappers
+from .writing import (
+    atomic_write,
+    explained_full_disk,
+    explained_write_errors,
+    is_full_disk,
+    remove_partial_files,
+)
+
+__all__ = [
+    "atomic_write",
+    "explained_full_disk",
+    "explained_write_errors",
+    "fetch",
+    "is_full_disk",
+    "is_numeric",
+    "read_container",
+    "remove_partial_files",
+    "unwrapped_content",
+    "unwrapped_names",
+    "without_wrappers",
+]
