@@ -31,7 +31,7 @@ from ..modeling import (
     KNStandardROIHeads,
 )
 
-__all__ = ["calibrate", "fit_process_noise", "is_exact"]
+__all__ = ["calibrate", "fit_process_noise"]
 
 # For the paper variant: the smallest R, with which layers start anyway, and a gain near BatchNorm.
 _LEAST_NOISE = math.log1p(math.exp(INITIAL_PROCESS_NOISE))

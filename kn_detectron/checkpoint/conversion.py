@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..config import add_kn_config
 from ..errors import InputError, one_line
-from ..files import atomic_write, explained_write_errors, fetch
+from ..files import fetch
 from ..layers import KN_STATE
 from ..layers.kalman_filter import VARIANTS
 from .architecture import resnet_of
-from .conventions import CHECKPOINT_KEY
 from .loading import GAINS, load_weights
 from .matching import RESNET_STAGE, leaf
 from .sources import Weights, read_weights
+from .writing import write_weights
 
 __all__ = ["NORMS", "convert_weights"]
 
@@ -67,15 +67,7 @@ def convert_weights(
         state = _with_norm(weights, source, norm, variant)
     if half:
         state = {name: t.half() if t.dim() > 1 else t for name, t in state.items()}
-    content = {
-        "model": state,
-        "matching_heuristics": weights.matching_heuristics,
-        "__author__": "kn_detectron",
-        CHECKPOINT_KEY: weights.conventions.to_dict(),
-    }
-    with explained_write_errors(target, "give another place for it."):
-        with atomic_write(target) as file:
-            torch.save(content, file)
+    write_weights(target, state, weights.conventions, weights.matching_heuristics)
 
 
 def _with_norm(weights: Weights, path: str, norm: str, variant: str) -> Dict[str, Tensor]:

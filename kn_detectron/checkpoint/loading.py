@@ -10,8 +10,9 @@ from fvcore.common.checkpoint import get_missing_parameters_message
 
 from ..errors import InputError
 from ..layers import KN_STATE, KalmanNorm2d, kalman_layers
+from ..layers.calibration import is_exact
 from ..modeling import KNRetinaNetHead
-from .calibration import calibrate, fit_process_noise, is_exact
+from .calibration import calibrate, fit_process_noise
 from .matching import STATISTICS, essential_names, extra_layers, leaf, match
 from .report import table
 

@@ -17,9 +17,14 @@ class AgreedBatches:
     save the steps before.
     """
 
-    def __init__(self, loader):
+    def __init__(self, loader, stop):
+        """
+        Args:
+            loader: any iterable of batches.
+            stop (StopOnSignal): the trainer's.
+        """
         self.loader = loader
-        self.stop = None  # the trainer's StopOnSignal
+        self.stop = stop
         self._iterator = None
 
     def __iter__(self):

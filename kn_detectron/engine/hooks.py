@@ -12,9 +12,9 @@ from detectron2.utils import comm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint.calibration import calibrate, is_exact
-from ..layers import KalmanNorm2d, kalman_layers, set_gain_scale
-from ..layers.kalman_filter import KN_STATE
+from ..checkpoint import calibrate
+from ..layers import KN_STATE, KalmanNorm2d, kalman_layers, set_gain_scale
+from ..layers.calibration import is_exact
 
 __all__ = [
     "AverageRunningStatistics",

@@ -96,7 +96,8 @@ class Trainer(DefaultTrainer):
         self.check_datasets(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        self._batches = AgreedBatches(_resumable(self.build_train_loader(cfg)))
+        self._stop = StopOnSignal()
+        self._batches = AgreedBatches(_resumable(self.build_train_loader(cfg)), self._stop)
         on_gpu = next(model.parameters()).is_cuda
         model = create_ddp_model(
             model, broadcast_buffers=False, **({} if on_gpu else {"device_ids": None})
@@ -110,8 +111,6 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.seed = self._batches.loader.seed
         self.cfg = cfg
-        self._stop = StopOnSignal()
-        self._batches.stop = self._stop
         self._last_eval_results = None
         self.register_hooks(self.build_hooks())
 

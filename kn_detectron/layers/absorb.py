@@ -13,10 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from .belief import Belief
 from .filter import Running, Spec, Vectors, filter_belief, track
+from .introspection import is_traced
 from .normalize import Filter, scale_of
-from .triton import fastest, is_traced
+from .triton import fastest
 
-__all__ = ["Absorbed", "absorb", "has_hooks"]
+__all__ = ["Absorbed", "absorb"]
 
 
 class Absorbed(NamedTuple):
@@ -49,16 +50,6 @@ def absorb(conv: nn.Conv2d, v: Vectors, spec: Spec, running: Optional[Running] =
     compute = _composed if is_traced(conv.weight) else _Absorb.apply
     weight, bias, *belief = compute(conv.weight, conv.bias, spec, running, *v)
     return Absorbed(weight, bias, Belief(*belief))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody watches the calls of a module, which then have to be made."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .belief import Belief, relu
-from .triton import is_traced
+from .introspection import is_traced
 
 __all__ = ["ACTIVATIONS", "Activation", "clip", "leaky_relu", "quadrature"]
 

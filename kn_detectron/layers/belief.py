@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .passes import pooled_moments
+from .passes import pooled_moments, statistics_dtype
 from .triton import fastest
 
 __all__ = [
@@ -339,7 +339,7 @@ def normalized(weight: Tensor, bias: Tensor) -> Belief:
     Returns:
         Belief: shape (1, C), in float32 or better.
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = statistics_dtype(weight)
     return Belief(bias.to(dtype)[None], weight.to(dtype).square()[None])
 
 
@@ -361,5 +361,5 @@ def frozen(norm: nn.Module, variant: str) -> Belief:
         if norm.weight is not None:
             return normalized(norm.weight, norm.bias)
         mean, var = torch.zeros_like(mean), torch.ones_like(var)
-    dtype = torch.promote_types(mean.dtype, torch.float32)
+    dtype = statistics_dtype(mean)
     return Belief(mean.to(dtype)[None], var.to(dtype)[None])

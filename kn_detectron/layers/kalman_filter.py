@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .belief import Belief
 from .filter import Vectors, process
-from .triton import is_traced
+from .introspection import is_traced
+from .passes import statistics_dtype
 
 __all__ = [
     "INITIAL_PROCESS_NOISE",
@@ -141,7 +142,7 @@ class KalmanFilter(nn.Module):
         """The effective gain q in [0, 1], a scalar tensor; None for a head."""
         if self.is_head:
             return None
-        dtype = torch.promote_types(self.gain_logit.dtype, torch.float32)
+        dtype = statistics_dtype(self.gain_logit)
         return self.gain_scale.to(dtype) * self.gain_logit.to(dtype).sigmoid()
 
     def set_gain_scale(self, scale: float) -> None:

@@ -5,9 +5,10 @@ from typing import Dict, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from .absorb import absorb, has_hooks
+from .absorb import absorb
 from .belief import Belief
 from .filter import Running, Spec, Vectors, filter_belief, group_belief
+from .introspection import has_hooks
 from .kalman_filter import OUTSIDE, KalmanFilter, Prior, cast
 from .normalize import filter_and_normalize
 from .passes import statistics_dtype

@@ -22,7 +22,8 @@ from .filter import (
     filter_belief,
     track,
 )
-from .triton import fastest, is_traced
+from .introspection import is_traced
+from .triton import fastest
 
 __all__ = ["Filter", "filter_and_normalize", "scale_of"]
 

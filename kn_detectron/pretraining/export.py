@@ -1,9 +1,6 @@
 """A classifier's backbone as a file for MODEL.WEIGHTS of a detector."""
 
-import torch
-
-from ..checkpoint.conventions import CHECKPOINT_KEY
-from ..files import atomic_write
+from ..checkpoint.writing import write_weights
 
 __all__ = ["export_backbone"]
 
@@ -18,15 +15,8 @@ def export_backbone(state, path, conventions):
         path (str): file to write or to replace.
         conventions (Conventions): of the config that it was trained with.
     """
-    model = {
+    bare = {
         name.removeprefix("backbone."): tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
     }
-    content = {
-        "model": model,
-        "matching_heuristics": True,
-        "__author__": "kn_detectron",
-        CHECKPOINT_KEY: conventions.to_dict(),
-    }
-    with atomic_write(path) as file:
-        torch.save(content, file)
+    write_weights(path, bare, conventions, matching_heuristics=True)

@@ -136,8 +136,7 @@ def _fails_together(rank):
             raise InputError("The image is broken.")
         yield "second"
 
-    agreed = AgreedBatches(batches())
-    agreed.stop = StopOnSignal()
+    agreed = AgreedBatches(batches(), StopOnSignal())
     assert next(agreed) == "first"
     with pytest.raises(InputError, match="The image is broken."):
         next(agreed)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from .. import belief as closed_form
-from ..absorb import has_hooks
 from ..belief import Belief
+from ..introspection import has_hooks
 from ..kalman_norm import KalmanNorm2d
-from ..passes import pooled_moments
+from ..passes import pooled_moments, statistics_dtype
 from ..transition import ClosedFormTransition, Transition
 
 __all__ = ["Chain", "ConvArguments"]
@@ -84,7 +84,7 @@ class Chain(nn.Module):
         """The belief about the images."""
         if not self.is_on:
             return None
-        dtype = torch.promote_types(self.image_var.dtype, torch.float32)
+        dtype = statistics_dtype(self.image_var)
         return Belief(self.image_mean.to(dtype), self.image_var.to(dtype))
 
     def frozen(self, norm: nn.Module) -> Optional[Belief]:

@@ -8,8 +8,8 @@ from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 from torch import Tensor, fx, nn
 
 from ...errors import InputError
-from ..absorb import has_hooks
 from ..calibration import fit_prior, is_exact, on_priors
+from ..introspection import has_hooks
 from ..kalman_norm import GroupKalmanNorm2d, KalmanNorm2d, kalman_layers
 from ..transition import ClosedFormTransition, Transition
 from .about import End

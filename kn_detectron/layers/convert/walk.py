@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Se
 
 from torch import fx, nn
 
-from ..absorb import has_hooks
+from ..introspection import has_hooks
 from .about import NO_FEATURE_MAP, About, End
 from .memory import Memory
 from .rules import find_rule

@@ -6,15 +6,17 @@ operators before its first use (:mod:`.check`). A variant that disagrees or does
 never used. With the environment variable KN_DETECTRON_TRITON=0 no kernel is used.
 """
 
+import functools
 import logging
 import os
 from typing import Dict, Iterator, Tuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-__all__ = ["fastest", "is_traced", "tensors_in"]
+from ..introspection import is_traced
+
+__all__ = ["fastest", "tensors_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,17 +25,6 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Whether a variant may be used, by operation, variant and device.
 _verdicts: Dict[Tuple, bool] = {}
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether operations on x are recorded and not executed: under torch.compile, torch.export or
-    torch.jit.trace, or because x is a fake or meta tensor."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or x.is_meta
-        or isinstance(x, FakeTensor)
-    )
 
 
 def tensors_in(values) -> Iterator[Tensor]:
@@ -56,7 +47,7 @@ def fastest(operation, *arguments):
     Returns:
         ``operation`` itself, or the class of :mod:`.kernels` with the same name.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or os.environ.get("KN_DETECTRON_TRITON", "1") == "0":
         return operation
     tensors = list(tensors_in(arguments))
     first = tensors[0]
@@ -74,24 +65,18 @@ def fastest(operation, *arguments):
     return twin
 
 
+@functools.lru_cache(maxsize=None)
 def _kernels():
-    """The module of Triton's kernels, or None where there are none."""
-    if os.environ.get("KN_DETECTRON_TRITON", "1") == "0":
+    """The module of Triton's kernels, or None where Triton is not installed."""
+    try:
+        from . import kernels
+    except ImportError as error:  # Triton is not there for every platform
+        logger.warning(
+            "Beliefs are computed without Triton's kernels, which needs more launches but gives "
+            f"the same results: {error}"
+        )
         return None
-    if "kernels" not in _loaded:
-        try:
-            from . import kernels
-        except ImportError as error:  # Triton is not installed on every platform
-            logger.warning(
-                "Beliefs are computed without Triton's kernels, which needs more launches but "
-                f"gives the same results: {error}"
-            )
-            kernels = None
-        _loaded["kernels"] = kernels
-    return _loaded["kernels"]
-
-
-_loaded: Dict[str, object] = {}
+    return kernels
 
 
 def _may_be_used(operation, twin, variant: Tuple, device: torch.device) -> bool:
