@@ -11,6 +11,7 @@ import torch
 import torchvision
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 import kn_detectron
 from kn_detectron.files import atomic_write
@@ -101,10 +102,6 @@ def _launches(row: Dict) -> str:
     return f"{found['forward']} + {found['backward']}" if found else "-"
 
 
-def _line(cells: List[str], widths: List[int]) -> str:
-    return f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths))} |"
-
-
 def format_group(group: Dict) -> str:
     """A group's result as a table in Markdown.
 
@@ -116,7 +113,8 @@ def format_group(group: Dict) -> str:
     bases = [base for base in group["bases"] if base in measured]
     memory = "peak MiB" if group["device"] == "cuda" else "saved MiB"
     launches = "launches" if group["device"] == "cuda" else "operations"
-    table = [["", "ms", *(f"/ {_label(base)}" for base in bases), memory, launches]]
+    head = ["", "ms", *(f"/ {_label(base)}" for base in bases), memory, launches]
+    table = []
     for row in group["rows"]:
         if row["status"] != "measured":
             continue
@@ -131,7 +129,7 @@ def format_group(group: Dict) -> str:
         table.append([*cells, size, _launches(row)])
     lines = [f"**{describe_group(group)}**", ""]
     if measured:
-        lines += [*_markdown(table), ""]
+        lines += [_markdown(head, table), ""]
     for row in group["rows"]:
         if row["status"] != "measured":
             lines.append(f"- {_label(row['name'])}: {row['status']}: {row['reason']}")
@@ -151,21 +149,20 @@ def format_summary(groups: List[Dict]) -> str:
     for (what, base, device), part in parts.items():
         rows = (row for group in part for row in group["rows"] if base in row.get("ratios", {}))
         names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != base]
-        table = [[f"{WHATS[what]}, time / {_label(base)}, {device}", *map(_label, names)]]
+        head = [f"{WHATS[what]}, time / {_label(base)}, {device}", *map(_label, names)]
+        table = []
         for group in part:
             rows = {row["name"]: row.get("ratios", {}).get(base) for row in group["rows"]}
             subject = f"{_subject(group)}, {group['dtype']}, {group['memory_format']}"
             ratios = (rows.get(name) for name in names)
             table.append([subject, *(f"{r['median']:.2f}" if r else "-" for r in ratios)])
         if names:
-            tables.append("\n".join(_markdown(table)) + "\n")
+            tables.append(_markdown(head, table) + "\n")
     return "\n".join(tables)
 
 
-def _markdown(table: List[List[str]]) -> List[str]:
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = [_line(table[0], widths), f"|{'|'.join('-' * (width + 2) for width in widths)}|"]
-    return lines + [_line(cells, widths) for cells in table[1:]]
+def _markdown(head: List[str], rows: List[List[str]]) -> str:
+    return tabulate(rows, head, "github", disable_numparse=True)
 
 
 def write_json(result: Dict, path: str) -> None:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from . import arms
 from .classification import CIFAR
-from .tables import by_setting
+from .tables import by_setting, images_text
 
 __all__ = ["draw_classification", "draw_detection", "draw_gaps"]
 
@@ -34,7 +34,7 @@ def draw_detection(data: Dict, path: Path) -> None:
         axis.set(title=title, xlim=(0, None))
         axis.grid(axis="x", alpha=0.3)
     labels = [
-        f"{arms.ARMS[name].label}: {images} image{'s' if images > 1 else ''}, rate {rate}"
+        f"{arms.ARMS[name].label}: {images_text(images)}, rate {rate}"
         for (name, images, rate), _ in rows
     ]
     axes[0].set_yticks(range(len(rows)), labels)

@@ -21,6 +21,7 @@ __all__ = [
     "classification_table",
     "detection_tables",
     "drift_table",
+    "images_text",
     "similarity_table",
     "summary_table",
     "variance_gap_table",
@@ -85,7 +86,7 @@ def detection_tables(data: Dict) -> str:
             "mask AP50",
             "box APs / m / l",
         ]
-        what = f"{images} image{'s' if images > 1 else ''} per step"
+        what = f"{images_text(images)} per step"
         parts.append(f"**{what}**, mean (lowest to highest of the seeds):")
         parts.append(tabulate(rows, header, tablefmt="github", disable_numparse=True))
         rows = _difference_rows(data, images)
@@ -107,6 +108,11 @@ def by_setting(data: Dict) -> Dict[Tuple[str, int, float], List[Dict]]:
     names = list(arms.ARMS)
     order = sorted(found, key=lambda setting: (-setting[1], names.index(setting[0]), setting[2]))
     return {setting: found[setting] for setting in order}
+
+
+def images_text(count: int) -> str:
+    """A number of images, in words."""
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def _rates(data: Dict, name: str, images: int) -> List[float]:
@@ -202,7 +208,7 @@ def zoo_table(data: Dict) -> str:
             rows.append(
                 [
                     arm.label,
-                    f"{run['steps']} x {images} image{'s' if images > 1 else ''}",
+                    f"{run['steps']} x {images_text(images)}",
                     rate,
                     run["seed"],
                     f"{run['results']['bbox']['AP']:.1f}",
@@ -255,7 +261,7 @@ def classification_table(data: Dict) -> str:
         cells = [_top1(runs, name, size) for size in sizes]
         if any(cell != _NOT_RUN for cell in cells):
             rows.append([arm.label, *cells])
-    header = ["norm", *(f"{size} image{'s' if size > 1 else ''}" for size in sizes)]
+    header = ["norm", *map(images_text, sizes)]
     return tabulate(rows, header, tablefmt="github")
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -66,8 +67,9 @@ def test_table_has_times_ratios_memory_launches_and_what_was_not_run():
 
 def test_table_of_a_gpu_has_the_peak_and_kernels():
     table = format_group(layer_result("cuda", peak_bytes=5 * 2**20, launches=None))
-    assert "| peak MiB  | launches |" in table and "saved" not in table
-    assert table.count("| 5 (1.000) | -        |") == 2
+    table = re.sub(" +", " ", table)
+    assert "| peak MiB | launches |" in table and "saved" not in table
+    assert table.count("| 5 (1.000) | - |") == 2
 
 
 def test_table_of_nothing_but_reasons():
