@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,15 +34,22 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def whole(runs):
-    """A run that nothing interrupted: its folder."""
-    status, output = run_train_net("OUTPUT_DIR", runs / "whole")
+def whole_begun(runs):
+    """A run that nothing interrupts, as a future. It goes on beside other runs."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(run_train_net, "OUTPUT_DIR", runs / "whole")
+
+
+@pytest.fixture(scope="session")
+def whole(runs, whole_begun):
+    """That run, finished: its folder."""
+    status, output = whole_begun.result()
     assert status == 0, output
     return runs / "whole"
 
 
 @pytest.fixture(scope="session")
-def interrupted(runs):
+def interrupted(runs, whole_begun):
     """The same run, told to stop on its way: its folder, what it printed and its exit status."""
     folder = runs / "interrupted"
     options = ["OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", 2]
