@@ -89,8 +89,9 @@ def _allowing_harmless_globals():
 def _read_torch(path):
     _check_archive(path)
     try:
-        with _allowing_harmless_globals():
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # Opened here, since new versions of torch would choose their reader by the file's name.
+        with open(path, "rb") as file, _allowing_harmless_globals():
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports bytes it cannot read with nearly every type
         if isinstance(error, pickle.UnpicklingError):
             found = re.search(r"GLOBAL (\S+)", str(error))  # as torch words it

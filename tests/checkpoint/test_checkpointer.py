@@ -170,24 +170,6 @@ def test_damaged_file(tmp_path, kn_state):
     _assert_refused(path)
 
 
-class _Harmful:
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("kind", ["torch", "pickle"])
-def test_file_that_would_run_code(tmp_path, kind):
-    harmful = _Harmful()
-    _Harmful.path = str(tmp_path / "it_ran")
-    if kind == "torch":
-        _assert_refused(_save(tmp_path, {"stem": harmful}), "could run code")
-    else:
-        path = tmp_path / "model.pkl"
-        path.write_bytes(pickle.dumps({"model": {"stem": harmful}, "__author__": "x"}))
-        _assert_refused(str(path), "not a checkpoint", "mkdir")
-    assert not os.path.exists(harmful.path)
-
-
 @pytest.mark.parametrize(
     "name, content, pattern",
     [

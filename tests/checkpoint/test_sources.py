@@ -2,10 +2,8 @@
 
 import argparse
 import dataclasses
-import os
 import pickle
 import re
-import zipfile
 
 import numpy as np
 import pytest
@@ -349,27 +347,6 @@ def test_a_network_that_detectron2_does_not_have(tmp_path, resnet, extra):
     _refused(formats.write(tmp_path, state, "m.safetensors"), extra, "plain ResNet")
 
 
-class _Harmful:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("name", ["m.pkl", "m.pth", "m.safetensors", "old.pth"])
-def test_a_file_that_would_run_code(tmp_path, name):
-    content = {"model": {"stem.conv1.weight": _Harmful(str(tmp_path / "it_ran"))}}
-    path = tmp_path / name
-    if name.endswith(".pth"):
-        torch.save(content, path, _use_new_zipfile_serialization=name != "old.pth")
-        _refused(path, "could run code")
-    else:
-        path.write_bytes(pickle.dumps(content))
-        _refused(path, "not a checkpoint", "mkdir")
-    assert not (tmp_path / "it_ran").exists()
-
-
 def test_the_file_is_read_once(tmp_path, resnet, monkeypatch):
     # What is used is what was checked, whatever becomes of the file in between.
     path = tmp_path / "m.pkl"
@@ -380,39 +357,6 @@ def test_the_file_is_read_once(tmp_path, resnet, monkeypatch):
         str(path), []
     )
     assert not loads
-
-
-@pytest.mark.parametrize("name", ["m.pth", "m.pkl", "m.safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
-def test_a_truncated_file(tmp_path, resnet, name, share):
-    content = formats.msra(resnet) if name.endswith(".pkl") else formats.torchvision(resnet)
-    path = formats.write(tmp_path, content, name)
-    os.truncate(path, int(os.path.getsize(path) * share))
-    _refused(path)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-def test_archives_of_other_kinds_are_not_damaged(tmp_path, resnet):
-    script, arrays, folder = (tmp_path / name for name in ("m.pt", "m.npz", "m.zip"))
-    torch.jit.script(nn.Linear(2, 2)).save(str(script))
-    np.savez(arrays, **{name: tensor.numpy() for name, tensor in resnet.items()})
-    with zipfile.ZipFile(folder, "w") as archive:
-        archive.writestr("model.pth", b"0")
-    _refused(script, "is a TorchScript program", "torch.jit.load")
-    _refused(arrays, "an archive of numpy arrays (.npz)", "pickle.dump")
-    _refused(folder, "is a zip archive and not one of torch.save", "model.pth")
-    # What the sentences advise.
-    state = torch.jit.load(script).state_dict()
-    assert set(read_weights(formats.write(tmp_path, state)).state) == {"weight", "bias"}
-    _same(read_weights(formats.write(tmp_path, dict(np.load(arrays)), "advised.pkl")), resnet)
-
-
-def test_a_truncated_file_of_an_old_torch(tmp_path, resnet):
-    path = tmp_path / "old.pth"
-    torch.save(resnet, path, _use_new_zipfile_serialization=False)
-    _same(read_weights(str(path)), resnet)
-    os.truncate(path, int(os.path.getsize(path) * 0.7))
-    _refused(path, "truncated")
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "MSRA", "our own"])

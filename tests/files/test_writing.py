@@ -1,0 +1,52 @@
+"""A file that is written is whole, or the one before."""
+
+import os
+
+import pytest
+
+from kn_detectron import InputError
+from kn_detectron.files import atomic_write, explained_write_errors, remove_partial_files
+
+
+def test_it_gets_its_name_when_it_is_complete(tmp_path):
+    path = tmp_path / "model.pth"
+    for content in (b"first", b"second"):
+        before = path.read_bytes() if path.exists() else None
+        with atomic_write(str(path)) as file:
+            file.write(content)
+            assert (path.read_bytes() if path.exists() else None) == before
+        assert path.read_bytes() == content
+    assert os.listdir(tmp_path) == ["model.pth"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_write_that_fails_leaves_the_file_before(tmp_path, error):
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"before")
+    with pytest.raises(error):
+        with atomic_write(str(path)) as file:
+            file.write(b"half")
+            raise error
+    assert os.listdir(tmp_path) == ["model.pth"] and path.read_bytes() == b"before"
+
+
+def test_only_what_killed_writes_left_is_removed(tmp_path):
+    kept = ["model.pth", "notes.partial", "last_checkpoint"]
+    for name in (*kept, "model.pth.partial", "last_checkpoint.partial"):
+        (tmp_path / name).touch()
+    remove_partial_files(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+
+
+def test_a_folder_that_is_not_there_is_a_sentence(tmp_path):
+    path = str(tmp_path / "gone/model.pth")
+    with pytest.raises(InputError, match="gone/model.pth cannot be written .*: make it."):
+        with explained_write_errors(path, "make it."):
+            with atomic_write(path):
+                pass
+
+
+def test_another_error_is_not_explained_away():
+    with pytest.raises(RuntimeError, match="^a defect$"):
+        with explained_write_errors("model.pth", "make room."):
+            raise RuntimeError("a defect")
