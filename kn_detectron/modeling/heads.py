@@ -20,13 +20,38 @@ __all__ = ["KNFastRCNNConvFCHead", "KNMaskRCNNConvUpsampleHead"]
 
 
 class _KNHead:
-    """Makes a chain of the convolutions with which a sequential head begins."""
+    """Makes a chain of the convolutions with which a sequential head begins.
 
-    chain: ChainConfig
+    Attributes:
+        PART: the node of MODEL that has the NORM of the head.
+    """
 
-    def _link(self, chain: ChainConfig) -> None:
+    PART: str
+
+    @configurable
+    def __init__(self, input_shape: ShapeSpec, *, chain: ChainConfig, **kwargs):
+        """
+        Args:
+            input_shape: as in the head of detectron2.
+            chain: the settings of its layers, which it shares with the backbone.
+            kwargs: as in the head of detectron2, but for ``conv_norm``.
+        """
+        super().__init__(input_shape, conv_norm=functools.partial(build_norm, chain), **kwargs)
         self.chain = chain
         self.conv_norm_relus = link_convolutions(self, self.conv_norm_relus, chain)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec):
+        """Reads the config as the head of detectron2 does.
+
+        The NORM of the head must equal MODEL.RESNETS.NORM.
+
+        Raises:
+            InputError: the two norms differ.
+        """
+        options = super().from_config(cfg, input_shape)
+        del options["conv_norm"]
+        return dict(options, chain=ChainConfig.from_config(cfg, cls.PART))
 
     def _check_needs_no_belief(self) -> None:
         norms = (conv.norm for conv in self.conv_norm_relus)
@@ -57,28 +82,7 @@ class KNFastRCNNConvFCHead(_KNHead, FastRCNNConvFCHead):
     :class:`~kn_detectron.modeling.KNCascadeROIHeads`, which give it the belief about its regions.
     """
 
-    @configurable
-    def __init__(self, input_shape: ShapeSpec, *, chain: ChainConfig, **kwargs):
-        """
-        Args:
-            chain: the settings of its layers, which it shares with the backbone.
-            input_shape, conv_dims, fc_dims: as in ``FastRCNNConvFCHead``.
-        """
-        super().__init__(input_shape, conv_norm=functools.partial(build_norm, chain), **kwargs)
-        self._link(chain)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec):
-        """Reads the config as ``FastRCNNConvFCHead`` does.
-
-        MODEL.ROI_BOX_HEAD.NORM must equal MODEL.RESNETS.NORM.
-
-        Raises:
-            InputError: the two norms differ.
-        """
-        options = super().from_config(cfg, input_shape)
-        del options["conv_norm"]
-        return dict(options, chain=ChainConfig.from_config(cfg, "ROI_BOX_HEAD"))
+    PART = "ROI_BOX_HEAD"
 
     def forward(self, x: Union[Tensor, Feature]) -> Tensor:
         """The regions with the belief about them, or the regions alone."""
@@ -93,29 +97,7 @@ class KNMaskRCNNConvUpsampleHead(_KNHead, MaskRCNNConvUpsampleHead):
     :class:`~kn_detectron.modeling.KNCascadeROIHeads`, which give it the belief about its regions.
     """
 
-    @configurable
-    def __init__(self, input_shape: ShapeSpec, *, chain: ChainConfig, **kwargs):
-        """
-        Args:
-            chain: the settings of its layers, which it shares with the backbone.
-            input_shape, num_classes, conv_dims, loss_weight, vis_period: as in
-                ``MaskRCNNConvUpsampleHead``.
-        """
-        super().__init__(input_shape, conv_norm=functools.partial(build_norm, chain), **kwargs)
-        self._link(chain)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec):
-        """Reads the config as ``MaskRCNNConvUpsampleHead`` does.
-
-        MODEL.ROI_MASK_HEAD.NORM must equal MODEL.RESNETS.NORM.
-
-        Raises:
-            InputError: the two norms differ.
-        """
-        options = super().from_config(cfg, input_shape)
-        del options["conv_norm"]
-        return dict(options, chain=ChainConfig.from_config(cfg, "ROI_MASK_HEAD"))
+    PART = "ROI_MASK_HEAD"
 
     def layers(self, x: Union[Tensor, Feature]) -> Tensor:
         """The regions with the belief about them, or the regions alone."""
