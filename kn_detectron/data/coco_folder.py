@@ -27,14 +27,12 @@ def register_coco_folder(folder, splits=("train", "val")):
         tuple[str]: their names as datasets.
 
     Raises:
-        InputError: an annotation file is missing.
+        InputError: the folder or an annotation file is missing.
     """
     folder = os.path.abspath(os.path.expanduser(folder))
     if not os.path.isdir(folder):
-        raise InputError(
-            f"--dataset {folder} is not a folder: give one with annotations/instances_train.json, "
-            "annotations/instances_val.json, train/ and val/ in it."
-        )
+        wanted = " and ".join(f"annotations/instances_{s}.json with its {s}/" for s in splits)
+        raise InputError(f"--dataset {folder} is not a folder: give one with {wanted} in it.")
     return tuple(_register_split(folder, split) for split in splits)
 
 

@@ -51,5 +51,7 @@ def test_faults_are_sentences(folder):
     )
     with pytest.raises(InputError, match="has 2 files annotations/instances_val"):
         register_coco_folder(str(folder))
-    with pytest.raises(InputError, match="--dataset .*nowhere is not a folder"):
+    with pytest.raises(InputError, match="nowhere is not a folder.*_train.json.*_val.json"):
         register_coco_folder(str(folder / "nowhere"))
+    with pytest.raises(InputError, match="nowhere is not a folder.*: give one with .*_val.json"):
+        register_coco_folder(str(folder / "nowhere"), ["val"])
