@@ -53,5 +53,7 @@ def test_faults_are_sentences(folder):
         register_coco_folder(str(folder))
     with pytest.raises(InputError, match="nowhere is not a folder.*_train.json.*_val.json"):
         register_coco_folder(str(folder / "nowhere"))
-    with pytest.raises(InputError, match="nowhere is not a folder.*: give one with .*_val.json"):
+    with pytest.raises(
+        InputError, match="give one with annotations/instances_val.json with its val/"
+    ):
         register_coco_folder(str(folder / "nowhere"), ["val"])
