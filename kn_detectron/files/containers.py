@@ -103,17 +103,18 @@ def _read_torch(path):
         # The directory of a zip archive is at its end, so a truncated one has only the beginning.
         if not zipfile.is_zipfile(path):
             raise InputError(_truncated(path)) from error
-        raise InputError(
-            f"{path} is damaged: write it or copy it again, or use another checkpoint."
-        ) from error
+        raise InputError(_damaged(path)) from error
 
 
 def _check_archive(path):
     """Refuses a zip archive that is complete but not one of torch.save, and says what it is."""
     if not zipfile.is_zipfile(path):
         return
-    with zipfile.ZipFile(path) as archive:
-        names = [name.rpartition("/")[2] for name in archive.namelist()]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.rpartition("/")[2] for name in archive.namelist()]
+    except zipfile.BadZipFile as error:
+        raise InputError(_damaged(path)) from error
     if "constants.pkl" in names:
         raise InputError(
             f"{path} is a TorchScript program and not a checkpoint: give the checkpoint that it was "
@@ -129,6 +130,10 @@ def _check_archive(path):
             f"{path} is a zip archive and not one of torch.save (its first file is {names[:1]}): "
             "unpack it, or give the checkpoint itself."
         )
+
+
+def _damaged(path):
+    return f"{path} is damaged: write it or copy it again, or use another checkpoint."
 
 
 def _truncated(path):

@@ -5,7 +5,7 @@ import errno
 import glob
 import os
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 __all__ = [
     "atomic_write",
@@ -74,7 +74,8 @@ def explained_write_errors(path, advice):
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise InputError(f"{path} cannot be written ({cause.strerror}): {advice}") from error
+        reason = cause.strerror or one_line(cause)  # Pillow's have no strerror
+        raise InputError(f"{path} cannot be written ({reason}): {advice}") from error
 
 
 def is_full_disk(error):

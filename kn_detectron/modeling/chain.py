@@ -241,6 +241,7 @@ class ChainConv2d(Conv2d):
             conv.dilation,
             conv.groups,
             bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
             device="meta",
             norm=getattr(conv, "norm", None),
             activation=activation,

@@ -106,3 +106,12 @@ def test_what_is_no_dict(tmp_path):
     path = tmp_path / "m.pth"
     torch.save([torch.ones(1)], path)
     assert_refused(path, "holds a list")
+
+
+def test_a_damaged_directory(tmp_path, tensors):
+    path = write(tmp_path, tensors, "m.pth")
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02")  # of an entry of the archive's directory
+    content[at : at + 4] = b"\0\0\0\0"
+    path.write_bytes(content)
+    assert_refused(path, "is damaged")

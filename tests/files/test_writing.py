@@ -50,3 +50,9 @@ def test_another_error_is_not_explained_away():
     with pytest.raises(RuntimeError, match="^a defect$"):
         with explained_write_errors("model.pth", "make room."):
             raise RuntimeError("a defect")
+
+
+def test_an_error_without_a_number_is_told_too():
+    with pytest.raises(InputError, match=r"a.png cannot be written \(no encoder\): make room."):
+        with explained_write_errors("a.png", "make room."):
+            raise OSError("no encoder")
