@@ -240,7 +240,7 @@ def fold_weights(cfg, output):
 
     Raises:
         InputError: the model cannot be folded, the checkpoint cannot be read or is of another
-            config, or the files cannot be written. The config gets its name last.
+            config, or the files cannot be written. If the config cannot, the weights are not.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -272,8 +272,7 @@ def fold_weights(cfg, output):
     }
     with explained_write_errors(output, "make room, or give another folder for the output."):
         os.makedirs(os.path.dirname(weights), exist_ok=True)
-        # The inner one, the weights, is finished first: the config names them.
-        with atomic_write(config) as config_file, atomic_write(weights) as weights_file:
-            config_file.write(changes.dump().encode())
+        with atomic_write(weights) as weights_file, atomic_write(config) as config_file:
             torch.save(content, weights_file)
+            config_file.write(changes.dump().encode())
     return weights, config
