@@ -227,9 +227,8 @@ class KalmanStatistics(HookBase):
     values over the channels. ``kn/gain``, ``kn/innovation_mean`` and ``kn/innovation_logvar`` are
     averages over the layers. Heads of chains have neither gain nor innovation.
 
-    For this the layers are measured a second time, in the logged steps only. A layer at gain 0 is
-    not, so that these steps need no more memory, and has no innovation. Only the main process needs
-    this hook.
+    For this the layers are measured a second time, in the logged steps only. Only the main process
+    needs this hook.
     """
 
     def __init__(self, period=20):
@@ -238,7 +237,6 @@ class KalmanStatistics(HookBase):
             period (int): iterations between two entries; the period of the writers is best.
         """
         self._period = period
-        self._logs = False
         self._handles = []
         self._innovations = {}
 
@@ -247,11 +245,9 @@ class KalmanStatistics(HookBase):
         done = self.trainer.iter + 1
         if done % self._period != 0 and done != self.trainer.max_iter:
             return
-        self._logs = True
         for name, layer in self._layers().items():
-            if layer.measures:  # or its convolution could not absorb it, and features were kept
-                handle = layer.register_forward_pre_hook(self._listener(name), with_kwargs=True)
-                self._handles.append(handle)
+            handle = layer.register_forward_pre_hook(self._listener(name), with_kwargs=True)
+            self._handles.append(handle)
 
     def _layers(self):
         return kalman_layers(unwrapped(self.trainer.model))
@@ -269,14 +265,13 @@ class KalmanStatistics(HookBase):
         return listen
 
     def _stop_listening(self):
-        self._logs = False
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def after_step(self):
         """Stores what was heard."""
-        if not self._logs:
+        if not self._handles:
             return
         self._stop_listening()
         gains = {name: layer.gain.detach() for name, layer in self._layers().items()}

@@ -234,21 +234,6 @@ def test_kalman_statistics_leave_nothing_behind_and_change_nothing():
     assert not heard.model.body._forward_pre_hooks
 
 
-def test_kalman_statistics_keep_no_features_at_gain_0():
-    """A layer that is listened to could not be absorbed by its convolution."""
-    storage, hooks = _Storage(), []
-    loop = Loop(
-        KalmanStatistics(period=1),
-        storage,
-        in_step=lambda _: hooks.append(len(loop.model.body._forward_pre_hooks)),
-    )
-    loop.train(0, 1)
-    assert hooks == [1] and "kn/innovation_mean" in storage.of[0]
-    loop.model.body.set_gain_scale(0.0)
-    loop.train(1, 2)
-    assert hooks == [1, 0] and storage.of[1] == {"kn/gain/body": 0.0, "kn/gain": 0.0}
-
-
 def test_kalman_statistics_do_without_regions():
     storage = _Storage()
     prior = Belief(torch.zeros(1, CHANNELS), torch.ones(1, CHANNELS))
