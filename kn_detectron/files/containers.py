@@ -2,8 +2,8 @@
 
 A pickle can run any code when it is read. The readers here run none. They read three formats, told
 apart by their content and not by their name: archives of ``torch.save``, with torch's own reader
-for weights only; ``.safetensors``; and plain pickles of numpy arrays. A file is read once, so the
-object that is returned is the one that was checked.
+for weights only; ``.safetensors``; and plain pickles of numpy arrays. Nothing is loaded
+twice, so the object that is returned is the one that was checked.
 """
 
 import argparse
