@@ -16,13 +16,13 @@ import dataclasses
 import re
 from typing import Any, Collection, Dict
 
-import numpy as np
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 
 from ..errors import InputError, one_line
 from ..files import (
-    is_numeric,
+    check_variances,
+    checked_tensors,
     read_container,
     unwrapped_content,
     unwrapped_names,
@@ -102,7 +102,7 @@ def read_weights(path: str, own: Collection[str] = ()) -> Weights:
     author = rest.get("__author__")
     if author == "Caffe2" or any(_is(_OF_CAFFE2, name) for name in state):
         state = {k: v for k, v in state.items() if not str(k).endswith("_momentum")}
-    state = _tensors(state, path)
+    state = checked_tensors(state, path, may_be_infinite=_is_gain)
     is_own = any("layer1.0." in name and without_wrappers(name) in own for name in state)
     is_final = CHECKPOINT_KEY in rest or is_own
     known = _OF_DETECTRON2.match if is_final else _is_of_a_network
@@ -113,12 +113,17 @@ def read_weights(path: str, own: Collection[str] = ()) -> Weights:
         weights = _from_torchvision(state, rest, path)
     else:
         weights = _from_detectron2(state, rest, path)
-    _check_variances(weights.state, path)
+    check_variances(weights.state, path)
     return weights
 
 
 def _is(pattern, name) -> bool:
     return isinstance(name, str) and pattern.match(name) is not None
+
+
+def _is_gain(name: str) -> bool:
+    # In older checkpoints a gain fixed to 0 or 1 has an infinite logit.
+    return name.rpartition(".")[2] == "gain_logit"
 
 
 def _is_of_a_network(name: str) -> bool:
@@ -208,47 +213,3 @@ def _groups(state) -> int:
     if outer is None or inner is None or inner.dim() != 4 or not inner.shape[1]:
         return 1
     return outer.shape[0] // inner.shape[1]
-
-
-def _tensors(state, path):
-    """Checks that there is a dict of finite tensors or arrays, and makes tensors of them.
-
-    An OrderedDict stays one, with the versions of modules that torch notes in it.
-    """
-    if not isinstance(state, dict) or not state:
-        raise InputError(
-            f"{path} is not a checkpoint of a model: a dict of tensors was expected, or one that "
-            'has it under "model"; give the file that a training run wrote.'
-        )
-    broken = []
-    for name, value in state.items():
-        if not isinstance(name, str) or not is_numeric(value):
-            raise InputError(
-                f"{path} is not a checkpoint of a model: its entry {name!r} is of type "
-                f"{type(value).__name__} where a tensor was expected; give the file that a "
-                "training run wrote."
-            )
-        if isinstance(value, np.ndarray):
-            # Arrays out of a pickle may be read-only or of another byte order.
-            value = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
-            state[name] = value
-        # In older checkpoints a gain fixed to 0 or 1 has an infinite logit.
-        fixed_gain = name.rpartition(".")[2] == "gain_logit"
-        if not (~value.isnan() if fixed_gain else value.isfinite()).all():
-            broken.append(name)
-    if broken:
-        raise InputError(
-            f"{path} has values that are not finite in {len(broken)} of {len(state)} tensors, "
-            f"the first {broken[0]}, as a diverged training leaves them: use a checkpoint from "
-            "before, with a lower SOLVER.BASE_LR."
-        )
-    return state
-
-
-def _check_variances(state, path):
-    negative = [n for n, v in state.items() if n.endswith("running_var") and (v < 0).any()]
-    if negative:
-        raise InputError(
-            f"{path} has negative variances in {len(negative)} tensors, the first {negative[0]}, "
-            "which no training writes: copy it again, or use another checkpoint."
-        )

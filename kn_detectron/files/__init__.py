@@ -2,6 +2,7 @@
 
 from .containers import read_container
 from .fetching import fetch
+from .tensors import check_variances, checked_tensors
 from .wrapping import is_numeric, unwrapped_content, unwrapped_names, without_wrappers
 from .writing import (
     atomic_write,
@@ -13,6 +14,8 @@ from .writing import (
 
 __all__ = [
     "atomic_write",
+    "check_variances",
+    "checked_tensors",
     "explained_full_disk",
     "explained_write_errors",
     "fetch",

@@ -19,7 +19,7 @@ def fetch(path):
         str: local file.
 
     Raises:
-        InputError: there is no such file, or it cannot be downloaded.
+        InputError: there is no such file, it is a folder, or it cannot be downloaded.
     """
     local = path
     if "://" in path:
@@ -29,6 +29,8 @@ def fetch(path):
             raise InputError(
                 f"{path} cannot be downloaded ({one_line(error)}): give a local file instead"
             ) from error
+    if os.path.isdir(local):
+        raise InputError(f"{path} is a folder: give the path of a checkpoint in it")
     if not os.path.isfile(local):
         raise InputError(f"{path} does not exist: give the path of a checkpoint")
     return local

@@ -12,7 +12,14 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from ..config import check_config
 from ..errors import InputError
-from ..files import fetch, read_container, unwrapped_content
+from ..files import (
+    check_variances,
+    checked_tensors,
+    fetch,
+    read_container,
+    unwrapped_content,
+    unwrapped_names,
+)
 from ..layers import Belief, KalmanNetwork, convert_kalman_norm
 from ..networks import build_network
 from ..networks.efficientnet import is_efficientnet_port, timm_names
@@ -226,10 +233,16 @@ def _load(extractor: nn.Module, path: str, name: str) -> None:
         file = fetch(path)
     except InputError as error:
         raise InputError(f"MODEL.KN.NETWORK_WEIGHTS {error}.") from error
-    state, _ = unwrapped_content(read_container(file), path)
+    own = extractor.state_dict()
+    try:
+        state = checked_tensors(unwrapped_content(read_container(file), path)[0], path)
+        check_variances(state, path)
+    except InputError as error:
+        raise InputError(f"MODEL.KN.NETWORK_WEIGHTS {error}") from error
+    state = unwrapped_names(state, own.__contains__, path)
     if is_efficientnet_port(state):
-        state = {new: state[old] for old, new in timm_names(state, extractor.state_dict()).items()}
-    for key, tensor in extractor.state_dict().items():
+        state = {new: state[old] for old, new in timm_names(state, own).items()}
+    for key, tensor in own.items():
         if key not in state and not key.endswith("num_batches_tracked"):
             raise InputError(
                 f"MODEL.KN.NETWORK_WEIGHTS {path} has no {key}, which {name} has: give weights of "

@@ -149,6 +149,10 @@ def test_missing_file(tmp_path):
     _assert_refused(str(tmp_path / "model.pth"), "MODEL.WEIGHTS", "does not exist", '""')
 
 
+def test_folder_instead_of_a_file(tmp_path):
+    _assert_refused(str(tmp_path), "MODEL.WEIGHTS", "is a folder", '""')
+
+
 def test_url_that_cannot_be_had():
     # The discard port of this machine: refused at once, with and without a network.
     path = "http://127.0.0.1:9/ImageNetPretrained/MSRA/R-50.pkl"

@@ -1,3 +1,6 @@
+import math
+import pickle
+
 import pytest
 import torch
 import torchvision
@@ -69,6 +72,22 @@ def test_features_are_what_the_last_block_of_their_stride_puts_out(name, channel
     for name, p in backbone.named_parameters():
         assert p.grad is not None, name
     assert not backbone.eval()(images(2, 64)).beliefs
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "arrays"])
+def test_its_weights_may_be_of_a_wrapped_network_or_arrays(tmp_path, kind):
+    network, path = trained_mobilenet(tmp_path)
+    state, other = network.state_dict(), tmp_path / "other.pth"
+    if kind == "wrapped":
+        torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, other)
+    else:
+        with open(other, "wb") as file:
+            pickle.dump({k: v.numpy() for k, v in state.items()}, file)
+    got, want = (
+        build_backbone(network_cfg(MODEL__KN__NETWORK_WEIGHTS=str(p))).state_dict()
+        for p in (other, path)
+    )
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.trains
@@ -178,6 +197,20 @@ def test_it_is_not_folded():
         stock_config(fpn_rcnn_cfg("KN", **FPN))
 
 
+@pytest.mark.parametrize(
+    "value, sentence",
+    [
+        (torch.full((32, 3, 3, 3), math.nan), "not finite in 1 of 1 tensors"),
+        ("text", "its entry 'features.0.0.weight' is of type str"),
+    ],
+)
+def test_weights_that_are_no_finite_tensors(tmp_path, value, sentence):
+    path = tmp_path / "broken.pth"
+    torch.save({"model": {"features.0.0.weight": value}}, path)
+    with pytest.raises(InputError, match=f"NETWORK_WEIGHTS .*broken.pth .*{sentence}"):
+        build_backbone(network_cfg(MODEL__KN__NETWORK_WEIGHTS=str(path)))
+
+
 def test_what_it_refuses(tmp_path):
     other = tmp_path / "other.pth"
     torch.save({"features.0.0.weight": torch.ones(1)}, other)
@@ -188,6 +221,7 @@ def test_what_it_refuses(tmp_path):
         (dict(MODEL__BACKBONE__FREEZE_AT=2), "FREEZE_AT is 2, but"),
         (dict(MODEL__RESNETS__NORM="GKN"), "NORM is 'GKN', but"),
         (dict(MODEL__KN__NETWORK_WEIGHTS="/no/such.pth"), "NETWORK_WEIGHTS /no/such.pth does not"),
+        (dict(MODEL__KN__NETWORK_WEIGHTS=str(tmp_path)), "NETWORK_WEIGHTS .* is a folder"),
         (dict(MODEL__KN__NETWORK_WEIGHTS=str(other)), "features.0.0.weight of shape .1,., but"),
     ):
         with pytest.raises(InputError, match=sentence):
