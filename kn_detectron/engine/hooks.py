@@ -1,6 +1,7 @@
 """What happens around a training step."""
 
 import contextlib
+import functools
 import logging
 import random
 
@@ -227,8 +228,8 @@ class KalmanStatistics(HookBase):
     values over the channels. ``kn/gain``, ``kn/innovation_mean`` and ``kn/innovation_logvar`` are
     averages over the layers. Heads of chains have neither gain nor innovation.
 
-    For this the layers are measured a second time, in the logged steps only. Only the main process
-    needs this hook.
+    For this the layers are measured a second time, in the logged steps only, and at gain 0 their
+    convolutions run once more. Only the main process needs this hook.
     """
 
     def __init__(self, period=20):
@@ -237,7 +238,7 @@ class KalmanStatistics(HookBase):
             period (int): iterations between two entries; the period of the writers is best.
         """
         self._period = period
-        self._handles = []
+        self._is_listening = False
         self._innovations = {}
 
     def before_step(self):
@@ -245,33 +246,25 @@ class KalmanStatistics(HookBase):
         done = self.trainer.iter + 1
         if done % self._period != 0 and done != self.trainer.max_iter:
             return
+        self._is_listening = True
         for name, layer in self._layers().items():
-            handle = layer.register_forward_pre_hook(self._listener(name), with_kwargs=True)
-            self._handles.append(handle)
+            layer.observer = functools.partial(self._listen, name)
 
     def _layers(self):
         return kalman_layers(unwrapped(self.trainer.model))
 
-    def _listener(self, name):
-        def listen(layer, args, kwargs):
-            prior = kwargs.get("prior")
-            # Without ground truth a mask head gets no regions: nothing to measure.
-            if prior is not None and args[0].numel() > 0:
-                innovation = torch.stack(
-                    [part.abs().mean() for part in layer.innovation(args[0], prior)]
-                )
-                self._innovations.setdefault(name, []).append(innovation)
-
-        return listen
+    def _listen(self, name, *innovation):
+        averages = torch.stack([part.abs().mean() for part in innovation])
+        self._innovations.setdefault(name, []).append(averages)
 
     def _stop_listening(self):
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._is_listening = False
+        for layer in self._layers().values():
+            layer.observer = None
 
     def after_step(self):
         """Stores what was heard."""
-        if not self._handles:
+        if not self._is_listening:
             return
         self._stop_listening()
         gains = {name: layer.gain.detach() for name, layer in self._layers().items()}

@@ -2,7 +2,7 @@
 
 import math
 from numbers import Real
-from typing import Optional, Tuple, Union
+from typing import Callable, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,14 @@ class KalmanFilter(nn.Module):
 
     It is a mixin for a norm of torch. The gain is ``gain_scale * sigmoid(gain_logit)``: it stays in
     (0, 1) whatever the optimiser does, and a hook can anneal it.
+
+    Attributes:
+        observer: if not None, it is called with the two results of ``innovation`` in each forward
+            pass that has a prior and images. Unlike a hook it does not keep a convolution from
+            absorbing the layer. What is measured for it is not kept for the backward pass.
     """
+
+    observer: Optional[Callable[[Tensor, Tensor], None]] = None
 
     def _init_filter(
         self,
@@ -220,6 +227,10 @@ class KalmanFilter(nn.Module):
                         f"expected a prior about {channels} channels (got a {part} of shape "
                         f"{tuple(shape)})"
                     )
+
+    def _observe(self, x: Tensor, prior: Prior) -> None:
+        if self.observer is not None and isinstance(prior, Belief) and x.numel() > 0:
+            self.observer(*self.innovation(x, prior))
 
     def _check_channels(self, x: Tensor, channels: int) -> None:
         if x.dim() != 4:

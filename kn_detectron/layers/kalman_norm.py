@@ -167,6 +167,7 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
                 belief = filter_belief(self._running_vectors(x), None, spec).belief
         else:
             y, belief = self._filter(x, prior)
+        self._observe(x, prior)
         return y if prior is OUTSIDE else (y, belief)
 
     def _running_vectors(self, x: Tensor) -> Vectors:
@@ -251,6 +252,11 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
         vectors = self._prior_vectors(prior, statistics_dtype(conv.weight))
         sets = Sets(1, channels, 1, channels)
         spec = Spec(sets, self.eps, self.variant == "paper", measures=False)
+        if self.observer is not None:
+            with torch.no_grad():
+                # Detached, or autocast would reuse the copy that it casts where a gradient flows.
+                weight, bias = (p if p is None else p.detach() for p in (conv.weight, conv.bias))
+                self._observe(conv._conv_forward(x, weight, bias), prior)
         weight, bias, belief = absorb(conv, vectors, spec, self._running())
         return conv._conv_forward(x, weight, bias), belief
 
@@ -365,6 +371,7 @@ class GroupKalmanNorm2d(KalmanFilter, nn.GroupNorm):
             vectors = vectors._replace(prior_mean=zeros, prior_var=torch.ones_like(zeros))
         rows = x.shape[0] if measures else vectors.prior_mean.shape[0]
         y, belief = filter_and_normalize(x, vectors, self._spec(x, rows, measures))
+        self._observe(x, prior)
         return y if prior is OUTSIDE else (y, belief)
 
     def _spec(self, x: Tensor, rows: int, measures: bool) -> Spec:

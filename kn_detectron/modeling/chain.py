@@ -1,7 +1,8 @@
 """The parts of a chain in detectron2's networks: features with beliefs, and convolutions.
 
 Stem, blocks and stages take and return a :class:`Feature`, which is a feature map with the belief
-about it. In evaluation with moving statistics no beliefs are kept, and the belief is None.
+about it. In evaluation with moving statistics no beliefs are kept. The same modules then take and
+return tensors, as detectron2's do.
 """
 
 import math
@@ -31,11 +32,13 @@ __all__ = [
     "build_norm",
     "feature_of",
     "link_convolutions",
-    "normalized_image_std",
+    "normalized",
     "normalized_convolution",
+    "normalized_image_std",
     "rectified",
     "residual_sum",
     "started",
+    "value_of",
 ]
 
 
@@ -44,12 +47,11 @@ class Feature(NamedTuple):
 
     Attributes:
         value: shape (N, C, H, W).
-        belief: the belief about ``value``, or a source of the transition that stands for it; None
-            if no belief is kept.
+        belief: the belief about ``value``, or a source of the transition that stands for it.
     """
 
     value: Tensor
-    belief: Optional[Source] = None
+    belief: Source
 
     @property
     def shape(self) -> Size:
@@ -61,15 +63,15 @@ class WithBelief(str):
     """The name of a feature that is looked up with its belief.
 
     detectron2's dense detectors look up their features by name and hand a list of them to the head.
-    For a name of this type :class:`Features` returns a :class:`Feature`. Other dicts take it for an
-    ordinary name.
+    For a name of this type :class:`Features` returns a :class:`Feature` if there is a belief. Other
+    dicts take it for an ordinary name.
     """
 
 
 class Features(Dict[str, Tensor]):
     """The features of a backbone by name, as detectron2 has them, with the beliefs about them.
 
-    For a name of type :class:`WithBelief` the item is a :class:`Feature`.
+    For a name of type :class:`WithBelief` the item is a :class:`Feature`, if there is a belief.
 
     Attributes:
         beliefs (Dict[str, Belief]): the beliefs by name, for the features that have one.
@@ -84,13 +86,20 @@ class Features(Dict[str, Tensor]):
         self.beliefs: Dict[str, Belief] = dict(beliefs or {})
 
     def __getitem__(self, name: str) -> Union[Tensor, Feature]:
-        value = super().__getitem__(name)
-        return Feature(value, self.beliefs.get(name)) if isinstance(name, WithBelief) else value
+        if isinstance(name, WithBelief):
+            return feature_of(self, str(name))
+        return super().__getitem__(name)
 
 
-def feature_of(features: Dict[str, Tensor], name: str) -> Feature:
+def feature_of(features: Dict[str, Tensor], name: str) -> Union[Tensor, Feature]:
     """One of the features of a backbone, with its belief if there is one."""
-    return Feature(features[name], getattr(features, "beliefs", {}).get(name))
+    value, belief = features[name], getattr(features, "beliefs", {}).get(name)
+    return value if belief is None else Feature(value, belief)
+
+
+def value_of(x: Union[Tensor, Feature]) -> Tensor:
+    """The feature map, with or without a belief about it."""
+    return x.value if isinstance(x, Feature) else x
 
 
 def normalized_image_std(cfg: CfgNode) -> Tensor:
@@ -249,40 +258,31 @@ class ChainConv2d(Conv2d):
         link.weight, link.bias, link.chain = conv.weight, conv.bias, chain
         return link
 
-    def forward(
-        self, x: Union[Tensor, Feature], norm: Optional[nn.Module] = None
-    ) -> Union[Tensor, Feature]:
+    def forward(self, x: Union[Tensor, Feature]) -> Union[Tensor, Feature]:
         """Convolves and normalises a feature map, with the belief about it or alone.
-
-        Args:
-            x: the feature map.
-            norm: if x has a belief, the norm in place of the link's own, for a convolution that
-                several norms share.
 
         Raises:
             TypeError: the norm was replaced by one that takes no prior.
             InputError: the layer is in training, but the module where its chain starts is not.
         """
         if isinstance(x, Tensor):
-            return super().forward(x)
-        if x.belief is None:
             if isinstance(self.norm, KalmanNorm2d) and self.norm.needs_prior:
                 raise InputError(
                     "A KN layer is in training mode, but the backbone, where its chain starts, is "
                     "in evaluation mode and keeps no beliefs: call train() of the whole model, and "
                     "then eval() of those norms or stages that shall keep their statistics"
                 )
-            return Feature(super().forward(x.value))
-        y = normalized_convolution(x, self, self.norm if norm is None else norm, self.chain)
+            return super().forward(x)
+        y = normalized_convolution(x, self, self.norm, self.chain)
         return y if self.activation is None else rectified(y, self.chain.transition)
 
 
 def normalized_convolution(
     x: Feature, conv: nn.Conv2d, norm: Optional[nn.Module], chain: ChainConfig
 ) -> Feature:
-    """Convolves and normalises a feature that has a belief, without the activation.
+    """Convolves and normalises a feature, without the activation.
 
-    A KN layer in evaluation mode, in a network that trains, counts as frozen.
+    At gain 0 the two are one convolution, and hooks on the convolution are not called.
 
     Args:
         x: the feature. Its belief is a source of the transition.
@@ -293,16 +293,32 @@ def normalized_convolution(
     Raises:
         TypeError: the norm is of another kind.
     """
-    if isinstance(norm, FrozenBatchNorm2d):
-        return Feature(norm(nn.Conv2d.forward(conv, x.value)), frozen(norm, chain.variant))
-    if norm is None:
-        belief = chain.transition.conv(x.belief, conv)
-        return Feature(nn.Conv2d.forward(conv, x.value), belief)
-    check_takes_prior(norm)
-    prior = None if norm.is_head else chain.transition.conv(x.belief, conv)
+    needs_no_prior = isinstance(norm, FrozenBatchNorm2d) or getattr(norm, "is_head", False)
+    prior = None if needs_no_prior else chain.transition.conv(x.belief, conv)
     if isinstance(norm, KalmanNorm2d) and norm.can_be_absorbed(x.value, prior):
         return Feature(*norm.absorbed(conv, x.value, prior))
-    y, belief = norm(nn.Conv2d.forward(conv, x.value), prior=prior)
+    y = Feature(nn.Conv2d.forward(conv, x.value), prior)
+    return y if norm is None else normalized(y, norm, chain)
+
+
+def normalized(x: Feature, norm: nn.Module, chain: ChainConfig) -> Feature:
+    """Normalises a feature.
+
+    A KN layer in evaluation mode, in a network that trains, counts as frozen.
+
+    Args:
+        x: the feature. Its belief is the prior. It may be None for a FrozenBatchNorm2d and for the
+            head of a chain.
+        norm: KN, GKN or FrozenBatchNorm2d.
+        chain: the settings of the chain.
+
+    Raises:
+        TypeError: the norm is of another kind.
+    """
+    if isinstance(norm, FrozenBatchNorm2d):
+        return Feature(norm(x.value), frozen(norm, chain.variant))
+    check_takes_prior(norm)
+    y, belief = norm(x.value, prior=None if norm.is_head else x.belief)
     return Feature(y, frozen(norm, chain.variant) if belief is None else belief)
 
 
@@ -330,20 +346,18 @@ def link_convolutions(
 
 
 def started(x: Feature, transition: Transition) -> Feature:
-    """Makes the belief about a feature, if there is one, a source for convolutions."""
-    return x if x.belief is None else Feature(x.value, transition.start(x.belief, x.value))
+    """Makes the belief about a feature a source for convolutions."""
+    return Feature(x.value, transition.start(x.belief, x.value))
 
 
 def rectified(x: Feature, transition: Transition) -> Feature:
     """Applies a ReLU to a feature, in place, and to its belief."""
     value = F.relu_(x.value)
-    return Feature(value, None if x.belief is None else transition.relu(x.belief, value))
+    return Feature(value, transition.relu(x.belief, value))
 
 
 def residual_sum(x: Feature, shortcut: Feature, transition: Transition) -> Feature:
     """Adds the shortcut to a residual branch, in place, and their beliefs."""
     value = x.value
     value += shortcut.value
-    if x.belief is None:
-        return Feature(value)
     return Feature(value, add(x.belief, transition.moments(shortcut.belief)))

@@ -26,6 +26,7 @@ from .chain import (
     link_convolutions,
     residual_sum,
     started,
+    value_of,
 )
 from .network import build_kn_network_backbone
 from .resnet import build_kn_resnet_backbone
@@ -74,20 +75,19 @@ class KNFPN(FPN):
         Raises:
             InputError: beliefs are needed, and there is none about a feature of ``bottom_up``.
         """
+        if not (self.training or self.chain.predicts_in_evaluation):
+            return Features(super().forward(x))
         return self.fuse(self.bottom_up(x))
 
     def fuse(self, bottom_up: Features) -> Features:
-        """Makes the levels of the features of ``bottom_up``; see :meth:`forward`."""
-        keeps_beliefs = self.training or self.chain.predicts_in_evaluation
+        """Makes the levels, with beliefs, of the features of ``bottom_up``; see :meth:`forward`."""
         transition = self.chain.transition
         levels, fused = [], None
         for name, lateral, output in zip(
             reversed(self.in_features), self.lateral_convs, self.output_convs
         ):
             feature = feature_of(bottom_up, name)
-            if not keeps_beliefs:
-                feature = Feature(feature.value)
-            elif feature.belief is None:
+            if isinstance(feature, Tensor):
                 raise InputError(
                     f"The chain of the backbone ends before {name}, so the FPN has no belief to "
                     'start from: set MODEL.FPN.NORM to one without priors, such as "GN", or take '
@@ -99,9 +99,7 @@ class KNFPN(FPN):
             levels.insert(0, output(started(fused, transition)))
         outputs = Features()
         for name, level in zip(self._out_features, levels):
-            outputs[name] = level.value
-            if level.belief is not None:
-                outputs.beliefs[name] = level.belief
+            outputs[name], outputs.beliefs[name] = level
         if self.top_block is not None:
             self._add_top_levels(outputs, bottom_up)
         return outputs
@@ -111,15 +109,14 @@ class KNFPN(FPN):
         fused = residual_sum(lateral, Feature(upsampled, above.belief), self.chain.transition)
         if self._fuse_type == "sum":
             return fused
-        belief = None if fused.belief is None else scale(fused.belief, 0.5)
-        return Feature(fused.value / 2, belief)
+        return Feature(fused.value / 2, scale(fused.belief, 0.5))
 
     def _add_top_levels(self, outputs: Features, bottom_up: Features) -> None:
         name = self.top_block.in_feature
         below = feature_of(bottom_up if name in bottom_up else outputs, name)
-        names, values = self._out_features[len(outputs) :], self.top_block(below.value)
+        names, values = self._out_features[len(outputs) :], self.top_block(value_of(below))
         outputs.update(zip(names, values))
-        if below.belief is not None:
+        if isinstance(below, Feature):
             outputs.beliefs.update(zip(names, self._top_beliefs(below, values)))
 
     def _top_beliefs(self, below: Feature, values: List[Tensor]) -> List[Belief]:

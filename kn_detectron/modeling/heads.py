@@ -14,7 +14,7 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsamp
 from torch import Tensor
 
 from ..errors import InputError
-from .chain import ChainConfig, Feature, build_norm, link_convolutions
+from .chain import ChainConfig, Feature, build_norm, link_convolutions, value_of
 
 __all__ = ["KNFastRCNNConvFCHead", "KNMaskRCNNConvUpsampleHead"]
 
@@ -65,10 +65,9 @@ class _KNHead:
     def _run(self, x: Union[Tensor, Feature]) -> Tensor:
         if isinstance(x, Tensor):
             self._check_needs_no_belief()
-            x = Feature(x)
         for conv in self.conv_norm_relus:
             x = conv(x)
-        y = x.value
+        y = value_of(x)
         for layer in itertools.islice(self, len(self.conv_norm_relus), None):
             y = layer(y)
         return y

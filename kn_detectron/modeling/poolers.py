@@ -1,16 +1,16 @@
 """Pooling regions from the levels of a pyramid together with the beliefs about them."""
 
-from typing import List
+from typing import List, Union
 
 import torch
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers import Belief
 from ..layers.belief import mixture
-from .chain import ChainConfig, Feature
+from .chain import ChainConfig, Feature, value_of
 
 __all__ = ["BeliefPooler"]
 
@@ -36,7 +36,9 @@ class BeliefPooler(ROIPooler):
         self.__dict__.update(pooler.__dict__)
         self.chain = chain
 
-    def forward(self, features: List[Feature], boxes: List[Boxes]) -> Feature:
+    def forward(
+        self, features: List[Union[Tensor, Feature]], boxes: List[Boxes]
+    ) -> Union[Tensor, Feature]:
         """
         Args:
             features: the levels, from the finest on, each (N, C, H, W) with a belief of (1, C) or
@@ -44,15 +46,14 @@ class BeliefPooler(ROIPooler):
             boxes: the regions of each image, R in all.
 
         Returns:
-            Feature: the pooled regions, shape (R, C, size, size), ready for a convolution, with a
-            belief of shape (1, C) for KN, and (R, C) for GKN.
+            The pooled regions, shape (R, C, size, size). With beliefs they are a Feature, ready for
+            a convolution, with a belief of shape (1, C) for KN, and (R, C) for GKN.
 
         Raises:
             InputError: if there are no beliefs although the head needs them.
         """
-        x = super().forward([feature.value for feature in features], boxes)
-        beliefs = [feature.belief for feature in features]
-        if None in beliefs:
+        x = super().forward([value_of(feature) for feature in features], boxes)
+        if any(isinstance(feature, Tensor) for feature in features):
             if self.training or self.chain.predicts_in_evaluation:
                 raise InputError(
                     "The priors of the box and mask heads start from the beliefs about the "
@@ -61,7 +62,8 @@ class BeliefPooler(ROIPooler):
                     'MODEL.RESNETS.NORM or to "", or, if only the backbone is in evaluation mode, '
                     "call train() of the whole model"
                 )
-            return Feature(x)
+            return x
+        beliefs = [feature.belief for feature in features]
         belief = mixture(beliefs) if self.chain.norm == "KN" else self._by_region(beliefs, boxes)
         return Feature(x, self.chain.transition.start(belief, x))
 
@@ -71,7 +73,7 @@ class BeliefPooler(ROIPooler):
         )
         image = torch.cat([level.new_full((len(b),), i) for i, b in enumerate(boxes)])
 
-        def of_regions(moments: List[torch.Tensor]) -> torch.Tensor:
+        def of_regions(moments: List[Tensor]) -> Tensor:
             by_level = torch.stack([v.expand(len(boxes), -1) for v in moments])
             return by_level[level, image]
 

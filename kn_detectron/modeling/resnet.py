@@ -28,6 +28,7 @@ from .chain import (
     normalized_image_std,
     rectified,
     residual_sum,
+    started,
 )
 
 __all__ = [
@@ -56,10 +57,10 @@ class KNBasicStem(BasicStem):
     def forward(self, x: Union[Tensor, Feature]) -> Union[Tensor, Feature]:
         """The image with the belief about it, or the image alone."""
         if isinstance(x, Tensor):
-            return self(Feature(x)).value
+            return super().forward(x)
         value, belief = rectified(self.conv1(x), self.chain.transition)
         value = F.max_pool2d(value, kernel_size=3, stride=2, padding=1)
-        return Feature(value, None if belief is None else max_pool2d(belief))
+        return Feature(value, max_pool2d(belief))
 
 
 class _KNBlock(CNNBlockBase):
@@ -78,13 +79,14 @@ class _KNBlock(CNNBlockBase):
     def forward(self, x: Union[Tensor, Feature]) -> Union[Tensor, Feature]:
         """A feature with the belief about it, or a feature alone."""
         if isinstance(x, Tensor):
-            return self(Feature(x)).value
+            return super().forward(x)
         transition = self.chain.transition
-        shortcut = x if self.shortcut is None else self.shortcut(x)
+        y = x
         for name in self.branch[:-1]:
-            x = rectified(getattr(self, name)(x), transition)
-        x = getattr(self, self.branch[-1])(x)
-        return rectified(residual_sum(x, shortcut, transition), transition)
+            y = rectified(getattr(self, name)(y), transition)
+        y = getattr(self, self.branch[-1])(y)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return rectified(residual_sum(y, shortcut, transition), transition)
 
 
 class KNBasicBlock(_KNBlock, BasicBlock):
@@ -136,18 +138,18 @@ class KNResNet(ResNet):
             beliefs are kept, its ``beliefs`` are about the outputs of stem and stages, shape (1, C)
             or (N, C).
         """
-        transition, belief = self.chain.transition, None
-        if self.training or self.chain.predicts_in_evaluation:
-            image_var = self.image_var[None]
-            image_var = image_var.to(statistics_dtype(image_var))
-            belief = transition.start(Belief(torch.zeros_like(image_var), image_var), x)
-        outputs, feature = Features(), Feature(x, belief)
+        if not (self.training or self.chain.predicts_in_evaluation):
+            return Features(super().forward(x))
+        transition = self.chain.transition
+        image_var = self.image_var[None]
+        image_var = image_var.to(statistics_dtype(image_var))
+        feature = started(Feature(x, Belief(torch.zeros_like(image_var), image_var)), transition)
+        outputs = Features()
         for name in ("stem", *self.stage_names):
             feature = getattr(self, name)(feature)
             if name in self._out_features:
                 outputs[name] = feature.value
-                if feature.belief is not None:
-                    outputs.beliefs[name] = transition.moments(feature.belief)
+                outputs.beliefs[name] = transition.moments(feature.belief)
         if self.num_classes is not None and "linear" in self._out_features:
             outputs["linear"] = self.linear(torch.flatten(self.avgpool(feature.value), 1))
         return outputs

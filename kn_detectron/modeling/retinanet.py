@@ -7,6 +7,7 @@ statistics and beliefs of its own.
 from typing import Dict, Iterator, List, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers.belief import affine
+from ..layers.introspection import has_hooks
 from .chain import (
     ChainConfig,
     ChainConv2d,
@@ -22,8 +24,11 @@ from .chain import (
     Features,
     WithBelief,
     build_norm,
+    normalized,
+    normalized_convolution,
     rectified,
     started,
+    value_of,
 )
 
 __all__ = ["KNRetinaNet", "KNRetinaNetHead", "LevelNorms"]
@@ -49,25 +54,36 @@ class LevelNorms(nn.ModuleList):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Feature, level: int, conv: ChainConv2d) -> Feature:
+    def forward(
+        self, x: Union[Tensor, Feature], level: int, conv: ChainConv2d
+    ) -> Union[Tensor, Feature]:
         """Convolves the features of a level, normalises them, and scales and shifts them.
 
         Args:
-            x: shape (N, C_in, H, W). Its belief is a source of the transition, or None.
+            x: shape (N, C_in, H, W), as a feature whose belief is a source of the transition, or as
+                a tensor.
             level: the number of the level; 0 is the finest.
-            conv: the convolution.
+            conv: the convolution, which has no norm of its own.
 
         Returns:
-            Feature: shape (N, C, H, W), in front of the activation, with the belief to pass on.
+            Shape (N, C, H, W), in front of the activation, with the belief to pass on if x has one.
         """
         norm = self[level]
-        y = Feature(norm(conv(x.value))) if x.belief is None else conv(x, norm)
-        weight, bias = (p.to(y.value.dtype)[:, None, None] for p in (self.weight, self.bias))
+        if isinstance(x, Tensor):
+            return self._scaled(norm(conv(x)))
+        if has_hooks(conv):  # they see the convolution, as in evaluation
+            y = normalized(conv(x), norm, conv.chain)
+        else:
+            y = normalized_convolution(x, conv, norm, conv.chain)
         belief = y.belief
         # The paper variant passes on the belief about the feature in front of its normalisation.
-        if belief is not None and conv.chain.variant == "network":
+        if conv.chain.variant == "network":
             belief = affine(belief, self.weight, self.bias)
-        return Feature(torch.addcmul(bias, y.value, weight), belief)
+        return Feature(self._scaled(y.value), belief)
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        weight, bias = (p.to(y.dtype)[:, None, None] for p in (self.weight, self.bias))
+        return torch.addcmul(bias, y, weight)
 
 
 class KNRetinaNetHead(RetinaNetHead):
@@ -125,10 +141,10 @@ class KNRetinaNetHead(RetinaNetHead):
             deltas.append(self.bbox_pred(self._run(self.bbox_subnet, x, level)))
         return logits, deltas
 
-    def _started(self, x: Union[Tensor, Feature]) -> Feature:
-        if isinstance(x, Tensor):
-            x = Feature(x)
-        if x.belief is None and (self.training or self.chain.predicts_in_evaluation):
+    def _started(self, x: Union[Tensor, Feature]) -> Union[Tensor, Feature]:
+        if isinstance(x, Feature):
+            return started(x, self.chain.transition)
+        if self.training or self.chain.predicts_in_evaluation:
             raise InputError(
                 "The priors of RetinaNet's towers start from the beliefs about the levels, of which "
                 'there are none: set MODEL.META_ARCHITECTURE "KNRetinaNet", MODEL.BACKBONE.NAME '
@@ -136,13 +152,14 @@ class KNRetinaNetHead(RetinaNetHead):
                 'MODEL.RESNETS.NORM or to "", or, if only the backbone is in evaluation mode, call '
                 "train() of the whole model"
             )
-        return started(x, self.chain.transition)
+        return x
 
-    def _run(self, tower: nn.Sequential, x: Feature, level: int) -> Tensor:
+    def _run(self, tower: nn.Sequential, x: Union[Tensor, Feature], level: int) -> Tensor:
         layers = list(tower)
         for conv, norms in zip(layers[::3], layers[1::3]):
-            x = rectified(norms(x, level, conv), self.chain.transition)
-        return x.value
+            x = norms(x, level, conv)
+            x = F.relu_(x) if isinstance(x, Tensor) else rectified(x, self.chain.transition)
+        return value_of(x)
 
     def adopt(self, state: Dict[str, Tensor], prefix: str) -> None:
         """Gives the towers of other RetinaNets the names of this head, in place.

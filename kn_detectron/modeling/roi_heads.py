@@ -1,6 +1,6 @@
 """ROI heads that continue the chain of the backbone, or of the FPN."""
 
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple, Union
 
 from detectron2.config import CfgNode
 from detectron2.modeling import ROI_HEADS_REGISTRY
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers.belief import Belief, roi_align
-from .chain import ChainConfig, Feature, Features, feature_of, started
+from .chain import ChainConfig, Feature, Features, feature_of, started, value_of
 from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
 from .poolers import BeliefPooler
 from .resnet import make_kn_stage
@@ -43,17 +43,15 @@ class KNRes5ROIHeads(Res5ROIHeads):
         return nn.Sequential(*blocks), blocks[-1].out_channels
 
     def _shared_roi_transform(self, features: List, boxes: List[Boxes]) -> Tensor:
-        # The list has the Features that _with_beliefs put into the dict.
-        x = self.pooler([feature.value for feature in features], boxes)
-        belief = features[0].belief
-        if belief is not None:
-            belief = roi_align(belief, [len(b) for b in boxes])
+        # The list has what _with_beliefs put into the dict.
+        if isinstance(features[0], Tensor):
+            return super()._shared_roi_transform(features, boxes)
+        x = self.pooler([value_of(feature) for feature in features], boxes)
+        belief = roi_align(features[0].belief, [len(b) for b in boxes])
         return self.res5(started(Feature(x, belief), self.res5[0].chain.transition)).value
 
-    def _with_beliefs(self, features: Dict[str, Tensor]) -> Dict[str, Feature]:
-        """The features that the heads use, with their beliefs."""
-        if isinstance(features[self.in_features[0]], Feature):  # forward has called this before
-            return features
+    def _with_beliefs(self, features: Dict[str, Tensor]) -> Dict[str, Union[Tensor, Feature]]:
+        """The features that the heads use, with their beliefs; also where they have them already."""
         return {name: feature_of(features, name) for name in self.in_features}
 
     def forward(self, images, features: Dict[str, Tensor], proposals, targets=None):
@@ -140,8 +138,8 @@ class KNCascadeROIHeads(_KNPooledHeads, CascadeROIHeads):
         return self.box_predictor[stage](self.box_head[stage](x))
 
 
-def _with_gradient_scale(feature: Feature, scale: float) -> Feature:
-    value = _ScaleGradient.apply(feature.value, scale)
-    if feature.belief is None:
-        return Feature(value)
+def _with_gradient_scale(feature: Union[Tensor, Feature], scale: float) -> Union[Tensor, Feature]:
+    value = _ScaleGradient.apply(value_of(feature), scale)
+    if isinstance(feature, Tensor):
+        return value
     return Feature(value, Belief(*(_ScaleGradient.apply(part, scale) for part in feature.belief)))

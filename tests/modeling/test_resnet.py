@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import torch
@@ -82,6 +83,46 @@ def test_at_gain_0_convolutions_absorb_their_norms(variant):
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, twins_gradients[name], rtol=1e-6, atol=1e-9)
     assert kept < 0.8 * twins_kept
+
+
+def test_observed_layers_are_absorbed_all_the_same():
+    """The log of a training costs no memory for features at gain 0, and changes nothing."""
+    backbone = randomize(build_backbone(resnet_cfg("KN"))).double()
+    set_gain_scale(backbone, 0.0)
+    x, kept, observed = images().double(), [], {}
+    for listening in (False, True):
+        if listening:
+            for name, layer in kalman_layers(backbone).items():
+                layer.observer = lambda *parts, name=name: observed.update({name: parts})
+        seen = {}
+
+        def note(t, seen=seen):
+            seen[t.data_ptr()] = t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            y = backbone(x)["res4"]
+        y.square().mean().backward()
+        kept.append((sum(seen.values()), y, [p.grad.clone() for p in backbone.parameters()]))
+        backbone.zero_grad()
+    (elements, y, gradients), (observed_elements, observed_y, observed_gradients) = kept
+    assert observed_elements == elements and torch.equal(observed_y, y)
+    assert all(map(torch.equal, observed_gradients, gradients))
+
+    # The innovations are those of the features in front of the norms, which a hook sees.
+    want = {}
+
+    def measure(layer, args, kwargs, name):
+        want[name] = layer.innovation(args[0], kwargs["prior"])
+
+    for name, layer in kalman_layers(backbone).items():
+        layer.observer = None
+        hook = functools.partial(measure, name=name)
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
+    backbone(x)
+    assert set(observed) == set(want) == set(kalman_layers(backbone))
+    for name, parts in want.items():
+        torch.testing.assert_close(observed[name], parts)
 
 
 @pytest.mark.parametrize("norm", ["KN", "GKN"])
@@ -406,9 +447,15 @@ def test_training_and_evaluation_have_the_same_keys_and_call_the_same_modules(
     cfg.MODEL.KN.GAIN, cfg.MODEL.KN.LEARN_GAIN = gain, gain > 0
     backbone = build_backbone(cfg)
     called = []
+    types = {}
+
+    def note(module, args, output, name):
+        called.append(name)
+        types.setdefault(module.training, set()).update((type(args[0]), type(output)))
+
     for name, module in backbone.named_modules():
         if not list(module.children()) or isinstance(module, (nn.Conv2d, CNNBlockBase)):
-            module.register_forward_hook(lambda *_, name=name: called.append(name))
+            module.register_forward_hook(functools.partial(note, name=name))
     calls = []
     for training in (True, False):
         called.clear()
@@ -419,3 +466,5 @@ def test_training_and_evaluation_have_the_same_keys_and_call_the_same_modules(
     assert calls[0] == calls[1]
     convs = [name for name, module in backbone.named_modules() if isinstance(module, nn.Conv2d)]
     assert set(convs) <= set(calls[0])
+    if not backbone.chain.predicts_in_evaluation:  # as in any other network
+        assert types[False] == {torch.Tensor}

@@ -297,6 +297,21 @@ def test_hooks_on_the_convolutions_of_the_towers_are_called_in_training(norm, ga
     assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("gain", [0.1, 0.0])
+def test_a_hook_on_a_convolution_of_the_towers_sees_its_output_in_both_modes(gain):
+    model = model_of("KN", MODEL__KN__GAIN=gain, MODEL__KN__LEARN_GAIN=gain > 0)
+    conv, seen, x = model.head.cls_subnet[0], [], images()
+    conv.register_forward_hook(lambda conv, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        model.train().head(tower_inputs(model, x))
+        model.eval().head(list(model.backbone(x)[name] for name in LEVELS))
+        for given, output in seen:
+            if isinstance(given, Feature):
+                given, output = given.value, output.value
+            torch.testing.assert_close(output, F.conv2d(given, conv.weight, conv.bias, padding=1))
+    assert len(seen) == 2 * len(LEVELS)
+
+
 def test_evaluation_with_moving_statistics_needs_no_belief():
     model = model_of("KN").eval()
     priors = priors_of(model.head)
