@@ -238,9 +238,14 @@ def test_shapes_configs_differ_in_the_norm_alone():
 
 
 @pytest.mark.parametrize("model", ["C4_KN", *(f"FPN_{norm}" for norm in FPN_NORMS)])
-def test_fine_tuning_changes_the_schedule_alone(model):
-    found = changes(f"mask_rcnn_R50_{model}_finetune.yaml", f"mask_rcnn_R50_{model}.yaml")
-    assert {key.split(".")[0] for key in found} == {"SOLVER", "TEST"}
+def test_fine_tuning_changes_the_schedule_and_gain_alone(model):
+    name = f"mask_rcnn_R50_{model}_finetune.yaml"
+    found = changes(name, f"mask_rcnn_R50_{model}.yaml")
+    of_gain = {f"MODEL.KN.{key}" for key in ("GAIN", "LEARN_GAIN", "GAIN_ANNEAL")}
+    of_schedule = {key for key in found if key.startswith(("SOLVER.", "TEST."))}
+    assert found.keys() - of_schedule == (of_gain if model == "C4_KN" else set())
+    rate = load("Base-finetune.yaml").SOLVER.BASE_LR
+    assert load(name).SOLVER.BASE_LR == (2 * rate if model.endswith("_KN") else rate)
 
 
 @pytest.mark.parametrize("model", COCO)
