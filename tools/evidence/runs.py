@@ -57,8 +57,16 @@ def write_result(folder: Path, settings: Dict) -> None:
 
 
 def read_results(output: Path) -> Dict[Path, Dict]:
-    """The results of all runs below a folder, by the folders of the runs, which are sorted."""
+    """The results of all runs below a folder, by the folders of the runs, which are sorted.
+
+    Raises:
+        InputError: there are none.
+    """
     paths: List[Path] = sorted(Path(output).rglob(_NAME))
+    if not paths:
+        raise InputError(
+            f"{output} has no {_NAME}: give the folder that was the --output of finished runs."
+        )
     return {path.parent: json.loads(path.read_text()) for path in paths}
 
 

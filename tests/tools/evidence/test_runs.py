@@ -8,7 +8,7 @@ import torch
 from detectron2.config import get_cfg
 from evidence import classification, detection
 from evidence.arms import ARMS, R50, solver_options
-from evidence.runs import run_all, run_apart, write_result
+from evidence.runs import read_results, run_all, run_apart, write_result
 from torch import nn
 
 from kn_detectron import InputError
@@ -155,3 +155,8 @@ def test_a_run_that_fails_says_where_it_is_told_why(tmp_path):
     with pytest.raises(InputError, match="printed.txt says why"):
         run_apart([sys.executable, "-c", "print('It is broken.'); exit(3)"], tmp_path)
     assert (tmp_path / "printed.txt").read_text() == "It is broken.\n"
+
+
+def test_a_folder_without_results_is_named(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path} has no result.json: give the folder"):
+        read_results(tmp_path)
