@@ -297,17 +297,18 @@ def normalized_convolution(
     prior = None if needs_no_prior else chain.transition.conv(x.belief, conv)
     if isinstance(norm, KalmanNorm2d) and norm.can_be_absorbed(x.value, prior):
         return Feature(*norm.absorbed(conv, x.value, prior))
-    y = Feature(nn.Conv2d.forward(conv, x.value), prior)
-    return y if norm is None else normalized(y, norm, chain)
+    y = nn.Conv2d.forward(conv, x.value)
+    return Feature(y, prior) if norm is None else normalized(y, prior, norm, chain)
 
 
-def normalized(x: Feature, norm: nn.Module, chain: ChainConfig) -> Feature:
-    """Normalises a feature.
+def normalized(x: Tensor, prior: Optional[Belief], norm: nn.Module, chain: ChainConfig) -> Feature:
+    """Normalises a feature map, and makes the belief about it.
 
     A KN layer in evaluation mode, in a network that trains, counts as frozen.
 
     Args:
-        x: the feature. Its belief is the prior. It may be None for a FrozenBatchNorm2d and for the
+        x: the feature map.
+        prior: the predicted belief about it. It may be None for a FrozenBatchNorm2d and for the
             head of a chain.
         norm: KN, GKN or FrozenBatchNorm2d.
         chain: the settings of the chain.
@@ -316,9 +317,9 @@ def normalized(x: Feature, norm: nn.Module, chain: ChainConfig) -> Feature:
         TypeError: the norm is of another kind.
     """
     if isinstance(norm, FrozenBatchNorm2d):
-        return Feature(norm(x.value), frozen(norm, chain.variant))
+        return Feature(norm(x), frozen(norm, chain.variant))
     check_takes_prior(norm)
-    y, belief = norm(x.value, prior=None if norm.is_head else x.belief)
+    y, belief = norm(x, prior=None if norm.is_head else prior)
     return Feature(y, frozen(norm, chain.variant) if belief is None else belief)
 
 

@@ -72,7 +72,7 @@ class LevelNorms(nn.ModuleList):
         if isinstance(x, Tensor):
             return self._scaled(norm(conv(x)))
         if has_hooks(conv):  # they see the convolution, as in evaluation
-            y = normalized(conv(x), norm, conv.chain)
+            y = normalized(*conv(x), norm, conv.chain)
         else:
             y = normalized_convolution(x, conv, norm, conv.chain)
         belief = y.belief
