@@ -38,12 +38,12 @@ def trainer_class(arm):
         return Trainer
 
     class ChangingTrainer(Trainer):
-        """Changes the backbone of a new model as the arm says."""
+        """Changes a new model as the arm says."""
 
         @classmethod
         def build_model(cls, cfg):
             model = super().build_model(cfg)
-            arm.change(model.backbone)
+            arm.change(model)
             return model.to(cfg.MODEL.DEVICE)  # new layers are on the CPU
 
     return ChangingTrainer

@@ -10,6 +10,7 @@ from evidence import classification, detection
 from evidence.arms import ARMS, R50, solver_options
 from evidence.runs import read_results, run_all, run_apart, write_result
 from torch import nn
+from torch.nn import functional as F
 
 from kn_detectron import InputError
 from kn_detectron.data import ShapesSpec, generate_shapes
@@ -61,6 +62,21 @@ def test_only_scale_and_shift_of_frozen_norms_are_trained():
     assert all(norm.weight.requires_grad and not norm.training for norm in norms)
 
 
+def test_batches_do_not_change_the_statistics_of_a_detector_whose_scale_and_shift_are_trained():
+    model = built("R50_BN_affine")
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 53 - 11  # stem and res2 are frozen altogether
+    for norm in norms:
+        mean, var = torch.randn(norm.num_features), torch.rand(norm.num_features) + 0.5
+        norm.running_mean.copy_(mean), norm.running_var.copy_(var)
+        x = torch.randn(2, norm.num_features, 3, 3, requires_grad=True)
+        want = F.batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
+        y = norm(x)
+        assert torch.equal(y, want) and torch.equal(norm.running_mean, mean)
+        y.sum().backward()
+        assert norm.bias.grad.abs().sum() > 0
+
+
 def test_group_norm_takes_over_scale_shift_and_activation():
     batch, group = built("BN").backbone, built("GN").backbone
     assert not [m for m in group.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -104,8 +120,11 @@ def test_one_part_of_kn_is_changed():
 # What each detector starts from: a released file, or the arm of the pre-training that writes it.
 PRETRAINED = {
     "R50_BN_frozen": "slim_R50_BN.pth",
+    "R50_BN_affine": "slim_R50_BN.pth",
+    "R50_BN": "slim_R50_BN.pth",
     "R50_GN": "R50_GN",
     "R50_GKN": "R50_GKN",
+    "R50_KN": "slim_R50_KN.pth",
     "R50_KN_gain0": "slim_R50_KN.pth",
     "R50_KN_from_BN": "slim_R50_BN.pth",
 }
