@@ -7,7 +7,7 @@ command, given again, goes on where the last one stopped.
 
 Examples:
     python tools/demo.py
-    python tools/demo.py --shapes --output output/shapes_demo
+    python tools/demo.py --shapes
     python tools/demo.py --output output/short SOLVER.MAX_ITER 100
 """
 
@@ -21,7 +21,7 @@ import torch
 from kn_detectron.checkpoint import KNCheckpointer
 from kn_detectron.data import register_shapes
 from kn_detectron.engine import Trainer
-from kn_detectron.engine.command_line import argument_parser, load_config, run, set_up
+from kn_detectron.engine.command_line import argument_parser, launch_ranks, load_config, run, set_up
 from kn_detectron.engine.pictures import draw_curves, draw_gains, draw_predictions
 from kn_detectron.files import read_container
 from kn_detectron.model_zoo import get_config_file
@@ -53,13 +53,20 @@ def _has_trained(checkpoint, steps):
     return os.path.exists(checkpoint) and read_container(checkpoint)["iteration"] >= steps - 1
 
 
+def train(cfg, args):
+    """What the process of the training does."""
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
 def main():
     """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--output", default="output/demo", help="folder for everything (%(default)s)"
+        "--output", help="folder for everything (output/demo, with --shapes output/shapes_demo)"
     )
     parser.add_argument(
         "--shapes",
@@ -68,6 +75,8 @@ def main():
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args()
+    if args.output is None:
+        args.output = "output/shapes_demo" if args.shapes else "output/demo"
     # Layers this small gain nothing from a second thread; the other core loads the images.
     torch.set_num_threads(1)
     if args.shapes:
@@ -98,9 +107,7 @@ def main():
     final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     results = os.path.join(cfg.OUTPUT_DIR, "inference", "results.json")
     if not (os.path.exists(results) and _has_trained(final, cfg.SOLVER.MAX_ITER)):
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=True)
-        trainer.train()
+        launch_ranks(train, cfg, train_args)
 
     models["fine-tuned"] = load_detector(cfg, final)
     picture(
@@ -120,10 +127,11 @@ def main():
     )
     with open(results) as file:
         found = json.load(file)
-    print(
-        f"box AP {found['bbox']['AP']:.1f}, mask AP {found['segm']['AP']:.1f} "
-        "(MODEL_ZOO.md, The demo: what to compare them with)"
+    names = {"bbox": "box", "segm": "mask"}
+    scores = ", ".join(
+        f"{names[task]} AP {found[task]['AP']:.1f}" for task in names if task in found
     )
+    print(f"{scores} (MODEL_ZOO.md, The demo: what to compare them with)")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ the photo>.png. All detections, drawn or not, are in OUTPUT/detections.json.
 import argparse
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,16 +30,19 @@ from kn_detectron.engine import load_run
 from kn_detectron.engine.command_line import read_config, run
 from kn_detectron.engine.output_dir import make_writable
 from kn_detectron.engine.pictures import BrightVisualizer
-from kn_detectron.engine.prediction import coco_results, shown
+from kn_detectron.engine.prediction import class_names, coco_results, shown
 from kn_detectron.errors import InputError, one_line
+from kn_detectron.files import atomic_write, explained_write_errors
 from kn_detectron.model_zoo import get_checkpoint_file, get_config_file
 
 # Behind kn_detectron, which makes old versions of detectron2 importable.
-from detectron2.data import DatasetMapper, MetadataCatalog  # isort: skip
+from detectron2.data import DatasetMapper  # isort: skip
+from detectron2.data.catalog import Metadata  # isort: skip
 from detectron2.data.detection_utils import read_image  # isort: skip
 from detectron2.modeling import build_model  # isort: skip
 
 _RELEASED = "photos/mask_rcnn_lite0_FPN_KN.yaml"
+_ADVICE = "make room, or give another folder as --output."
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -58,14 +62,14 @@ def find_photos(paths):
     """
     photos = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if os.path.isdir(path):  # Path's own methods raise errors for names that are too long
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
             if not inside:
                 raise InputError(
                     f"Folder {path} has no images: give one with {', '.join(sorted(_SUFFIXES))}."
                 )
             photos += inside
-        elif path.is_file():
+        elif os.path.isfile(path):
             photos.append(path)
         else:
             raise InputError(f"{path} does not exist: give the path of a photo or of a folder.")
@@ -90,6 +94,14 @@ def load_model(args):
     path = Path(args.config_file)
     if path.name == "config.yaml":
         cfg = load_run(path.parent, args.opts)
+        if (
+            "MODEL.WEIGHTS" not in args.opts[::2]
+            and not KNCheckpointer(None, str(path.parent)).has_checkpoint()
+        ):
+            raise InputError(
+                f"{path.parent} has no checkpoint: give the config.yaml of a run that has written "
+                "one, or --opts MODEL.WEIGHTS FILE."
+            )
     else:
         cfg = read_config(args)
         if "MODEL.WEIGHTS" not in args.opts[::2]:
@@ -174,22 +186,28 @@ def main():
     make_writable(output, "--output")
     cfg, model = load_model(args)
     mapper = DatasetMapper(cfg, is_train=False)
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__unused")
-    classes = cfg.DATASETS.CLASS_NAMES or metadata.get("thing_classes") or []
+    classes = class_names(cfg)
+    metadata = Metadata(thing_classes=classes or None)
     results, faults, count = [], [], 0
     taken = {path.resolve() for path in photos}
-    for path in tqdm.tqdm(photos, unit="photo"):
-        try:
-            image, found = detect(mapper, model, path)
-        except InputError as error:
-            faults.append(error)
-            continue
-        results += coco_results(found, str(path), classes)
-        found = shown(found, args.min_score)
-        count += len(found)
-        picture = BrightVisualizer(image, metadata).draw_instance_predictions(found)
-        Image.fromarray(picture.get_image()).save(_free(output, path.stem, taken))
-    (output / "detections.json").write_text(json.dumps(results))
+    try:
+        for path in tqdm.tqdm(photos, unit="photo"):
+            try:
+                image, found = detect(mapper, model, path)
+            except InputError as error:
+                faults.append(error)
+                continue
+            results += coco_results(found, str(path), classes)
+            found = shown(found, args.min_score)
+            count += len(found)
+            picture = BrightVisualizer(image, metadata).draw_instance_predictions(found)
+            target = _free(output, path.stem, taken)
+            with explained_write_errors(target, _ADVICE):
+                Image.fromarray(picture.get_image()).save(target)
+    finally:  # what was found is not lost, whatever ends the run
+        target = output / "detections.json"
+        with explained_write_errors(target, _ADVICE), atomic_write(str(target)) as file:
+            file.write(json.dumps(results).encode())
     read = len(photos) - len(faults)
     number = f"{read} photo{'' if read == 1 else 's'}"
     print(f"{number} with {count} detections drawn: {output}/*.png")

@@ -23,6 +23,7 @@ from kn_detectron.engine.command_line import (
     set_up,
 )
 from kn_detectron.engine.output_dir import make_output_dir
+from kn_detectron.errors import InputError
 from kn_detectron.pretraining import (
     DECIDED_KEYS,
     ClassificationTrainer,
@@ -49,6 +50,12 @@ def train_or_evaluate(cfg, args):
 
 def load_config(args):
     """The config of the pre-training that the arguments ask for."""
+    for key in args.opts[::2]:
+        if key.startswith("PRETRAINING."):
+            raise InputError(
+                f"{key} follows from the options: leave it out, and see those of --help, such as "
+                "--norm and --data."
+            )
     detection = read_config(args, add_pretraining_config)
     train, _ = open_folders(args.data)
     cfg = classification_config(

@@ -6,7 +6,7 @@ import os
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import atomic_write, explained_write_errors, fetch, remove_partial_files
 from .conventions import CHECKPOINT_KEY, Conventions, differences
 from .loading import load_weights
@@ -146,7 +146,7 @@ class KNCheckpointer(DetectionCheckpointer):
             return fetch(path)
         except InputError as error:
             otherwise = "" if self._strict else ', or MODEL.WEIGHTS "" to train from scratch'
-            raise InputError(f"MODEL.WEIGHTS {error}{otherwise}.") from error
+            raise InputError(f"MODEL.WEIGHTS {one_line(error)}{otherwise}.") from error
 
     def _load_file(self, filename):
         self._weights = read_weights(filename, own=self.model.state_dict())

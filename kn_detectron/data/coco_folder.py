@@ -1,6 +1,6 @@
 """Registering a folder of one's own data in COCO's layout."""
 
-import glob
+import fnmatch
 import os
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -37,18 +37,19 @@ def register_coco_folder(folder, splits=("train", "val")):
 
 
 def _register_split(folder, split):
-    pattern = os.path.join(glob.escape(folder), "annotations", f"instances_{split}*.json")
-    found = sorted(glob.glob(pattern))
+    annotations = os.path.join(folder, "annotations")
+    names = os.listdir(annotations) if os.path.isdir(annotations) else []
+    found = sorted(fnmatch.filter(names, f"instances_{split}*.json"))
     if len(found) != 1:
         there = f"{len(found)} files" if found else "no file"
         raise InputError(
             f"{folder} has {there} annotations/instances_{split}*.json: expected one, in COCO's "
             f"format, and its images in a folder with the name that follows instances_."
         )
-    base = os.path.splitext(os.path.basename(found[0]))[0]
+    base = os.path.splitext(found[0])[0]
     images = os.path.join(folder, base[len("instances_") :])
     if images in DatasetCatalog.list():
         DatasetCatalog.pop(images)
         MetadataCatalog.pop(images)
-    register_coco_instances(images, {}, found[0], images)
+    register_coco_instances(images, {}, os.path.join(annotations, found[0]), images)
     return images

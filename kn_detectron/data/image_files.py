@@ -103,6 +103,7 @@ def _orientation_of(image):
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # a damaged tag is none, for detectron2 as well
         return 1
+    return orientation if orientation in range(1, 9) else 1  # as in detectron2

@@ -52,9 +52,8 @@ def write_once(root, identity, write, accepts_any=False):
 
 def _is_there(root, identity, accepts_any):
     """Tells whether `root` holds the dataset; InputError if it holds something else."""
-    marker = root / _MARKER
-    if marker.is_file():
-        found = json.loads(marker.read_text())
+    found = _identity_in(root)
+    if found is not None:
         same_kind = found.get("kind") == identity["kind"]
         if found == identity or (accepts_any and same_kind):
             return True
@@ -68,6 +67,15 @@ def _is_there(root, identity, accepts_any):
             "remove it or choose another one."
         )
     return False
+
+
+def _identity_in(root):
+    """The identity that is kept in a folder, or None if none can be read."""
+    try:
+        found = json.loads((root / _MARKER).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # of JSON and of the encoding
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _differences(found, wanted):

@@ -377,6 +377,8 @@ def _signals_left_to_children():
 def run(command):
     """Runs a command line. A fault of the input ends it with one sentence and exit status 1.
 
+    So does a file or folder that may not be read or written.
+
     Args:
         command (callable): called without arguments.
 
@@ -388,6 +390,15 @@ def run(command):
             command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"error: {error.filename} cannot be used ({error.strerror}): change its permissions or "
+            "give another path.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("error: interrupted.", file=sys.stderr)

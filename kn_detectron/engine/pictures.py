@@ -53,7 +53,12 @@ def read_metrics(output_dir: str) -> List[Dict]:
     lines = {}
     with open(os.path.join(output_dir, "metrics.json")) as file:
         for line in file:
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except (
+                ValueError
+            ):  # cut short by a kill or a full disk; a resumed run went on behind it
+                continue
             lines.setdefault(entry["iteration"], {}).update(entry)
     return [lines[iteration] for iteration in sorted(lines)]
 

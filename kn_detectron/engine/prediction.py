@@ -2,11 +2,14 @@
 
 from typing import Dict, List
 
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from torchvision.ops import nms
 
-__all__ = ["coco_results", "shown"]
+__all__ = ["class_names", "coco_results", "shown"]
 
 # Two boxes that overlap by more are one object to a person who looks at the picture.
 _SAME_OBJECT = 0.4
@@ -27,6 +30,24 @@ def shown(instances: Instances, min_score: float) -> Instances:
     """
     instances = instances[instances.scores >= min_score]
     return instances[nms(instances.pred_boxes.tensor, instances.scores, _SAME_OBJECT)]
+
+
+def class_names(cfg: CfgNode) -> List[str]:
+    """What the classes of a detector are called.
+
+    Args:
+        cfg: of the detector; the names are DATASETS.CLASS_NAMES, or else those of the first dataset
+            in DATASETS.TEST.
+
+    Returns:
+        list[str]: empty if the detector has more classes than there are names.
+    """
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
+    names = cfg.DATASETS.CLASS_NAMES or metadata.get("thing_classes") or []
+    part = (
+        cfg.MODEL.RETINANET if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE else cfg.MODEL.ROI_HEADS
+    )
+    return list(names) if len(names) >= part.NUM_CLASSES else []
 
 
 def coco_results(instances: Instances, file_name: str, classes: List[str]) -> List[Dict]:

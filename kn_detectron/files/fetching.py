@@ -25,12 +25,14 @@ def fetch(path):
     if "://" in path:
         try:
             local = PathManager.get_local_path(path)
+        except InputError:  # of this package's handlers, which say what to do
+            raise
         except Exception as error:  # each of iopath's handlers raises what its library does
             raise InputError(
-                f"{path} cannot be downloaded ({one_line(error)}): give a local file instead"
+                f"{path} cannot be downloaded ({one_line(error)}): give a local file instead."
             ) from error
     if os.path.isdir(local):
-        raise InputError(f"{path} is a folder: give the path of a checkpoint in it")
+        raise InputError(f"{path} is a folder: give the path of a checkpoint in it.")
     if not os.path.isfile(local):
-        raise InputError(f"{path} does not exist: give the path of a checkpoint")
+        raise InputError(f"{path} does not exist: give the path of a checkpoint.")
     return local

@@ -229,12 +229,9 @@ def _block_ends(in_training: Sequence[str], in_evaluation: Sequence[str]) -> Lis
 
 
 def _load(extractor: nn.Module, path: str, name: str) -> None:
-    try:
-        file = fetch(path)
-    except InputError as error:
-        raise InputError(f"MODEL.KN.NETWORK_WEIGHTS {error}.") from error
     own = extractor.state_dict()
     try:
+        file = fetch(path)
         state = checked_tensors(unwrapped_content(read_container(file), path)[0], path)
         check_variances(state, path)
     except InputError as error:

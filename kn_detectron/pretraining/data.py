@@ -4,13 +4,14 @@ import os
 
 import numpy as np
 import torch
+from detectron2.data import detection_utils
 from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from ..data import TrainLoader, as_eight_bits
+from ..data import TrainLoader
 from ..errors import InputError, one_line
 from .config import micro_batch
 
@@ -19,6 +20,9 @@ __all__ = ["build_eval_loader", "build_train_loader", "open_folders", "training_
 # The image size from which on ImageNet's crops are used. In smaller images objects are small
 # already.
 _LARGE = 128
+
+# Folders of the images that are evaluated, the first that is there.
+_VALIDATION = ("val", "test")
 
 # The label of an image that only fills a batch up.
 IGNORED = -1
@@ -41,7 +45,7 @@ def open_folders(folder):
     if not os.path.isdir(folder):
         raise InputError(f"--data {folder} is not a folder: give one with train/ and val/ in it.")
     train = _open(folder, "train")
-    val = _open(folder, "val", "test")
+    val = _open(folder, *_VALIDATION)
     if train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))[0]
         here, there = (train.root, val.root) if only in train.classes else (val.root, train.root)
@@ -98,8 +102,8 @@ class _ImageMapper:
     def __call__(self, sample):
         path = sample["file_name"]
         try:
-            with Image.open(path) as file:
-                image = as_eight_bits(file).convert("RGB")
+            # As a detector reads it: turned as its EXIF says, and 16 bits scaled to 8.
+            image = Image.fromarray(detection_utils.read_image(path, "RGB"))
         except MemoryError:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
@@ -129,7 +133,7 @@ def build_train_loader(cfg):
     Raises:
         InputError: the folder, the format or the batch size cannot be used.
     """
-    train, _ = open_folders(cfg.PRETRAINING.DATA)
+    train = _open(cfg.PRETRAINING.DATA, "train")
     return TrainLoader(
         [{"file_name": path, "label": label} for path, label in train.samples],
         _ImageMapper(training_transform(cfg.PRETRAINING.IMAGE_SIZE), cfg.INPUT.FORMAT),
@@ -183,7 +187,7 @@ def build_eval_loader(cfg):
     Returns:
         DataLoader: of this process's share, as :func:`build_train_loader` describes it.
     """
-    _, val = open_folders(cfg.PRETRAINING.DATA)
+    val = _open(cfg.PRETRAINING.DATA, *_VALIDATION)
     batch_size, world_size = batch_size_of_a_process(cfg), comm.get_world_size()
     order = np.random.RandomState(0).permutation(len(val))
     whole = -(-len(val) // (batch_size * world_size)) * batch_size * world_size

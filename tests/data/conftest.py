@@ -6,6 +6,7 @@ from detectron2.config import get_cfg
 from kn_detectron.data import ShapesSpec, generate_shapes, register_shapes_lazily
 
 from ..engine.conftest import kn_log  # noqa: F401
+from ..engine.tiny import restore_shapes
 
 SPEC = ShapesSpec(num_train=24, num_val=12, size=64, max_shapes=3, seed=5)
 
@@ -19,9 +20,10 @@ def shapes_root(tmp_path_factory):
 
 @pytest.fixture
 def default_registration():
-    """Puts the registration that importing makes back, whatever a test registers."""
-    yield
+    """Begins with the registration that importing makes, and puts back what there was before."""
     register_shapes_lazily()
+    yield
+    restore_shapes()
 
 
 @pytest.fixture

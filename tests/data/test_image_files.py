@@ -1,3 +1,5 @@
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,3 +36,20 @@ def test_the_first_image_of_another_size_is_named(photo, tmp_path):
     wide = {**photo("wide.jpg"), "width": 31}
     with pytest.raises(InputError, match="wide.jpg .* 30 x 20 pixels, .* says 31 x 20"):
         check_headers([photo("plain.jpg"), wide], str(tmp_path))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 1000])
+def test_an_orientation_that_there_is_not_turns_nothing(photo, tmp_path, kn_log, orientation):
+    check_headers([photo("photo.jpg", orientation)], str(tmp_path))
+    assert not kn_log.records
+
+
+def test_an_orientation_that_is_text_turns_nothing(tmp_path, kn_log):
+    image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    # One entry, of type 2, which is text of two bytes. Pillow writes numbers only.
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHI4sI", 8, 1, 274, 2, 2, b"6", 0)
+    image.save(tmp_path / "photo.jpg", exif=exif)
+    with Image.open(tmp_path / "photo.jpg") as written:
+        assert isinstance(written.getexif()[274], str)
+    check_headers([{"file_name": "photo.jpg", "width": 30, "height": 20}], str(tmp_path))
+    assert not kn_log.records

@@ -117,6 +117,11 @@ def test_other_json(coco):
     assert "has an empty list images" in _refused()
 
 
+def test_a_number_that_is_too_long(coco):
+    coco[0].write_text("[" + "9" * 5000 + "]")
+    assert f"{coco[0]} cannot be read (Exceeds the limit" in _refused()
+
+
 def test_json_that_is_nested_without_end(coco):
     coco[0].write_text("[" * 200_000)
     assert "nested too deeply" in _refused()

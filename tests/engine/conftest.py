@@ -25,6 +25,13 @@ def plain(datasets, tmp_path_factory):
     return folder, losses.of
 
 
+@pytest.fixture
+def shapes_restored():
+    """Puts back what was registered as the shapes before a test."""
+    yield
+    tiny.restore_shapes()
+
+
 @pytest.fixture(autouse=True)
 def fresh_logs():
     """Takes back the logging that a test set up, since its standard output is gone after it."""

@@ -145,6 +145,22 @@ def test_bad_config_file(command, tmp_path, content, patterns):
     _assert_one_sentence(command(config=path), re.escape(str(path)), *patterns)
 
 
+def test_a_file_that_may_not_be_read_is_a_sentence(capsys):
+    def refused():
+        raise PermissionError(13, "Permission denied", "annotations/instances_train.json")
+
+    result = (run(refused), *capsys.readouterr())
+    _assert_one_sentence(
+        result, r"instances_train.json cannot be used \(Permission denied\): change"
+    )
+
+    def about_no_file():
+        raise PermissionError("no file is named")
+
+    with pytest.raises(PermissionError):
+        run(about_no_file)
+
+
 def test_no_config_file(command, tmp_path):
     _assert_one_sentence(command(config=None), "--config FILE")
     _assert_one_sentence(command(config=tmp_path), "is a folder: give the path of a YAML file")

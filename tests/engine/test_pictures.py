@@ -33,6 +33,12 @@ def test_read_metrics_takes_the_last_word_on_an_iteration(tmp_path):
     ]
 
 
+def test_read_metrics_goes_on_behind_a_line_that_was_cut_short(tmp_path):
+    cut = '{"iteration": 19, "total_lo'
+    (tmp_path / "metrics.json").write_text(cut + '{"iteration": 39}\n{"iteration": 59}\n' + cut)
+    assert read_metrics(str(tmp_path)) == [{"iteration": 59}]
+
+
 def drawn(path):
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))

@@ -3,7 +3,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask
 
-from kn_detectron.engine.prediction import coco_results, shown
+from kn_detectron.engine.prediction import class_names, coco_results, shown
+from kn_detectron.model_zoo import get_config
 
 
 def instances(boxes, scores, classes):
@@ -40,3 +41,20 @@ def test_results_are_cocos_with_names():
     assert mask.decode(result["segmentation"]).sum() == 200
     (unnamed,) = coco_results(instances([[2, 3, 12, 23]], [0.75], [1]), "a.jpg", [])
     assert unnamed["category"] == 1
+
+
+def test_names_are_those_of_the_run_or_of_the_dataset_if_there_are_enough():
+    cfg = get_config("shapes/mask_rcnn_slim_R50_C4_KN.yaml")
+    assert class_names(cfg)[0] == "circle"
+    names = [f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
+    cfg.DATASETS.TEST, cfg.DATASETS.CLASS_NAMES = (), names
+    assert class_names(cfg) == names
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES += 1
+    assert class_names(cfg) == []
+    cfg.DATASETS.CLASS_NAMES = []
+    assert class_names(cfg) == []
+    cfg = get_config("retinanet_R50_FPN_KN.yaml")
+    cfg.DATASETS.CLASS_NAMES = names
+    assert class_names(cfg) == []
+    cfg.MODEL.RETINANET.NUM_CLASSES = len(names)
+    assert class_names(cfg) == names

@@ -85,6 +85,14 @@ def write_config(path):
 _registered = []
 
 
+def restore_shapes():
+    """Registers what was registered before a test registered something else."""
+    if _registered:
+        register_shapes(_registered[-1], SPEC)
+    else:
+        register_shapes_lazily()
+
+
 @contextlib.contextmanager
 def shapes(datasets):
     """Generates the images in a folder of datasets, and has them registered within the context."""
@@ -94,10 +102,7 @@ def shapes(datasets):
         yield
     finally:
         _registered.pop()
-        if _registered:
-            register_shapes(_registered[-1], SPEC)
-        else:
-            register_shapes_lazily()
+        restore_shapes()
 
 
 class Losses(HookBase):

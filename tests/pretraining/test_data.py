@@ -99,6 +99,30 @@ def test_validation_crop(tmp_path, size, middle):
     assert row[0] == pytest.approx(100 * (1 - middle), abs=3)
 
 
+def test_images_are_turned_as_a_detector_sees_them(tmp_path):
+    columns = np.tile(np.arange(200, dtype=np.uint8), (200, 1))
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        image = Image.fromarray(columns).convert("RGB")
+        exif = image.getexif()
+        exif[274] = 6  # to be turned by a quarter: columns become rows
+        image.save(tmp_path / split / "a" / "0.jpg", exif=exif, quality=100)
+    cfg = config(tmp_path, batch_size=1, num_images=1)
+    (batch,) = build_eval_loader(cfg)
+    pixels = batch["image"][0, 0].float()
+    assert pixels[:, 0].diff().mean() > 2 and pixels[0].diff().abs().mean() < 1
+    (batch,) = _take(build_train_loader(cfg), 1)
+    pixels = batch["image"][0, 0].float()
+    assert pixels[:, 0].diff().mean() > 0.5 and pixels[0].diff().abs().mean() < 0.5
+
+
+def test_an_evaluation_does_not_list_the_training_images(tmp_path):
+    data = write_images(tmp_path / "images")
+    cfg = config(data)
+    shutil.rmtree(data / "train")
+    assert len(list(build_eval_loader(cfg))) == 2
+
+
 @pytest.mark.parametrize("size, smallest", [(64, 0.5), (128, 0.08)])
 def test_training_crop(size, smallest):
     position = np.tile(np.arange(256, dtype=np.uint8), (256, 1))

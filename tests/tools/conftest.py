@@ -10,16 +10,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kn_detectron.engine.command_line import run
 
-from ..engine.conftest import fresh_logs  # noqa: F401
+from ..engine.conftest import fresh_logs, shapes_restored  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, fresh_logs):  # noqa: F811
+def process_restored(fresh_logs, shapes_restored):  # noqa: F811
+    """Takes back what a tool leaves behind in this process: logs, datasets, number of threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, process_restored):
     """Runs tools/NAME.py with arguments, and gives its status, stdout and stderr."""
 
     def call(name, *arguments):

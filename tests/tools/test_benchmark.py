@@ -55,11 +55,10 @@ def test_arguments_change_the_preset(monkeypatch, tmp_path):
     assert (tmp_path / "out").is_dir()
 
 
-def test_configs_are_measured_side_by_side(monkeypatch, tmp_path):
+@pytest.mark.parametrize("detector", ["mask_rcnn_R50_C4", "retinanet_R50_FPN"])
+def test_configs_are_measured_side_by_side(monkeypatch, tmp_path, detector):
     names = ("BN", "KN")
-    files = [
-        str(ROOT / f"configs/quick_schedules/mask_rcnn_R50_C4_{n}_instant_test.yaml") for n in names
-    ]
+    files = [str(ROOT / f"configs/quick_schedules/{detector}_{n}_instant_test.yaml") for n in names]
     options = ["--size", "64", "--rounds", "1", "--output", str(tmp_path)]
     (group,), args = prepare(monkeypatch, "--configs", *files, *options)
     assert (group.what, group.candidates, group.regions) == ("step", tuple(files), None)

@@ -83,10 +83,15 @@ def test_what_it_refuses(photos, tmp_path, command):
     config = get_config_file("photos/mask_rcnn_lite0_FPN_BN.yaml")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
+    run = tmp_path / "run"  # one that was stopped before its first checkpoint
+    run.mkdir()
+    (run / "config.yaml").write_text(tiny.config(run).dump())
     for arguments, sentence in (
         ((tmp_path / "none.jpg",), "none.jpg does not exist"),
         ((tmp_path / "empty",), "empty has no images"),
         ((photos, "--config", config), "give MODEL.WEIGHTS FILE"),
+        ((tmp_path / ("long" * 100),), "longlong does not exist"),
+        ((photos, "--config", run / "config.yaml"), f"{run} has no checkpoint: give the config"),
         (
             (photos, "--output", tmp_path / "file"),
             f"--output {tmp_path / 'file'} cannot be created (File exists): give",
@@ -94,3 +99,24 @@ def test_what_it_refuses(photos, tmp_path, command):
     ):
         status, _, error = command("predict", *arguments)
         assert status == 1 and sentence in error
+
+
+def test_a_picture_that_cannot_be_written_does_not_cost_the_detections(photos, tmp_path, command):
+    first, second, third = sorted(photos.iterdir())
+    (tmp_path / f"{third.stem}.png").mkdir()
+    status, _, error = command("predict", photos, "--output", tmp_path)
+    assert status == 1 and f"{third.stem}.png cannot be written (Is a directory): make" in error
+    results = json.loads((tmp_path / "detections.json").read_text())
+    assert {r["file_name"] for r in results} == set(map(str, (first, second, third)))
+
+
+def test_more_classes_than_names_are_numbers(photos, tmp_path, plain, command):  # noqa: F811
+    folder, _ = plain
+    cfg = tiny.config(folder)
+    cfg.DATASETS.TEST = ("photos_val",)  # which has one name
+    (folder / "config.yaml").write_text(cfg.dump())
+    options = ("--config", folder / "config.yaml", "--output", tmp_path, "--min-score", 0)
+    status, _, error = command("predict", next(photos.iterdir()), *options)
+    assert status == 0, error
+    results = json.loads((tmp_path / "detections.json").read_text())
+    assert results and all(isinstance(result["category"], int) for result in results)

@@ -133,6 +133,7 @@ def test_output_is_a_folder_inside_the_detectors(
         (["MODEL.KN.GIAN", "0.1"], "MODEL.KN.GIAN"),
         (["INPUT.FORMAT", "L"], "INPUT.FORMAT is 'L'"),
         (["OUTPUT_DIR", "/dev/null/run"], "OUTPUT_DIR /dev/null/run"),
+        (["PRETRAINING.NORM", "GN"], "PRETRAINING.NORM follows from the options"),
         (["--eval-only"], "There are no weights to evaluate"),
     ],
 )

@@ -259,10 +259,11 @@ def _detector(group: Group, norm: str, device: torch.device):
     cfg = network_config(norm, device, group)
     torch.manual_seed(0)
     model = build_model(cfg).to(memory_format=_memory_format(group)).train()
-    # The anchors become the proposals, so that all norms have the same number of regions and masks.
-    head = model.proposal_generator.rpn_head
-    nn.init.zeros_(head.objectness_logits.weight)
-    nn.init.zeros_(head.anchor_deltas.weight)
+    if hasattr(model, "proposal_generator"):  # not a RetinaNet
+        # The anchors become the proposals: all norms have the same number of regions and masks.
+        head = model.proposal_generator.rpn_head
+        nn.init.zeros_(head.objectness_logits.weight)
+        nn.init.zeros_(head.anchor_deltas.weight)
     return cfg, model
 
 

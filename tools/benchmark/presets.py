@@ -215,7 +215,8 @@ def make_groups(preset: str, whats: Optional[Sequence[str]] = None, **changes) -
         list: in the order in which they are to be measured.
 
     Raises:
-        InputError: if a name is unknown, or a number is not positive.
+        InputError: if a name is unknown, a number is not positive, or no group has a setting that
+            is to be changed.
     """
     changes = {key: value for key, value in changes.items() if value is not None}
     _check_names("preset", [preset], PRESETS)
@@ -229,11 +230,12 @@ def make_groups(preset: str, whats: Optional[Sequence[str]] = None, **changes) -
         _check_positive(key, changes[key])
     for shape in changes.get("shapes", ()):
         _check_positive("shapes", shape)
-    groups = []
+    groups, used = [], set()
     for what in whats or PRESETS[preset]:
         named = PRESETS[preset].get("backbone" if what == "compiled" else what, {})
         settings = {**_DEFAULTS[what], **named, **PRESETS[preset].get(what, {})}
         settings.update((key, value) for key, value in changes.items() if key in settings)
+        used |= settings.keys()
         if what == "layer":
             groups += _layer_groups(**settings)
         elif what == "prediction":
@@ -242,6 +244,11 @@ def make_groups(preset: str, whats: Optional[Sequence[str]] = None, **changes) -
             groups += _curve_groups(what, **settings)
         else:
             groups += _network_groups(what, **settings)
+    for key in changes.keys() - used:
+        raise InputError(
+            f"{key} is no setting of {' or '.join(whats or PRESETS[preset])}: leave it out, or "
+            "measure something that has it"
+        )
     return groups
 
 

@@ -5,7 +5,7 @@ import locale
 
 from detectron2.utils.file_io import PathManager
 
-from ...errors import InputError
+from ...errors import InputError, one_line
 
 __all__ = ["read_annotations"]
 
@@ -42,6 +42,10 @@ def read_annotations(json_file, report):
         raise InputError(
             f"Annotation file {json_file} is not text (byte {error.start} is not "
             f"{encoding.upper()}): expected COCO instances in JSON, copy it again."
+        ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(
+            f"Annotation file {json_file} cannot be read ({one_line(error)}): correct it."
         ) from error
     except RecursionError as error:
         raise InputError(

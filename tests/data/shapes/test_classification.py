@@ -63,8 +63,11 @@ def test_what_is_there_is_kept_and_something_else_refused(root, tmp_path):
     with pytest.raises(InputError, match="other parameters .kind classes, not instances"):
         generate_shapes(root)
     (tmp_path / "thesis.txt").write_text("dear")
-    with pytest.raises(InputError, match="not a shapes dataset"):
-        generate_single_shapes(tmp_path, SPEC)
+    for marker in (None, "", "[1]", "{"):
+        if marker is not None:
+            (tmp_path / "shapes.json").write_text(marker)
+        with pytest.raises(InputError, match="not a shapes dataset"):
+            generate_single_shapes(tmp_path, SPEC)
 
 
 @pytest.mark.parametrize("wrong", [{"num_train": 4}, {"size": 8}, {"seed": -1}, {"num_val": 5.5}])

@@ -80,6 +80,7 @@ def test_the_compiled_backbone_is_the_presets_backbone():
         (dict(regions=-1), "regions has the value -1"),
         (dict(images=(1, 0)), "images has the value 0"),
         (dict(size=(0, 64)), "size has the value 0"),
+        (dict(whats=["prediction", "size"], images=(4,)), "images is no setting of prediction or"),
         (dict(shapes=((2, 32, 0, 8),)), "shapes has the value 0"),
     ],
 )
