@@ -60,7 +60,7 @@ def load_weights(model, weights, name, *, strict=False):
         _check_all(model, found, name)
     else:
         _keep_fixed_gains(model, state, name)
-    _check_resnet(model, found, state, model_state, name)
+    _check_backbone(model, found, state, name)
     for misshapen, _, _ in found.misshapen:
         state.pop(misshapen, None)
     model.load_state_dict(state, strict=False)
@@ -146,7 +146,7 @@ def _check_all(model, found, name):
         )
 
 
-def _check_resnet(model, found, state, model_state, name):
+def _check_backbone(model, found, state, name):
     with_statistics = any(leaf(tensor) == "running_var" for tensor in state)
     essential = found.only(essential_names(model, with_statistics))
     unstated = [tensor for tensor in essential.missing if leaf(tensor) in STATISTICS]
@@ -158,7 +158,7 @@ def _check_resnet(model, found, state, model_state, name):
             '(MODEL.RESNETS.NORM, --norm): "GKN" or "GN" for those of GroupNorm, "FrozenBN" for '
             "folded ones."
         )
-    extra = extra_layers(found, state, model_state)
+    extra = extra_layers(found, state, model)
     if essential.missing or essential.misshapen or extra or not found.matched:
         shown = essential if essential.missing or essential.misshapen else found
         if extra and shown is found:

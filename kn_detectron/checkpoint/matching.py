@@ -6,6 +6,7 @@ import re
 from detectron2.layers import FrozenBatchNorm2d
 
 from ..layers import KN_STATE
+from ..modeling.network import KNNetwork, PlainNetwork
 
 __all__ = ["Match", "RESNET_STAGE", "essential_names", "extra_layers", "leaf", "match"]
 
@@ -103,7 +104,9 @@ def _suffix_in(name, state):
 
 
 def essential_names(model, with_statistics):
-    """The names of the tensors that an initialising checkpoint must have: those of the ResNet.
+    """The names of the tensors that an initialising checkpoint must have: those of the backbone.
+
+    That is a ResNet of detectron2, or a network of another library.
 
     Not what Kalman Normalization adds, which no BatchNorm checkpoint has.
 
@@ -121,25 +124,41 @@ def essential_names(model, with_statistics):
             if isinstance(module, FrozenBatchNorm2d)
             for statistic in STATISTICS
         }
+    networks = _networks(model)
     return {
         name
         for name in model.state_dict()
-        if RESNET_STAGE.search(name)
+        if (RESNET_STAGE.search(name) or name.startswith(networks))
         and not _INDIFFERENT.search(name)
         and leaf(name) not in KN_STATE
         and name not in exempt
     }
 
 
-def extra_layers(found, state, model_state):
-    """The filters of a checkpoint that the model lacks, in stages that the model has.
+def _networks(model):
+    """The prefixes of the networks of other libraries in a model."""
+    return tuple(
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, (KNNetwork, PlainNetwork))
+    )
+
+
+def extra_layers(found, state, model):
+    """The filters of a checkpoint that the model lacks, in stages or networks that the model has.
 
     Such a checkpoint is of a deeper network, or of one with further parts.
 
     Args:
         found (Match): of the two.
-        state, model_state (dict[str, Tensor]): the checkpoint's and the model's.
+        state (dict[str, Tensor]): the checkpoint's.
+        model (nn.Module): detector or backbone.
     """
-    stages = {part[1] for part in map(RESNET_STAGE.search, model_state) if part}
-    places = {name: RESNET_STAGE.search(name) for name in found.unused if name in state}
-    return [n for n, part in places.items() if part and part[1] in stages and state[n].dim() == 4]
+    stages = {part[1] for part in map(RESNET_STAGE.search, model.state_dict()) if part}
+    networks = _networks(model)
+
+    def is_here(name):
+        part = RESNET_STAGE.search(name)
+        return name.startswith(networks) or (part and part[1] in stages)
+
+    return [n for n in found.unused if n in state and state[n].dim() == 4 and is_here(n)]

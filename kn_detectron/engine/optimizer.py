@@ -33,5 +33,11 @@ def exempt_filters_from_decay(optimizer: Optimizer, model: nn.Module) -> None:
         if not rest:
             group["weight_decay"] = 0.0
             continue
+        added = {**group, "params": exempt, "weight_decay": 0.0}
+        if "param_names" in group:  # of an optimizer that was made of named parameters
+            named = list(zip(group["params"], group["param_names"]))
+            added["params"] = [(name, p) for p, name in named if id(p) in filters]
+            group["param_names"] = [name for p, name in named if id(p) not in filters]
+            del added["param_names"]
         group["params"] = rest
-        optimizer.add_param_group({**group, "params": exempt, "weight_decay": 0.0})
+        optimizer.add_param_group(added)

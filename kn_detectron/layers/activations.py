@@ -57,8 +57,8 @@ def clip(belief: Belief, low: float, high: float) -> Belief:
     return Belief(mean, var.clamp(0.0, 0.25 * height * height))
 
 
-def leaky_relu(belief: Belief, slope) -> Belief:
-    """The belief behind max(x, 0) + slope min(x, 0): leaky ReLU, PReLU.
+def leaky_relu(belief: Belief, slope: float) -> Belief:
+    """The belief behind max(x, 0) + slope min(x, 0): leaky ReLU.
 
     With x+ = relu(x), x- = relu(-x) and the slope a the result is x+ - a x-. Since one of x+ and x-
     is always 0::
@@ -67,7 +67,7 @@ def leaky_relu(belief: Belief, slope) -> Belief:
 
     Args:
         belief: in front of it, any shape.
-        slope: a number, or a tensor that the belief can be multiplied by.
+        slope: a number.
 
     Returns:
         Belief: of the same shape.

@@ -326,7 +326,7 @@ def roi_align(belief: Belief, regions: Sequence[int]) -> Belief:
     )
 
 
-def normalized(weight: Tensor, bias: Tensor) -> Belief:
+def normalized(weight: Tensor, bias: Optional[Tensor]) -> Belief:
     """The belief about a feature that was normalised with its own mean and variance.
 
     For x ~ (mu, Sigma), y = weight (x - mu) / sqrt(Sigma) + bias has mean ``bias`` and variance
@@ -334,13 +334,14 @@ def normalized(weight: Tensor, bias: Tensor) -> Belief:
     only for channels that hardly vary, and the process model makes up for it.
 
     Args:
-        weight, bias: scale and shift, shape (C,).
+        weight, bias: scale and shift, shape (C,); None is a shift of 0.
 
     Returns:
         Belief: shape (1, C), in float32 or better.
     """
     dtype = statistics_dtype(weight)
-    return Belief(bias.to(dtype)[None], weight.to(dtype).square()[None])
+    mean = torch.zeros_like(weight) if bias is None else bias
+    return Belief(mean.to(dtype)[None], weight.to(dtype).square()[None])
 
 
 def frozen(norm: nn.Module, variant: str) -> Belief:

@@ -40,7 +40,9 @@ def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
 
     A channel that is dead in the prediction and in the statistics gets r = 0, and b = 0 if its means
     agree: eps alone decides what comes of it. The quotient of two numbers near 0, such as 1e5, would
-    make no difference now, and a loss of NaN as soon as the filter has moved.
+    make no difference now, and a loss of NaN as soon as the filter has moved. b is at most 1000
+    standard deviations of the prediction: where a channel that hardly varies needs more, its prior
+    stays off by the rest.
 
     Args:
         layer: a layer for which :func:`is_exact` is true.

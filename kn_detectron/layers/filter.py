@@ -45,7 +45,7 @@ class Vectors(NamedTuple):
         gain_logit, gain_scale: scalars; the gain is ``gain_scale * sigmoid(gain_logit)``.
         mean_offset, log_var_scale: process model of the network variant, shape (C,), or None.
         process_noise: process model of the paper variant, shape (C,), or None.
-        weight, bias: scale and shift, shape (C,), or None for 1 and 0.
+        weight, bias: scale and shift, shape (C,), or None, both of them, for 1 and 0.
     """
 
     prior_mean: Optional[Tensor] = None

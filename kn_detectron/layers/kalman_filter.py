@@ -156,7 +156,8 @@ class KalmanFilter(nn.Module):
         """Multiplies the gain by ``scale`` in [0, 1], for annealing. At 0 nothing is measured.
 
         The scale is in the state_dict, so the gain of an annealed model stays annealed in its
-        checkpoints. A head has no gain and ignores the scale.
+        checkpoints. A head has no gain and ignores the scale. Of several processes each has to call
+        this: a buffer that DistributedDataParallel copies from another one goes unnoticed.
         """
         if not 0.0 <= scale <= 1.0:
             raise ValueError(f"the scale of a gain lies between 0 and 1, not {scale}")
@@ -167,8 +168,8 @@ class KalmanFilter(nn.Module):
 
     # What forward does depends on whether the gain is 0. The gain is on the device, and reading it
     # would wait for the device. So the answer is kept, with the tensors that decide it and their
-    # version counters: these tell whether anything wrote to the tensors since. A learned gain is a
-    # sigmoid, which is never 0 by itself.
+    # version counters: these tell whether an operation of torch wrote to the tensors since. Writes
+    # to ``.data`` do not count. A learned gain is a sigmoid, which is never 0 by itself.
 
     @property
     def learns_gain(self) -> bool:
@@ -215,17 +216,17 @@ class KalmanFilter(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}(gain=None) is the head of a chain and takes no prior"
             )
-        if not self.is_head and not isinstance(prior, Belief):
+        if self.needs_prior and not isinstance(prior, Belief):
             raise ValueError(
                 f"{type(self).__name__} with a gain needs prior=: pass the belief predicted from "
                 "the layer below, or build the layer with gain=None as the head of a chain"
             )
         if isinstance(prior, Belief) and not torch.jit.is_tracing():
             for part, shape in (("mean", prior.mean.shape), ("var", prior.var.shape)):
-                if shape[-1] != channels:
+                if shape[-1] != channels or shape != prior.mean.shape:
                     raise ValueError(
-                        f"expected a prior about {channels} channels (got a {part} of shape "
-                        f"{tuple(shape)})"
+                        f"expected a prior about {channels} channels, mean and var of one shape (got "
+                        f"a {part} of shape {tuple(shape)})"
                     )
 
     def _observe(self, x: Tensor, prior: Prior) -> None:
@@ -251,12 +252,19 @@ class KalmanFilter(nn.Module):
 
     def _prior_vectors(self, prior: Prior, dtype: torch.dtype) -> Vectors:
         """The vectors of a layer that was given this prior."""
+        weight, bias = self._scale_and_shift(dtype)
         if not isinstance(prior, Belief):
-            return Vectors(weight=cast(self.weight, dtype), bias=cast(self.bias, dtype))
+            return Vectors(weight=weight, bias=bias)
         if not self.prior_gradient:
             prior = prior.detach()
         tensors = (*prior, self.gain_logit, self.gain_scale, *self._process_model())
-        return Vectors(*(cast(t, dtype) for t in (*tensors, self.weight, self.bias)))
+        return Vectors(*(cast(t, dtype) for t in tensors), weight, bias)
+
+    def _scale_and_shift(self, dtype: torch.dtype) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        weight, bias = cast(self.weight, dtype), cast(self.bias, dtype)
+        if weight is not None and bias is None:  # a norm that was built with bias=False
+            bias = torch.zeros_like(weight)
+        return weight, bias
 
     def _processed(self, prior: Belief, dtype: torch.dtype) -> Belief:
         prior = Belief(*(cast(t, dtype) for t in prior))

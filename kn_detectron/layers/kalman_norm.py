@@ -9,7 +9,7 @@ from .absorb import absorb
 from .belief import Belief
 from .filter import Running, Spec, Vectors, filter_belief, group_belief
 from .introspection import has_hooks
-from .kalman_filter import OUTSIDE, KalmanFilter, Prior, cast
+from .kalman_filter import KN_STATE, OUTSIDE, KalmanFilter, Prior, cast
 from .normalize import filter_and_normalize
 from .passes import statistics_dtype
 from .sets import Sets
@@ -156,19 +156,36 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
         """
         x = input  # the name that callers of a BatchNorm2d may use
         self._check_channels(x, self.num_features)
+        self._check_prior(prior, self.num_features)
         if self._uses_moving_statistics():
+            in_chain = isinstance(prior, Belief)
+            bias = self._bias_with_gradients_for_all() if in_chain else self.bias
             y = nn.functional.batch_norm(
-                *(x, self.running_mean, self.running_var, self.weight, self.bias),
+                *(x, self.running_mean, self.running_var, self.weight, bias),
                 *(False, 0.0, self.eps),
             )
             belief = None
-            if isinstance(prior, Belief):
+            if in_chain:
                 spec = self._spec(x, 1, measures=False)
                 belief = filter_belief(self._running_vectors(x), None, spec).belief
         else:
             y, belief = self._filter(x, prior)
         self._observe(x, prior)
         return y if prior is OUTSIDE else (y, belief)
+
+    def _bias_with_gradients_for_all(self) -> Optional[Tensor]:
+        """The bias, through which the filter's parameters get gradients of 0.
+
+        In evaluation mode, in a network that trains, nothing else depends on them. DDP would take
+        missing gradients for unused parameters.
+        """
+        bias = self.bias
+        for name in KN_STATE:
+            parameter = getattr(self, name, None)
+            if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():
+                nothing = 0.0 * parameter.sum()
+                bias = nothing.expand(self.num_features) if bias is None else bias + nothing
+        return bias
 
     def _running_vectors(self, x: Tensor) -> Vectors:
         """The vectors of a layer whose posterior is its moving statistics."""
@@ -178,7 +195,7 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
         else:
             mean = x.new_zeros((1, self.num_features), dtype=dtype)
             var = torch.ones_like(mean)
-        weight, bias = cast(self.weight, dtype), cast(self.bias, dtype)
+        weight, bias = self._scale_and_shift(dtype)
         return Vectors(mean, var, weight=weight, bias=bias)
 
     def _spec(self, x: Tensor, rows: int, measures: bool) -> Spec:
@@ -186,7 +203,6 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
         return Spec(sets, self.eps, self.variant == "paper", measures)
 
     def _filter(self, x: Tensor, prior: Prior) -> Tuple[Tensor, Belief]:
-        self._check_prior(prior, self.num_features)
         rows = self._rows(x)
         in_chain = isinstance(prior, Belief)
         if in_chain and prior.mean.shape[0] not in (1, rows):
@@ -353,9 +369,15 @@ class GroupKalmanNorm2d(KalmanFilter, nn.GroupNorm):
         Raises:
             ValueError: x is not 4-dimensional or has a wrong number of channels, a head is given a
                 prior, another layer is given none, or the prior is no Belief about x's channels,
-                with one row or one for each image.
+                with one row or one for each image. A head takes x of any shape (N, C, ...), as
+                GroupNorm does.
         """
         x = input  # the name that callers of a GroupNorm may use
+        if self.is_head and x.dim() != 4 and x.dim() > 1:
+            as_maps = x[:, :, None, None] if x.dim() == 2 else x.flatten(2).unsqueeze(2)
+            y, belief = self.forward(as_maps, None)
+            y = y.reshape(x.shape)
+            return y if prior is OUTSIDE else (y, belief)
         self._check_channels(x, self.num_channels)
         self._check_prior(prior, self.num_channels)
         in_chain = isinstance(prior, Belief) and not torch.jit.is_tracing()  # see _check_channels

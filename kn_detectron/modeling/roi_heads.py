@@ -10,6 +10,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..layers import kalman_layers
 from ..layers.belief import Belief, roi_align
 from .chain import ChainConfig, Feature, Features, feature_of, started, value_of
 from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
@@ -45,6 +46,12 @@ class KNRes5ROIHeads(Res5ROIHeads):
     def _shared_roi_transform(self, features: List, boxes: List[Boxes]) -> Tensor:
         # The list has what _with_beliefs put into the dict.
         if isinstance(features[0], Tensor):
+            if any(norm.needs_prior for norm in kalman_layers(self.res5).values()):
+                raise InputError(
+                    "The priors of res5 start from the belief about the backbone's feature, of which "
+                    'there is none: set MODEL.BACKBONE.NAME "build_kn_resnet_backbone", or, if only '
+                    "the backbone is in evaluation mode, call train() of the whole model"
+                )
             return super()._shared_roi_transform(features, boxes)
         x = self.pooler([value_of(feature) for feature in features], boxes)
         belief = roi_align(features[0].belief, [len(b) for b in boxes])

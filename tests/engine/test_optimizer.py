@@ -2,7 +2,7 @@ import pytest
 import torch
 from detectron2.solver import build_optimizer
 
-from kn_detectron.engine import Trainer
+from kn_detectron.engine import Trainer, exempt_filters_from_decay
 from kn_detectron.layers import KN_STATE
 
 from ..models import build_backbone, resnet_cfg
@@ -48,3 +48,21 @@ def test_a_step_of_decay_moves_no_gain():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert torch.equal(norm.gain_logit, before[0]) and not torch.equal(norm.weight, before[1])
+
+
+def test_parameters_keep_their_names():
+    backbone = build_backbone(resnet_cfg("KN"))
+    named = dict(backbone.named_parameters())
+    optimizer = torch.optim.SGD(named.items(), lr=0.1, weight_decay=0.1)
+    has_names = "param_names" in optimizer.param_groups[0]  # torch takes names from 2.6 on
+    assert has_names == (tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6))
+    if not has_names:
+        optimizer = torch.optim.SGD(named.values(), lr=0.1, weight_decay=0.1)
+    exempt_filters_from_decay(optimizer, backbone)
+    decayed, exempt = optimizer.param_groups
+    assert len(decayed["params"]) + len(exempt["params"]) == len(named)
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
+    for group in optimizer.param_groups:
+        names = group.get("param_names", [])
+        assert len(names) == len(group["params"]) * has_names
+        assert all(named[name] is p for name, p in zip(names, group["params"]))

@@ -109,16 +109,6 @@ def test_clip_is_as_exact_at_its_upper_bound_as_at_its_lower():
     assert got.mean[0, 0] == pytest.approx(6.0 - got.mean[0, 1].item(), abs=1e-6)
 
 
-def test_slopes_per_channel():
-    belief = random_belief(1, 3)
-    slope = torch.tensor([0.0, 0.25, 1.0]).double()
-    got = leaky_relu(belief, slope)
-    torch.testing.assert_close(got.mean[:, 2], belief.mean[:, 2])
-    torch.testing.assert_close(got.var[:, 2], belief.var[:, 2])
-    x = sample(belief, 4, 200, 200)
-    assert_within_sampling_error(got, nn.functional.prelu(x, slope))
-
-
 def test_a_step_is_integrated_at_its_place():
     """A sigmoid that is narrow beside the belief is a step, whose mean is the normal cdf."""
     belief = Belief(torch.tensor([[0.3]]).double(), torch.tensor([[1.0]]).double())

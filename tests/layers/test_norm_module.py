@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from kn_detectron.layers import Belief, GroupKalmanNorm2d, KalmanNorm2d
+from kn_detectron.layers import KN_STATE, Belief, GroupKalmanNorm2d, KalmanNorm2d
 
 from ..models import randomize
 from . import reference
@@ -492,6 +492,8 @@ def test_other_shapes_are_refused(case):
             if case.options.get("affine", True):  # otherwise torch's norms may not notice
                 with pytest.raises(RuntimeError):
                     norm(x)
+        if case.is_group and case.is_head:  # GroupNorm, which takes them
+            continue
         for shape in ((2, CHANNELS), (2, CHANNELS, 4), (2, CHANNELS, 3, 3, 3)):
             with pytest.raises(ValueError, match=rf"expected 4D input \(got {len(shape)}D input\)"):
                 case.run(layer, torch.randn(shape))
@@ -521,9 +523,65 @@ def test_a_prior_that_does_not_fit_is_a_sentence(case):
     for mean, var in ((CHANNELS + 1, CHANNELS + 1), (CHANNELS, 1)):
         with pytest.raises(ValueError, match=f"expected a prior about {CHANNELS} channels"):
             layer(x, prior=Belief(torch.zeros(1, mean), torch.ones(1, var)))
+    with pytest.raises(ValueError, match="mean and var of one shape"):
+        layer(x, prior=Belief(torch.zeros(1, CHANNELS), torch.ones(IMAGES, CHANNELS)))
     rows = IMAGES + 1
     with pytest.raises(ValueError, match=rf"a prior of {rows} rows does not fit \d+ (image|micro)"):
         layer(x, prior=Belief(torch.zeros(rows, CHANNELS), torch.ones(rows, CHANNELS)))
+
+
+@cases(lambda case: not case.is_group)
+def test_in_evaluation_a_prior_that_does_not_fit_is_a_sentence_too(case):
+    layer, x = case.make().eval(), batch()
+    with pytest.raises(ValueError, match=r"a prior is a Belief\(mean, var\), not a Tensor"):
+        layer(x, prior=torch.zeros(1, CHANNELS))
+    wrong = Belief(torch.zeros(1, CHANNELS + 1), torch.ones(1, CHANNELS + 1))
+    with pytest.raises(ValueError, match="takes no prior|expected a prior about"):
+        layer(x, prior=wrong)
+
+
+@cases(
+    lambda case: not (case.is_group or case.is_head or case.make().eval().needs_prior)
+    and any(True for _ in case.make().parameters())
+)
+def test_a_layer_in_evaluation_mode_leaves_no_parameter_without_gradient(case):
+    """As in a network that trains. DDP would stop at the step after a missing one."""
+    layer, x, prior = case.make().eval(), batch(), case.prior()
+    y, _ = layer(x, prior=prior)
+    torch.testing.assert_close(y, layer(x))
+    y.sum().backward()
+    for name, parameter in layer.named_parameters():
+        is_own = name in KN_STATE
+        assert parameter.grad is not None and bool(parameter.grad.any()) != is_own, name
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, prior=prior)[0], y)
+
+
+@cases(lambda case: case.options.get("affine", True))
+def test_without_a_bias_it_is_0(case):
+    """As torch's norms are that are built with bias=False."""
+    layer, without, x = case.make(), case.make(), batch()
+    with torch.no_grad():
+        layer.bias.zero_()
+    without.bias = None
+    for training in (True, False):
+        got, want = (n.train(training)(x, prior=case.prior()) for n in (without, layer))
+        torch.testing.assert_close(got, want)
+    without.train()(x, prior=case.prior())[0].square().sum().backward()
+    layer.train()(x, prior=case.prior())[0].square().sum().backward()
+    torch.testing.assert_close(without.weight.grad, layer.weight.grad)
+
+
+@pytest.mark.parametrize("shape", [(3, CHANNELS), (3, CHANNELS, 5), (3, CHANNELS, 2, 3, 4)])
+def test_a_head_of_groups_takes_what_group_norm_takes(shape):
+    x = torch.randn(shape)
+    head, plain = GroupKalmanNorm2d(GROUPS, CHANNELS, gain=None), nn.GroupNorm(GROUPS, CHANNELS)
+    torch.testing.assert_close(head(x), plain(x))
+    y, belief = head(x, prior=None)
+    torch.testing.assert_close(y, plain(x))
+    assert belief.mean.shape == (1, CHANNELS)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        GroupKalmanNorm2d(GROUPS, CHANNELS)(x, prior=Belief(*torch.ones(2, 1, CHANNELS)))
 
 
 @cases()

@@ -178,6 +178,25 @@ def test_a_checkpoint_loads_whole(tmp_path, name):
         assert torch.equal(other.state_dict()[key], value), key
 
 
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    def model(name):
+        return build_rcnn(fpn_rcnn_cfg("KN", **{**FPN, "MODEL__KN__NETWORK": name}))
+
+    def load(state):
+        torch.save({"model": state}, tmp_path / "weights.pth")
+        KNCheckpointer(model("resnet18"), str(tmp_path)).resume_or_load(
+            str(tmp_path / "weights.pth"), resume=False
+        )
+
+    shallow, deep = model("resnet18").state_dict(), model("resnet34").state_dict()
+    load(shallow)
+    bare = {k: v for k, v in shallow.items() if not k.startswith("backbone.bottom_up.")}
+    with pytest.raises(InputError, match=r"of another architecture .* missing"):
+        load(bare)
+    with pytest.raises(InputError, match="filters that the model lacks"):
+        load(deep)
+
+
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_mask_rcnn_on_a_network_with_batch_norm(norm):
     options = {**FPN, "MODEL__RESNETS__NORM": norm, "MODEL__FPN__NORM": ""}

@@ -149,5 +149,18 @@ def test_what_it_refuses():
         build_rcnn(cfg)
 
 
+def test_a_backbone_without_beliefs_is_named():
+    model = build_rcnn(rcnn_cfg("KN", MODEL__BACKBONE__NAME="build_resnet_backbone"))
+    with pytest.raises(InputError, match='set MODEL.BACKBONE.NAME "build_kn_resnet_backbone"'):
+        train_step(model, rcnn_inputs())
+    model = build_rcnn(rcnn_cfg("KN"))  # a part that keeps its statistics is no mistake
+    model.train()
+    for norm in kalman_layers(model).values():
+        norm.eval()
+    with EventStorage():
+        sum(model(rcnn_inputs()).values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_it_is_a_detectron2_head():
     assert isinstance(build_rcnn(rcnn_cfg("KN")).roi_heads, Res5ROIHeads)

@@ -616,6 +616,21 @@ def test_a_norm_of_no_feature_map_stays(caplog):
     assert converted.train()(images()).shape == original(images()).shape
 
 
+class Gated(Tokens):
+    """The chain ends before the norm whose features have no height and width."""
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x)))
+        return self.of_tokens((x * x.sigmoid()).mean((2, 3)))
+
+
+def test_a_norm_behind_the_end_of_a_chain_takes_what_it_took():
+    original = trained(Gated())
+    converted = convert_kalman_norm(copy.deepcopy(original))
+    torch.testing.assert_close(converted.eval()(images()), original.eval()(images()))
+    assert converted.train()(images()).shape == original(images()).shape == (len(images()), 8)
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
