@@ -9,7 +9,7 @@ from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import CheckedMapper, first_sentence
 from .named_folders import register_named_folders
 from .photos import PHOTOS, register_photos
-from .pixels import as_eight_bits, scale_deep_images
+from .pixels import scale_deep_images
 from .register import prepare_dataset, register_shapes, register_shapes_lazily
 from .requirements import check_requirements
 from .shapes import (
@@ -31,7 +31,6 @@ __all__ = [
     "ShapesSpec",
     "SingleShapesSpec",
     "TrainLoader",
-    "as_eight_bits",
     "build_test_loader",
     "build_train_loader",
     "check_dataset",

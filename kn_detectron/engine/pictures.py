@@ -55,10 +55,8 @@ def read_metrics(output_dir: str) -> List[Dict]:
         for line in file:
             try:
                 entry = json.loads(line)
-            except (
-                ValueError
-            ):  # cut short by a kill or a full disk; a resumed run went on behind it
-                continue
+            except ValueError:
+                continue  # cut short by a kill or a full disk, before the run was resumed
             lines.setdefault(entry["iteration"], {}).update(entry)
     return [lines[iteration] for iteration in sorted(lines)]
 
