@@ -19,10 +19,11 @@ def add_kn_config(cfg: CN) -> None:
     The keys of ``MODEL.KN`` apply to the norms "KN" and "GKN" in the backbones and heads of
     :mod:`kn_detectron.modeling`. Calling this again changes no value that is already there.
     """
+    if "CLASS_NAMES" not in cfg.DATASETS:
+        # What the classes are called, in their order. A run with --dataset notes it in config.yaml.
+        cfg.DATASETS.CLASS_NAMES = []
     if "KN" in cfg.MODEL:
         return
-    # What the classes are called, in their order. A run with --dataset notes it in its config.yaml.
-    cfg.DATASETS.CLASS_NAMES = []
     cfg.MODEL.KN = kn = CN()
     # "network": the belief goes through the layer's own normalisation, the chain starts at the
     # image. "paper": Eq. 7 as the authors released it, the chain starts behind the first conv.
@@ -120,12 +121,17 @@ def check_config(cfg: CN) -> None:
             "detectron2.config.get_cfg(), and before a file is merged into it"
         )
     kn = cfg.MODEL.KN
-    for key, value in kn.items():
+    for key in kn:
         if key not in _RULES:
             raise InputError(f"MODEL.KN.{key} is unknown: the keys are {', '.join(_RULES)}")
-        accepts, wanted = _RULES[key]
-        if not accepts(value):
-            raise InputError(f"MODEL.KN.{key} is {value!r}, but must be {wanted}")
+    for key, (accepts, wanted) in _RULES.items():
+        if key not in kn:
+            raise InputError(
+                f"MODEL.KN.{key} is missing: call kn_detectron.add_kn_config(cfg) instead of "
+                "making the node MODEL.KN"
+            )
+        if not accepts(kn[key]):
+            raise InputError(f"MODEL.KN.{key} is {kn[key]!r}, but must be {wanted}")
     if len(kn.IMAGE_STD) != len(cfg.MODEL.PIXEL_STD):
         raise InputError(
             f"MODEL.KN.IMAGE_STD has {len(kn.IMAGE_STD)} values, but must have as many as "

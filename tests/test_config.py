@@ -51,6 +51,19 @@ def test_bad_values_are_named(cfg, key, value, wanted):
         check_config(cfg)
 
 
+def test_names_of_classes_that_a_user_has_set_stay():
+    cfg = get_cfg()
+    cfg.DATASETS.CLASS_NAMES = ["cat"]
+    add_kn_config(cfg)
+    assert cfg.DATASETS.CLASS_NAMES == ["cat"] and cfg.MODEL.KN.GAIN == 0.1
+
+
+def test_missing_key(cfg):
+    del cfg.MODEL.KN["NUM_GROUPS"]
+    with pytest.raises(InputError, match="MODEL.KN.NUM_GROUPS is missing: call .*add_kn_config"):
+        check_config(cfg)
+
+
 def test_unknown_key(cfg):
     cfg.MODEL.KN.GIAN = 0.1
     with pytest.raises(InputError, match="MODEL.KN.GIAN is unknown: the keys are VARIANT"):

@@ -9,14 +9,15 @@ does it, without data. The paper's process model, which only widens a prior, can
 import contextlib
 import dataclasses
 import math
-from typing import Dict, Iterable, Optional
+import os
+from typing import Dict, Iterable, Optional, Set
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers import Belief, ClosedFormTransition, KalmanNetwork, KalmanNorm2d, kalman_layers
-from ..layers.calibration import fit_prior, is_exact, on_priors
+from ..layers.calibration import fit_prior, is_exact, is_fresh, on_priors
 from ..layers.kalman_filter import INITIAL_PROCESS_NOISE, logit_of
 from ..layers.modes import in_mode
 from ..modeling import (
@@ -31,7 +32,7 @@ from ..modeling import (
     KNStandardROIHeads,
 )
 
-__all__ = ["calibrate", "fit_process_noise"]
+__all__ = ["calibrate", "fit_process_noise", "reached_layers"]
 
 # For the paper variant: the smallest R, with which layers start anyway, and a gain near BatchNorm.
 _LEAST_NOISE = math.log1p(math.exp(INITIAL_PROCESS_NOISE))
@@ -57,14 +58,16 @@ def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[s
         model: holds a :class:`~kn_detectron.modeling.KNResNet`, and possibly an FPN and heads, of
             the network variant with a process model. Predictions are made in closed form, even if
             the model samples them.
-        names: the layers to set; None sets all. Other layers stay as they are.
+        names: the layers to set. None sets all but new ones, whose running statistics, 0 and 1,
+            nobody has measured. Other layers stay as they are.
 
     Returns:
         dict: for each layer the largest change of a log variance, or of a mean in standard
         deviations.
 
     Raises:
-        InputError: if there is no KN layer, or a layer has no process model that could be set.
+        InputError: if there is no KN layer, a layer has no process model that could be set, or no
+            chain of this package leads to it. The model is then as it was.
     """
     layers = _chosen(model, names)
     if names is None and not layers:
@@ -79,8 +82,11 @@ def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[s
                 'model that can express them: set MODEL.RESNETS.NORM "KN", MODEL.KN.VARIANT '
                 '"network" and MODEL.KN.PROCESS_MODEL True'
             )
+    if names is None:
+        layers = {name: layer for name, layer in layers.items() if not is_fresh(layer)}
     if not layers:  # as when a gain is annealed that belongs to GKN alone
         return {}
+    _check_reached(model, layers)
     changes = {}
 
     def fit(name, layer, prior):
@@ -114,7 +120,8 @@ def fit_process_noise(model: nn.Module, names: Optional[Iterable[str]] = None) -
         int: how many gains were raised.
 
     Raises:
-        InputError: if a layer is not of the paper variant with moving statistics.
+        InputError: if a layer is not of the paper variant with moving statistics, or no chain of
+            this package leads to it. The model is then as it was.
     """
     layers = _chosen(model, names)
     for name, layer in layers.items():
@@ -123,9 +130,36 @@ def fit_process_noise(model: nn.Module, names: Optional[Iterable[str]] = None) -
                 f"{name} is not a layer of the paper variant with moving statistics, whose process "
                 'noise could be set: set MODEL.RESNETS.NORM "KN" and MODEL.KN.VARIANT "paper"'
             )
+    _check_reached(model, layers)
     with on_priors(layers, _fit_noise), _passing_on_running_statistics(model):
         _pass_beliefs(model)
     return sum(_raise_gain(layer) for layer in layers.values())
+
+
+@torch.no_grad()
+def reached_layers(model: nn.Module) -> Set[str]:
+    """The names of the layers that the chains of a KN model lead to. It changes nothing.
+
+    These are the chains of this package's backbones, FPNs and heads, and of converted networks.
+    Layers in modules of other projects, which hand over beliefs themselves, are not reached.
+
+    Raises:
+        InputError: heads continue a chain, and the backbone has none.
+    """
+    reached = set()
+    with on_priors(kalman_layers(model), lambda name, layer, prior: reached.add(name)):
+        _pass_beliefs(model)
+    return reached
+
+
+def _check_reached(model: nn.Module, layers: Dict[str, nn.Module]) -> None:
+    unreached = sorted(set(layers) - reached_layers(model))
+    if unreached:
+        raise InputError(
+            f"{len(unreached)} KN layers cannot be calibrated, the first {unreached[0]}, since no "
+            "chain of this package's backbones and heads leads to them: name the others, and if "
+            "two backbones lie beside one head, calibrate each detector by itself"
+        )
 
 
 def _is_paper(layer: nn.Module) -> bool:
@@ -167,22 +201,51 @@ def _pass_beliefs(model: nn.Module) -> None:
             module.chain = chain
 
 
+class _KnownFeatures(Features):
+    """Features among which one that is not there has no belief: the heads then say what to set."""
+
+    def __missing__(self, name: str) -> Tensor:
+        return torch.empty((0, 1, 1, 1))
+
+
 def _run_chains(model: nn.Module) -> None:
-    features = Features()
-    pyramids = {module.bottom_up: module for module in model.modules() if isinstance(module, KNFPN)}
-    inside = {module.network for module in model.modules() if isinstance(module, KNNetwork)}
-    for module in model.modules():
+    modules = dict(model.named_modules())
+    # Also behind a wrapper, as torch.compile puts one around bottom_up.
+    pyramids = {
+        inner: module
+        for module in modules.values()
+        if isinstance(module, KNFPN)
+        for inner in module.bottom_up.modules()
+    }
+    inside = {module.network for module in modules.values() if isinstance(module, KNNetwork)}
+    features = {}
+    for name, module in modules.items():
         if isinstance(module, KalmanNetwork) and module not in inside:
             module.pass_beliefs()
         if isinstance(module, (KNNetwork, KNResNet)):
             outputs = module.pass_beliefs()
-            if module in pyramids:
-                outputs = pyramids[module].fuse(outputs)
-            features.update(outputs)
-            features.beliefs.update(outputs.beliefs)
-    for module in model.modules():
+            features[name] = pyramids[module].fuse(outputs) if module in pyramids else outputs
+    for name, module in modules.items():
         if isinstance(module, _WITH_HEADS):
-            module.pass_beliefs(features)
+            below = _nearest(features, name)
+            if below is not None:
+                module.pass_beliefs(_KnownFeatures(below, below.beliefs))
+
+
+def _nearest(features: Dict[str, Features], name: str) -> Optional[Features]:
+    """The features of the backbone that shares most parents with a head. None: two share as many.
+
+    A module may hold several detectors, such as a teacher and a student.
+    """
+
+    def parents_shared(backbone):
+        return len(os.path.commonprefix([name.split("."), backbone.split(".")]))
+
+    if not features:
+        return Features()
+    most = max(map(parents_shared, features))
+    nearest = [f for backbone, f in features.items() if parents_shared(backbone) == most]
+    return nearest[0] if len(nearest) == 1 else None
 
 
 def _fit_noise(name: str, layer: KalmanNorm2d, prior: Belief) -> None:

@@ -90,6 +90,12 @@ class KNCheckpointer(DetectionCheckpointer):
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
 
+    def forget_last_checkpoint(self):
+        """Makes no checkpoint the one to resume from. The files stay."""
+        tag = os.path.join(self.save_dir, "last_checkpoint")
+        if os.path.exists(tag):
+            os.unlink(tag)
+
     def load(self, path, checkpointables=None, *, strict=None):
         """Loads a checkpoint.
 
@@ -154,6 +160,7 @@ class KNCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint):
         weights, self._weights = self._weights, None  # it is large, and of no use after this
+        del checkpoint["model"]
         lacking = [key for key in self._wanted if key not in checkpoint]
         if lacking:
             raise InputError(

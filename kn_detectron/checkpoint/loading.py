@@ -9,11 +9,12 @@ from detectron2.layers import FrozenBatchNorm2d
 from fvcore.common.checkpoint import get_missing_parameters_message
 
 from ..errors import InputError
+from ..files import renamed, without_wrappers
 from ..layers import KN_STATE, KalmanNorm2d, kalman_layers
 from ..layers.calibration import is_exact
 from ..modeling import KNRetinaNetHead
-from .calibration import calibrate, fit_process_noise
-from .matching import STATISTICS, essential_names, extra_layers, leaf, match
+from .calibration import calibrate, fit_process_noise, reached_layers
+from .matching import STATISTICS, essential_names, extra_layers, foreign_networks, leaf, match
 from .report import table
 
 __all__ = ["load_weights"]
@@ -29,8 +30,9 @@ def load_weights(model, weights, name, *, strict=False):
 
     Gains and process models of a checkpoint belong to its priors. They are taken if the model has
     priors of the same variant (network or paper) and kind (batch or group). Layers that get no
-    process model are calibrated (:func:`~kn_detectron.checkpoint.calibrate`). A gain that is fixed
-    is a setting and no weight: unless ``strict``, the model keeps its own.
+    process model are calibrated (:func:`~kn_detectron.checkpoint.calibrate`). A gain that is fixed,
+    and the scale to which a schedule has annealed the gains, are settings and no weights: unless
+    ``strict``, the model keeps its own.
 
     Args:
         model (nn.Module): detector or backbone.
@@ -46,7 +48,7 @@ def load_weights(model, weights, name, *, strict=False):
         InputError: the weights do not fit. The model is then as it was.
     """
     model_state = model.state_dict()
-    state = _aligned(weights, model_state, name)
+    state = _aligned(weights, model, name)
     # Old versions of detectron2 have these among the weights; here the config has the last word.
     for constant in ("pixel_mean", "pixel_std"):
         state.pop(constant, None)
@@ -59,18 +61,31 @@ def load_weights(model, weights, name, *, strict=False):
     if strict:
         _check_all(model, found, name)
     else:
-        _keep_fixed_gains(model, state, name)
+        _keep_settings_of_gains(model, state, name)
     _check_backbone(model, found, state, name)
+    plan = _plan_priors(model, found)
     for misshapen, _, _ in found.misshapen:
         state.pop(misshapen, None)
     model.load_state_dict(state, strict=False)
     _report(found, weights, name)
     _warn_of_folded_statistics(found, name)
-    _fit_priors(model, found, name)
+    _fit_priors(model, plan, name)
     return found
 
 
-def _aligned(weights, model_state, name):
+def _aligned(weights, model, name):
+    """The checkpoint's tensors by the names of the model, in which modules may be wrapped."""
+    model_state = model.state_dict()
+    bare = {without_wrappers(key): value for key, value in model_state.items()}
+    if len(bare) < len(model_state):  # what looks like a wrapper is none
+        return _aligned_with(weights, model_state, name)
+    # Of a wrapper and what it wraps the latter comes last, and has the parameters.
+    names = [module for module, _ in model.named_modules()] + list(model_state)
+    wrapped = {without_wrappers(key): key for key in names}
+    return renamed(_aligned_with(weights, bare, name), lambda key: wrapped.get(key, key))
+
+
+def _aligned_with(weights, model_state, name):
     # Without prefixes on either side there is nothing to align.
     if not weights.matching_heuristics or "stem.conv1.weight" in model_state:
         return _without_versions_of_batch_norm(copy.copy(weights.state))
@@ -110,9 +125,11 @@ def _pop_foreign_state(model, state):
     return names
 
 
-def _keep_fixed_gains(model, state, name):
+def _keep_settings_of_gains(model, state, name):
     kept = 0
     for prefix, layer in kalman_layers(model).items():
+        if f"{prefix}.gain_scale" in state:
+            state[f"{prefix}.gain_scale"] = layer.gain_scale.clone()
         key = f"{prefix}.gain_logit"
         if key not in state or layer.learns_gain:
             continue
@@ -163,10 +180,16 @@ def _check_backbone(model, found, state, name):
         shown = essential if essential.missing or essential.misshapen else found
         if extra and shown is found:
             shown = f"{len(extra)} filters that the model lacks, the first {extra[0]}"
+        advice = (
+            "set MODEL.KN.NETWORK to theirs, or, if it is a file of torchvision or timm, give it in "
+            'MODEL.KN.NETWORK_WEIGHTS with MODEL.WEIGHTS "".'
+            if foreign_networks(model)
+            else 'set MODEL.BACKBONE and MODEL.RESNETS to theirs, or MODEL.WEIGHTS "" to train '
+            "from scratch."
+        )
         raise InputError(
             f"{name} is of another architecture than the backbone that it is for ({shown}): give "
-            "weights of the same architecture in MODEL.WEIGHTS, set MODEL.BACKBONE and "
-            'MODEL.RESNETS to theirs, or MODEL.WEIGHTS "" to train from scratch.'
+            f"weights of the same architecture in MODEL.WEIGHTS, {advice}"
         )
 
 
@@ -198,7 +221,8 @@ def _warn_of_folded_statistics(found, name):
     if folded:
         _logger.warning(
             "%s has no running statistics for %d layers, the first %s: that is right if they were "
-            "folded into scale and shift, and wrong for weights of a GroupNorm network.",
+            "folded into scale and shift. For weights of a GroupNorm network it is wrong, until a "
+            "training measures them where the norm is not frozen.",
             name,
             len(folded),
             folded[0],
@@ -210,26 +234,43 @@ def _loaded_layers(found):
     return {tensor.rpartition(".")[0] for tensor in found.matched if leaf(tensor) == "weight"}
 
 
-def _fit_priors(model, found, name):
-    """Fits the priors of layers whose statistics, but not priors, are in the checkpoint.
+def _plan_priors(model, found):
+    """Names the layers whose priors must be fitted, as their statistics, but not priors, are here.
 
     Layers that are not in the checkpoint, such as those of FPN and heads in ImageNet weights, start
-    as they are, since their statistics are not those of any data.
+    as they are, since their statistics are not those of any data. So do layers that get the scale
+    of another norm, such as GroupNorm, and no statistics.
+
+    Returns:
+        tuple[list, list, list]: layers of the network variant that can be calibrated, layers of the
+        paper variant, and layers whose priors will not fit the weights.
     """
-    missing, loaded = set(found.missing), _loaded_layers(found)
+    missing, unused, loaded = set(found.missing), set(found.unused), _loaded_layers(found)
     exact, rough, hopeless = [], [], []
     for prefix, layer in kalman_layers(model).items():
         # Layers without a scale of their own share one, which their parent has.
         if (prefix if layer.affine else prefix.rpartition(".")[0]) not in loaded:
             continue
-        process = [p for p in _PROCESS_MODELS[layer.variant] if f"{prefix}.{p}" in missing]
-        gain = f"{prefix}.gain_logit" in missing
-        if is_exact(layer):
-            if process:
+        parts = {f"{prefix}.{part}" for part in _PROCESS_MODELS[layer.variant]}
+        is_batch = isinstance(layer, KalmanNorm2d)
+        if is_batch and f"{prefix}.running_var" in missing:
+            continue
+        if parts & unused:  # the gain came with a process model, and the model has none
+            hopeless.append(prefix)
+        elif is_exact(layer):
+            if parts & missing:
                 exact.append(prefix)
-        elif process or gain:
-            is_paper = isinstance(layer, KalmanNorm2d) and layer.variant == "paper"
-            (rough if is_paper else hopeless).append(prefix)
+        elif (parts | {f"{prefix}.gain_logit"}) & missing:
+            (rough if is_batch and layer.variant == "paper" else hopeless).append(prefix)
+    if exact or rough:
+        reached = reached_layers(model)
+        hopeless += [prefix for prefix in exact + rough if prefix not in reached]
+        exact, rough = ([p for p in names if p in reached] for names in (exact, rough))
+    return exact, rough, hopeless
+
+
+def _fit_priors(model, plan, name):
+    exact, rough, hopeless = plan
     if exact:
         calibrate(model, exact)
         _logger.info(

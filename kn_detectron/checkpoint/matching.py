@@ -8,7 +8,15 @@ from detectron2.layers import FrozenBatchNorm2d
 from ..layers import KN_STATE
 from ..modeling.network import KNNetwork, PlainNetwork
 
-__all__ = ["Match", "RESNET_STAGE", "essential_names", "extra_layers", "leaf", "match"]
+__all__ = [
+    "Match",
+    "RESNET_STAGE",
+    "essential_names",
+    "extra_layers",
+    "foreign_networks",
+    "leaf",
+    "match",
+]
 
 # What detectron2's ResNets, and res5 in C4 heads, call their parts.
 RESNET_STAGE = re.compile(r"(?:^|\.)(stem|res[2-5])\.")
@@ -124,7 +132,7 @@ def essential_names(model, with_statistics):
             if isinstance(module, FrozenBatchNorm2d)
             for statistic in STATISTICS
         }
-    networks = _networks(model)
+    networks = foreign_networks(model)
     return {
         name
         for name in model.state_dict()
@@ -135,7 +143,7 @@ def essential_names(model, with_statistics):
     }
 
 
-def _networks(model):
+def foreign_networks(model):
     """The prefixes of the networks of other libraries in a model."""
     return tuple(
         f"{name}." if name else ""
@@ -155,7 +163,7 @@ def extra_layers(found, state, model):
         model (nn.Module): detector or backbone.
     """
     stages = {part[1] for part in map(RESNET_STAGE.search, model.state_dict()) if part}
-    networks = _networks(model)
+    networks = foreign_networks(model)
 
     def is_here(name):
         part = RESNET_STAGE.search(name)

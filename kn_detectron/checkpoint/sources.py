@@ -97,6 +97,7 @@ def read_weights(path: str, own: Collection[str] = ()) -> Weights:
             tensors; a variance is negative; its network is a ResNet that detectron2 does not have.
     """
     content = read_container(path)
+    own = set(map(without_wrappers, own))
     is_detectron1 = "model" not in content
     state, rest = unwrapped_content(content, path)
     author = rest.get("__author__")

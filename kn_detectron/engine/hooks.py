@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import calibrate
+from ..checkpoint.calibration import reached_layers
 from ..layers import KN_STATE, KalmanNorm2d, kalman_layers, set_gain_scale
 from ..layers.calibration import is_exact
 
@@ -64,8 +65,8 @@ class GainAnneal(HookBase):
     At gain 0 a layer has only its prior, and a network can learn around a prior that is far from
     the features. So before the first step in which the gain is lowered, the priors are calibrated
     to the running statistics, with which inference normalises (ours; see
-    :func:`~kn_detectron.checkpoint.calibrate`). Layers of the paper variant, of GKN and without a
-    process model cannot be calibrated and keep their priors. If ``start`` is 0, the running
+    :func:`~kn_detectron.checkpoint.calibrate`). Layers of the paper variant, of GKN, without a
+    process model, and in modules of other projects cannot be calibrated and keep their priors. If ``start`` is 0, the running
     statistics are those that were loaded, and the loading has calibrated to them.
     """
 
@@ -106,7 +107,8 @@ class GainAnneal(HookBase):
         model = unwrapped(self.trainer.model)
         layers = kalman_layers(model)
         names = [name for name, layer in layers.items() if layer.training and is_exact(layer)]
-        calibrated = calibrate(model, names)
+        reached = reached_layers(model) if names else ()
+        calibrated = calibrate(model, [name for name in names if name in reached])
         broadcast_filters(model)
         _logger.info(
             "From here on the gain falls: calibrated the priors of %d layers to their running "

@@ -3,7 +3,7 @@
 from .containers import read_container
 from .fetching import fetch
 from .tensors import check_variances, checked_tensors
-from .wrapping import is_numeric, unwrapped_content, unwrapped_names, without_wrappers
+from .wrapping import is_numeric, renamed, unwrapped_content, unwrapped_names, without_wrappers
 from .writing import (
     atomic_write,
     explained_full_disk,
@@ -23,6 +23,7 @@ __all__ = [
     "is_numeric",
     "read_container",
     "remove_partial_files",
+    "renamed",
     "unwrapped_content",
     "unwrapped_names",
     "without_wrappers",

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Tuple
 import numpy as np
 import torch
 
-__all__ = ["is_numeric", "unwrapped_content", "unwrapped_names", "without_wrappers"]
+__all__ = ["is_numeric", "renamed", "unwrapped_content", "unwrapped_names", "without_wrappers"]
 
 _logger = logging.getLogger(__name__)
 
@@ -104,14 +104,14 @@ def unwrapped_names(
         The same tensors by shorter names, or ``state`` itself.
     """
     present = {part for name in state for part in name.split(".")} & set(_WRAPPERS)
-    bare = _renamed(state, without_wrappers)
+    bare = renamed(state, without_wrappers)
     if present and len(bare) == len(state):  # or two networks would become one
         state = bare
         left_out = sorted(present) + ([_COUNTER] if state.pop(_COUNTER, None) is not None else [])
         _logger.info("%s is of a wrapped model: %s left out.", path, ", ".join(left_out))
     prefix = _foreign_prefix(list(state), is_known)
     if prefix:
-        state = _renamed(state, lambda name: ".".join(name.split(".")[len(prefix) :]))
+        state = renamed(state, lambda name: ".".join(name.split(".")[len(prefix) :]))
         _logger.info("%s has %s. in front of all names: left out.", path, ".".join(prefix))
     return state
 
@@ -124,8 +124,11 @@ def _foreign_prefix(names: List[str], is_known: Callable[[str], bool]) -> List[s
     return []
 
 
-def _renamed(state, rename: Callable[[str], str]):
-    renamed = collections.OrderedDict((rename(name), value) for name, value in state.items())
+def renamed(
+    state: Dict[str, torch.Tensor], rename: Callable[[str], str]
+) -> Dict[str, torch.Tensor]:
+    """The same tensors by other names, with the versions of modules that torch notes in a state."""
+    result = collections.OrderedDict((rename(name), value) for name, value in state.items())
     if hasattr(state, "_metadata"):  # by names of modules
-        renamed._metadata = {rename(name): entry for name, entry in state._metadata.items()}
-    return renamed
+        result._metadata = {rename(name): entry for name, entry in state._metadata.items()}
+    return result

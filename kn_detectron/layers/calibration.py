@@ -14,7 +14,7 @@ from torch import nn
 from .belief import Belief
 from .kalman_norm import KalmanNorm2d
 
-__all__ = ["fit_prior", "is_exact", "on_priors"]
+__all__ = ["fit_prior", "is_exact", "is_fresh", "on_priors"]
 
 # If a channel does not vary in the prediction or in the checkpoint, its exact b or r is infinite.
 _LARGEST_OFFSET = 1e3
@@ -32,6 +32,13 @@ def is_exact(layer: nn.Module) -> bool:
         and layer.has_process_model
         and layer.track_running_stats
     )
+
+
+def is_fresh(layer: KalmanNorm2d) -> bool:
+    """Whether the running statistics of a layer are those of a new one, 0 and 1, or on "meta"."""
+    if layer.running_mean.is_meta:  # it has no values yet
+        return True
+    return bool((layer.running_mean == 0).all() and (layer.running_var == 1).all())
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers import Belief
-from ..layers.belief import scale
+from ..layers.belief import add, scale
 from .chain import (
     ChainConfig,
     Feature,
@@ -24,7 +24,6 @@ from .chain import (
     build_norm,
     feature_of,
     link_convolutions,
-    residual_sum,
     started,
     value_of,
 )
@@ -106,10 +105,12 @@ class KNFPN(FPN):
 
     def _fuse(self, lateral: Feature, above: Feature) -> Feature:
         upsampled = F.interpolate(above.value, scale_factor=2.0, mode="nearest")
-        fused = residual_sum(lateral, Feature(upsampled, above.belief), self.chain.transition)
+        # Not in place: a hook may have kept the lateral feature.
+        value = lateral.value + upsampled
+        belief = add(lateral.belief, self.chain.transition.moments(above.belief))
         if self._fuse_type == "sum":
-            return fused
-        return Feature(fused.value / 2, scale(fused.belief, 0.5))
+            return Feature(value, belief)
+        return Feature(value / 2, scale(belief, 0.5))
 
     def _add_top_levels(self, outputs: Features, bottom_up: Features) -> None:
         name = self.top_block.in_feature

@@ -9,9 +9,23 @@ from torch import nn
 
 from kn_detectron import InputError
 from kn_detectron.checkpoint import calibrate, fit_process_noise
-from kn_detectron.layers import convert_kalman_norm, kalman_layers, set_gain_scale
+from kn_detectron.checkpoint.calibration import reached_layers
+from kn_detectron.layers import (
+    KalmanNorm2d,
+    convert_kalman_norm,
+    kalman_layers,
+    set_gain_scale,
+)
 
-from ..models import build_backbone, build_rcnn, images, rcnn_cfg, resnet_cfg
+from ..models import (
+    build_backbone,
+    build_rcnn,
+    fpn_rcnn_cfg,
+    images,
+    randomize,
+    rcnn_cfg,
+    resnet_cfg,
+)
 from .deployed import assert_same_detections, detect
 from .networks import scenes, trained_batch_norm
 
@@ -171,6 +185,55 @@ def test_it_changes_only_the_layers_that_it_is_told_to():
     for other, layer in kalman_layers(model).items():
         want = kalman_layers(whole)[name].mean_offset if other == name else 0.0
         assert (layer.mean_offset == want).all(), other
+
+
+def test_new_layers_keep_their_priors():
+    """Nobody has measured the statistics of an FPN and of heads that ImageNet weights lack."""
+    model = build_rcnn(fpn_rcnn_cfg("KN"))
+    randomize(model.backbone.bottom_up)
+    trained = {name for name in kalman_layers(model) if name.startswith("backbone.bottom_up.")}
+    assert set(calibrate(model)) == trained < set(kalman_layers(model))
+    assert calibrate(build_rcnn(rcnn_cfg("KN"))) == {}
+
+
+def test_each_detector_of_a_module_has_its_own_beliefs():
+    model = nn.ModuleDict(
+        {
+            name: randomize(build_rcnn(rcnn_cfg("KN"), seed), seed)
+            for seed, name in enumerate(("teacher", "student"))
+        }
+    )
+    alone = {name: copy.deepcopy(detector) for name, detector in model.items()}
+    calibrate(model)
+    for name, detector in alone.items():
+        calibrate(detector)
+        for key, value in detector.state_dict().items():
+            assert torch.equal(model[name].state_dict()[key], value), (name, key)
+
+
+def test_layers_that_no_chain_leads_to_are_named():
+    model = trained_batch_norm("KN")
+    model.extra = KalmanNorm2d(4)  # of another project, which hands it priors itself
+    model.extra.running_mean.fill_(1.0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="1 KN layers cannot be calibrated, the first extra,"):
+        calibrate(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert set(kalman_layers(model)) - reached_layers(model) == {"extra"}
+
+
+def test_a_head_between_two_backbones_is_not_reached():
+    model = trained_batch_norm("KN")
+    model.second = copy.deepcopy(model.backbone)
+    head = {name for name in kalman_layers(model) if name.startswith("roi_heads.")}
+    assert set(kalman_layers(model)) - reached_layers(model) == head
+
+
+def test_a_compiled_part_is_calibrated_too():
+    model = randomize(build_rcnn(fpn_rcnn_cfg("KN")))
+    model.backbone.bottom_up = torch.compile(model.backbone.bottom_up)
+    assert set(calibrate(model)) == set(kalman_layers(model))
 
 
 def test_sampled_priors_are_calibrated_in_closed_form():

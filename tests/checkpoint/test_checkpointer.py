@@ -70,6 +70,42 @@ def test_round_trip(tmp_path, kn_log):
     assert " loaded, 0 initialised, 0 not used." in kn_log.text
 
 
+@pytest.mark.parametrize("part", ["", "backbone", "backbone.res3"])
+def test_compiled_modules_load_what_they_have_saved(tmp_path, part):
+    def compiled():
+        model = _model()
+        if not part:
+            return torch.compile(model)
+        parent, _, name = part.rpartition(".")
+        setattr(model.get_submodule(parent), name, torch.compile(model.get_submodule(part)))
+        return model
+
+    model, other = compiled(), compiled()
+    KNCheckpointer(model, str(tmp_path)).save("model_final")
+    path = str(tmp_path / "model_final.pth")
+    assert any("_orig_mod" in name for name in torch.load(path)["model"])
+    KNCheckpointer(other).load_for_evaluation(path)
+    plain = _model()
+    KNCheckpointer(plain).load_for_evaluation(path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+        assert torch.equal(value, plain.state_dict()[name.replace("_orig_mod.", "")]), name
+
+
+def test_bare_weights_go_into_a_compiled_backbone(tmp_path):
+    parts = ("backbone.", "roi_heads.res5.")
+    state = _model(*_BN).state_dict()
+    bare = {n.partition(".")[2]: v for n, v in state.items() if n.startswith(parts)}
+    torch.save({"model": bare, "matching_heuristics": True}, tmp_path / "bare.pth")
+    plain, model = _model(), _model()
+    model.backbone = torch.compile(model.backbone)
+    for m in (plain, model):
+        KNCheckpointer(m).load(str(tmp_path / "bare.pth"), [])
+    state = {n.replace("_orig_mod.", ""): v for n, v in model.state_dict().items()}
+    for name, value in plain.backbone.state_dict().items():
+        assert torch.equal(value, state[f"backbone.{name}"]), name
+
+
 def test_batch_norm_weights_leave_the_gains_as_initialised(tmp_path, kn_log):
     source, model = _model(*_BN), _model()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,5 +1,6 @@
 """What of a checkpoint a model takes, what is fitted to it, and what is said about it."""
 
+import copy
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from kn_detectron import InputError
 from kn_detectron.checkpoint import KNCheckpointer, calibrate, fit_process_noise
 from kn_detectron.layers import KN_STATE, kalman_layers, set_gain_scale
 
-from ..models import build_rcnn, fpn_rcnn_cfg, randomize, rcnn_cfg
+from ..models import build_rcnn, fpn_rcnn_cfg, randomize, rcnn_cfg, retinanet_cfg
 from . import formats
 from .networks import trained_batch_norm
 
@@ -94,6 +95,54 @@ def test_a_fixed_gain_is_the_configs_and_not_the_checkpoints(tmp_path, caplog, g
     model = load(model_of("KN", **fixed), tmp_path, source.state_dict(), strict=True)
     assert_same(model.state_dict(), source.state_dict())
     assert "are fixed" not in caplog.text
+
+
+def test_the_state_of_a_schedule_is_no_weight(tmp_path):
+    source = trained_kn()
+    set_gain_scale(source, 0.0)  # as at the end of annealing
+    model = load(model_of("KN"), tmp_path, source.state_dict())
+    assert all(layer.gain_scale == 1 for layer in kalman_layers(model).values())
+    model = load(model_of("KN"), tmp_path, source.state_dict(), strict=True)
+    assert all(layer.gain_scale == 0 for layer in kalman_layers(model).values())
+
+
+def test_priors_without_their_process_models_do_not_fit(tmp_path, caplog):
+    with caplog.at_level("WARNING", "kn_detectron"):
+        load(model_of("KN", MODEL__KN__PROCESS_MODEL=False), tmp_path, trained_kn().state_dict())
+    assert "priors of 53 Kalman layers do not fit" in caplog.text
+
+
+def test_scales_of_group_norm_in_the_fpn_bring_no_statistics(tmp_path, caplog):
+    options = dict(MODEL__FPN__NORM="GN4", MODEL__ROI_BOX_HEAD__NORM="GN4")
+    options["MODEL__ROI_MASK_HEAD__NORM"] = "GN4"
+    source = randomize(build_rcnn(fpn_rcnn_cfg("BN", **options)))
+    with caplog.at_level("INFO", "kn_detectron"):
+        model = load(build_rcnn(fpn_rcnn_cfg("KN"), seed=1), tmp_path, source.state_dict())
+    layers = kalman_layers(model)
+    bottom_up = [name for name in layers if name.startswith("backbone.bottom_up.")]
+    assert f"priors of {len(bottom_up)} Kalman layers were set" in caplog.text
+    for name, layer in layers.items():
+        assert (name in bottom_up) == bool(layer.mean_offset.any()), name
+    weight = "backbone.fpn_lateral2.norm.weight"
+    assert torch.equal(model.state_dict()[weight], source.state_dict()[weight])
+
+
+@pytest.mark.parametrize(
+    "cfg, advice",
+    [
+        (rcnn_cfg("KN", MODEL__BACKBONE__NAME="build_resnet_backbone"), "build_kn_resnet_backbone"),
+        (fpn_rcnn_cfg("KN", MODEL__FPN__NORM="GN4"), "MODEL.FPN.NORM"),
+        (retinanet_cfg("KN", MODEL__FPN__NORM="GN4"), "MODEL.FPN.NORM"),
+    ],
+)
+def test_heads_without_beliefs_are_a_sentence_before_anything_is_loaded(tmp_path, cfg, advice):
+    model = build_rcnn(cfg, seed=3)
+    before = copy.deepcopy(model.state_dict())
+    source = randomize(build_rcnn(cfg))
+    content = {n: v for n, v in source.state_dict().items() if n not in filters(before)}
+    with pytest.raises(InputError, match=advice):
+        load(model, tmp_path, content)
+    assert_same(model.state_dict(), before)
 
 
 def test_only_layers_without_process_model_are_calibrated(tmp_path):

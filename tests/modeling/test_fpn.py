@@ -148,6 +148,18 @@ def test_a_feature_without_a_belief_is_a_sentence():
     assert set(fpn.eval()(images())) == {"p3", "p4", "p5"}
 
 
+def test_what_a_hook_has_kept_of_a_lateral_convolution_stays():
+    fpn = noise_fpn().train()
+    kept = []
+    hook = fpn.fpn_lateral3.register_forward_hook(
+        lambda conv, args, output: kept.append((output.value, output.value.clone()))
+    )
+    fpn(images())
+    hook.remove()
+    ((value, copied),) = kept
+    assert torch.equal(value, copied)
+
+
 def test_parts_in_evaluation():
     cfg = fpn_rcnn_cfg("KN", MODEL__FPN__NORM="KN")
     fpn = build_backbone(cfg)

@@ -162,7 +162,7 @@ def test_mask_rcnn_with_fpn_and_heads():
 
 def test_calibration_runs_no_images():
     """The channel attention of ECA networks cannot be computed for a batch of no images."""
-    backbone = build_backbone(network_cfg("timm/ecaresnet26t"))
+    backbone = randomize(build_backbone(network_cfg("timm/ecaresnet26t")))
     with pytest.raises(RuntimeError):
         backbone(images(2, 64)[:0])
     assert set(calibrate(backbone)) == set(kalman_layers(backbone))

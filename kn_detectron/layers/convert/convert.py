@@ -8,7 +8,7 @@ from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 from torch import Tensor, fx, nn
 
 from ...errors import InputError
-from ..calibration import fit_prior, is_exact, on_priors
+from ..calibration import fit_prior, is_exact, is_fresh, on_priors
 from ..introspection import has_hooks
 from ..kalman_norm import GroupKalmanNorm2d, KalmanNorm2d, kalman_layers
 from ..transition import ClosedFormTransition, Transition
@@ -240,14 +240,8 @@ def _calibrate(network: KalmanNetwork) -> None:
     layers = {
         name: layer
         for name, layer in kalman_layers(network).items()
-        if is_exact(layer) and not _is_fresh(layer)
+        if is_exact(layer) and not is_fresh(layer)
     }
     if layers:
         with on_priors(layers, lambda name, layer, prior: fit_prior(layer, prior)):
             network.pass_beliefs()
-
-
-def _is_fresh(layer: KalmanNorm2d) -> bool:
-    if layer.running_mean.is_meta:  # it has no values yet
-        return True
-    return bool((layer.running_mean == 0).all() and (layer.running_var == 1).all())
