@@ -2,6 +2,7 @@
 """Folds a trained KN model into a FrozenBN model that detectron2 runs without this package.
 
 Examples:
+    python tools/fold_weights.py --config output/config.yaml --output output/folded
     python tools/fold_weights.py --config configs/mask_rcnn_R50_C4_KN.yaml --output output/folded \\
         MODEL.WEIGHTS output/model_final.pth
 """
@@ -13,6 +14,7 @@ import sys
 import torch
 
 from kn_detectron.checkpoint import fold_weights
+from kn_detectron.engine import trained_weights
 from kn_detectron.engine.command_line import read_config, run
 
 from detectron2.utils.logger import setup_logger  # isort: skip  # made importable by kn_detectron
@@ -52,11 +54,15 @@ def main():
         help="where to write NAME.pth, the weights, and NAME.yaml, their config",
     )
     parser.add_argument(
-        "opts", nargs="*", metavar="KEY VALUE", help="for the config; MODEL.WEIGHTS is needed"
+        "opts",
+        nargs="*",
+        metavar="KEY VALUE",
+        help="for the config; without MODEL.WEIGHTS the config.yaml of a run means its last checkpoint",
     )
     args = parser.parse_intermixed_args()
     setup_logger(name="kn_detectron")
     cfg = read_config(args)
+    cfg.MODEL.WEIGHTS = trained_weights(args.config_file, args.opts) or cfg.MODEL.WEIGHTS
     weights, config = fold_weights(cfg, args.output)
     print(f"{weights} and {config} are written.")
     has_gpu, names = torch.cuda.is_available(), cfg.DATASETS.CLASS_NAMES

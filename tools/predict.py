@@ -26,7 +26,7 @@ from PIL import Image
 
 from kn_detectron.checkpoint import KNCheckpointer
 from kn_detectron.data import register_named_folders
-from kn_detectron.engine import load_run
+from kn_detectron.engine import load_run, trained_weights
 from kn_detectron.engine.command_line import read_config, run
 from kn_detectron.engine.output_dir import make_writable
 from kn_detectron.engine.pictures import BrightVisualizer
@@ -94,10 +94,7 @@ def load_model(args):
     path = Path(args.config_file)
     if path.name == "config.yaml":
         cfg = load_run(path.parent, args.opts)
-        if (
-            "MODEL.WEIGHTS" not in args.opts[::2]
-            and not KNCheckpointer(None, str(path.parent)).has_checkpoint()
-        ):
+        if trained_weights(args.config_file, args.opts) is None:
             raise InputError(
                 f"{path.parent} has no checkpoint: give the config.yaml of a run that has written "
                 "one, or --opts MODEL.WEIGHTS FILE."
@@ -107,7 +104,7 @@ def load_model(args):
         if "MODEL.WEIGHTS" not in args.opts[::2]:
             raise InputError(
                 f"{args.config_file} says what a model starts from, not what it has learned: give "
-                "MODEL.WEIGHTS FILE, or the config.yaml in the folder of a run."
+                "--opts MODEL.WEIGHTS FILE, or the config.yaml in the folder of a run."
             )
         register_named_folders(cfg)  # for the names of the classes
     model = build_model(cfg)

@@ -5,7 +5,7 @@ Examples:
     python tools/train_net.py --config configs/shapes/mask_rcnn_slim_R50_C4_KN.yaml
     python tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --num-gpus 8
     python tools/train_net.py --config configs/mask_rcnn_R50_C4_KN.yaml --resume SOLVER.MAX_ITER 90000
-    python tools/train_net.py --config output/config.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+    python tools/train_net.py --config output/config.yaml --eval-only
     python tools/train_net.py --config configs/mask_rcnn_R50_C4_KN_finetune.yaml --dataset my_data
 
 The first example trains for minutes on a CPU, with images that it generates.
@@ -14,7 +14,7 @@ The first example trains for minutes on a CPU, with images that it generates.
 import sys
 
 from kn_detectron.checkpoint import KNCheckpointer
-from kn_detectron.engine import Trainer
+from kn_detectron.engine import Trainer, trained_weights
 from kn_detectron.engine.command_line import argument_parser, launch_ranks, load_config, run, set_up
 
 
@@ -24,7 +24,8 @@ def train_or_evaluate(cfg, args):
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = KNCheckpointer(model, cfg.OUTPUT_DIR)
-        checkpointer.load_for_evaluation(cfg.MODEL.WEIGHTS, resume=args.resume)
+        weights = trained_weights(args.config_file, args.opts) or cfg.MODEL.WEIGHTS
+        checkpointer.load_for_evaluation(weights, resume=args.resume)
         Trainer.test(cfg, model)
         return
     trainer = Trainer(cfg)

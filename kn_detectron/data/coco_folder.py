@@ -40,6 +40,8 @@ def _register_split(folder, split):
     annotations = os.path.join(folder, "annotations")
     names = os.listdir(annotations) if os.path.isdir(annotations) else []
     found = sorted(fnmatch.filter(names, f"instances_{split}*.json"))
+    if f"instances_{split}.json" in found:
+        found = [f"instances_{split}.json"]
     if len(found) != 1:
         there = f"{len(found)} files" if found else "no file"
         raise InputError(

@@ -41,8 +41,11 @@ def build_train_loader(cfg, mapper=None, dataset=None):
         TrainLoader
 
     Raises:
-        InputError: SOLVER.IMS_PER_BATCH or DATALOADER.SAMPLER_TRAIN does not fit.
+        InputError: SOLVER.IMS_PER_BATCH or DATALOADER.SAMPLER_TRAIN does not fit, or there is no
+            dataset.
     """
+    if dataset is None and not cfg.DATASETS.TRAIN:
+        raise InputError("DATASETS.TRAIN is empty: name at least one dataset.")
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH <= 0 or cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise InputError(

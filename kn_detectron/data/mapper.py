@@ -1,5 +1,8 @@
 """A dataset mapper that names the image it cannot use."""
 
+from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import SizeMismatchError
+
 from ..errors import InputError, one_line
 from .image_files import fault_of_image
 
@@ -10,7 +13,9 @@ class CheckedMapper:
     """Calls a mapper. If the mapper fails because of the image, the error says which image and why.
 
     An image is at fault if it cannot be read to its end, or if its size is not the annotated one.
-    Every other failure of the mapper is passed on as it is.
+    Every other failure of the mapper is passed on as it is. A mapper of another kind than
+    detectron2's may read files that Pillow cannot, so of its failures only those are looked into
+    that come from reading a file.
     """
 
     def __init__(self, mapper):
@@ -36,20 +41,25 @@ class CheckedMapper:
             sample = self.mapper(dataset_dict)
         except Exception as error:
             # Looked for after the failure, so that sound images are read only once.
-            sentence = (
+            sentence = self._may_be_the_images(error, dataset_dict) and (
                 self._fault_of_image(dataset_dict)
                 or self._fault_of_masks(dataset_dict)
                 or self._fault_of_shape(dataset_dict, error)
             )
-            if sentence is None:
+            if not sentence:
                 raise
             raise InputError(sentence) from error
         if sample is None:
             raise InputError(
-                f"The mapper returned None for image {dataset_dict['file_name']}: leave such images "
+                f"The mapper returned None for image {dataset_dict.get('file_name')}: leave such images "
                 "out of the dataset, since a run that is resumed counts one sample for every image."
             )
         return sample
+
+    def _may_be_the_images(self, error, dataset_dict):
+        is_detectron2s = getattr(type(self.mapper), "__call__", None) is DatasetMapper.__call__
+        of_reading = isinstance(error, (OSError, SyntaxError, SizeMismatchError))
+        return "file_name" in dataset_dict and (is_detectron2s or of_reading)
 
     @staticmethod
     def _fault_of_image(dataset_dict):

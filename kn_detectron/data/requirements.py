@@ -181,7 +181,8 @@ def _check_segmentation_heads(cfg, truths):
     model = cfg.MODEL.META_ARCHITECTURE
     if model not in ("PanopticFPN", "SemanticSegmentor"):
         return
-    for truth in _all(truths).values():
+    truth = next(iter(_all(truths).values()), None)
+    if truth is not None:
         raise InputError(
             f"MODEL.META_ARCHITECTURE {model} needs semantic segmentations, which COCO's instances "
             f"in {truth.json_file} have not: name a dataset that is registered with them, or give "

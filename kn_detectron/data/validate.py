@@ -166,7 +166,8 @@ def _check_name(name):
 def _is_coco(name):
     metadata = MetadataCatalog.get(name)
     # LVIS has these files too, but another format in them.
-    return metadata.get("evaluator_type") == "coco" and bool(metadata.get("json_file"))
+    is_coco = metadata.get("evaluator_type") == "coco"
+    return is_coco and bool(metadata.get("json_file") and metadata.get("image_root"))
 
 
 def _source(name):
@@ -198,7 +199,8 @@ def _check_loader(name, report):
     """Refuses to mend what is loaded by code that would not read the mended file."""
     function = DatasetCatalog[name]
     module = getattr(getattr(function, "func", function), "__module__", None) or ""
-    if module != load_coco_json.__module__ and module != prepare_dataset.__module__:
+    asks_for_more = len(getattr(function, "args", ())) > 3 or getattr(function, "keywords", None)
+    if module not in (load_coco_json.__module__, prepare_dataset.__module__) or asks_for_more:
         raise InputError(
             f"{report.lines()[0].rstrip('.')}; dataset {name} is loaded by a function of its own, "
             "which cannot be given a mended copy, so correct the file."
@@ -237,8 +239,5 @@ def _use(name, json_file, stamp):
         DatasetCatalog.pop(name)
         load = functools.partial(load_coco_json, json_file, metadata.image_root, name)
         DatasetCatalog.register(name, load)
-    # Metadata refuses to change a value, so the old one has to go as a whole.
-    values = {**metadata.as_dict(), "json_file": json_file}
-    MetadataCatalog.pop(name)
-    values.update(source_json_file=source, checked=stamp)
-    MetadataCatalog.get(name).set(**values)
+    # Metadata refuses to change a value by its own methods. Others may hold the object.
+    vars(metadata).update(json_file=json_file, source_json_file=source, checked=stamp)

@@ -10,7 +10,7 @@ from .hooks import (
     average_running_statistics,
 )
 from .optimizer import exempt_filters_from_decay
-from .run_config import load_run
+from .run_config import load_run, trained_weights
 from .stopping import StopOnSignal, Stopped
 from .trainer import Trainer
 
@@ -27,4 +27,5 @@ __all__ = [
     "average_running_statistics",
     "exempt_filters_from_decay",
     "load_run",
+    "trained_weights",
 ]

@@ -94,9 +94,9 @@ def load_config(args):
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), (val,)
     register_named_folders(cfg)
     keys = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
-    for key in keys:
-        if not cfg.DATASETS[key]:
-            raise InputError(f"DATASETS.{key} is empty: name at least one dataset.")
+    if not cfg.DATASETS[keys[0]]:
+        raise InputError(f"DATASETS.{keys[0]} is empty: name at least one dataset.")
+    _check_ranks(args)  # before what takes long
     make_output_dir(cfg, args)
     # The checks log into the file that the processes of the run go on with.
     setup_logger(cfg.OUTPUT_DIR, args.machine_rank * args.num_gpus, name="kn_detectron")
@@ -151,6 +151,7 @@ def read_config(args, *extensions):
     cfg = get_cfg()
     for extend in (add_kn_config, *extensions):
         extend(cfg)
+    _refuse_flags(args.opts)  # --config may be one
     _merge_file(cfg, args.config_file)
     merge_options(cfg, args.opts)
     # Only commands that train have several ranks.
@@ -196,6 +197,12 @@ def _merge_file(cfg, path):
         ) from error
 
 
+def _refuse_flags(options):
+    flags = [option for option in options if option.startswith("--")]
+    if flags:
+        raise InputError(f"{flags[0]} comes after KEY VALUE pairs: put it before them.")
+
+
 def merge_options(cfg, options):
     """Sets the KEY VALUE pairs of a command line in a config.
 
@@ -206,9 +213,7 @@ def merge_options(cfg, options):
     Raises:
         InputError: a key or a value is wrong, or half a pair is missing.
     """
-    flags = [option for option in options if option.startswith("--")]
-    if flags:
-        raise InputError(f"{flags[0]} comes after KEY VALUE pairs: put it before them.")
+    _refuse_flags(options)
     if len(options) % 2:
         raise InputError(
             f"The last of the KEY VALUE pairs, {options[-1]}, is only half a pair: give a key and "
@@ -310,6 +315,23 @@ def _escape_what_the_locale_lacks():
             handler.stream.reconfigure(errors="backslashreplace")
 
 
+def _check_ranks(args):
+    if args.num_gpus * args.num_machines <= 1:
+        return
+    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        raise InputError(
+            f"--num-gpus {args.num_gpus} asks for more than the {torch.cuda.device_count()} GPUs "
+            "that torch finds: give that many or fewer."
+        )
+    if not torch.cuda.is_available() and not hasattr(comm, "create_local_process_group"):
+        asked = ("--num-gpus", args.num_gpus), ("--num-machines", args.num_machines)
+        options = " ".join(f"{option} {count}" for option, count in asked if count > 1)
+        raise InputError(
+            f"{options} needs GPUs with this version of detectron2: leave it out, or install a "
+            "newer detectron2, which can use several processes on a CPU."
+        )
+
+
 def launch_ranks(main, cfg, args):
     """Calls ``main(cfg, args)`` in as many processes as the arguments ask for.
 
@@ -324,16 +346,7 @@ def launch_ranks(main, cfg, args):
     if args.num_gpus * args.num_machines <= 1:
         _on_rank(main, cfg, args)
         return
-    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
-        raise InputError(
-            f"--num-gpus {args.num_gpus} asks for more than the {torch.cuda.device_count()} GPUs "
-            "that torch finds: give that many or fewer."
-        )
-    if not torch.cuda.is_available() and not hasattr(comm, "create_local_process_group"):
-        raise InputError(
-            f"--num-gpus {args.num_gpus} needs GPUs with this version of detectron2: leave it out, "
-            "or install a newer detectron2, which can use several processes on a CPU."
-        )
+    _check_ranks(args)
     with tempfile.TemporaryDirectory() as sentences:
         try:
             with _signals_left_to_children():

@@ -11,6 +11,17 @@ __all__ = ["make_output_dir", "make_writable"]
 _claimed = {}
 
 
+def _leave_claims_to_parent():
+    # A lock holds until all copies of its descriptor are closed, and workers of a loader, which are
+    # forked, outlive a run that was killed.
+    while _claimed:
+        os.close(_claimed.popitem()[1])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_claims_to_parent)
+
+
 def make_writable(folder, name):
     """Creates a folder and tries to write there.
 

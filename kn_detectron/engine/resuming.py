@@ -12,7 +12,10 @@ import yaml
 from detectron2.config import CfgNode
 from torch.optim import Optimizer
 
+from ..errors import InputError
+
 __all__ = [
+    "check_same_scaling",
     "describe_changes",
     "optimizer_settings",
     "plain",
@@ -60,6 +63,28 @@ def report_changes(before: Dict[str, Any], now: Dict[str, Any], iteration: int) 
                 old,
                 reason,
             )
+
+
+def check_same_scaling(before: Dict[str, Any], now: Dict[str, Any]) -> None:
+    """Checks that SOLVER.REFERENCE_WORLD_SIZE has scaled the schedule as before.
+
+    detectron2 scales batch, learning rate and schedule with the number of processes. The iteration
+    in the checkpoint counts steps of the former batch.
+
+    Args:
+        before: the config that the checkpoint was written with, by :func:`plain`.
+        now: that of the resumed run.
+
+    Raises:
+        InputError: the number of processes is another one.
+    """
+    former, present = (c["SOLVER"].get("REFERENCE_WORLD_SIZE", 0) for c in (before, now))
+    if former and present and former != present:
+        raise InputError(
+            f"SOLVER.REFERENCE_WORLD_SIZE has scaled this run to {former} processes, and now there "
+            f"are {present}, so its iterations are of another length: resume with --num-gpus "
+            f"{former}, or give the checkpoint as MODEL.WEIGHTS of a new run."
+        )
 
 
 def describe_changes(before: Optional[Dict[str, Any]], now: Dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The config of a finished run, for other scripts."""
+"""The config and the weights of a finished run, for other scripts."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from ..checkpoint import KNCheckpointer
 from ..data import register_named_folders
 from .command_line import read_config
 
-__all__ = ["load_run"]
+__all__ = ["load_run", "trained_weights"]
 
 
 def load_run(folder, options=()):
@@ -37,8 +37,28 @@ def load_run(folder, options=()):
     options = list(options)
     cfg = read_config(argparse.Namespace(config_file=config_file, opts=options))
     cfg.OUTPUT_DIR = folder
-    checkpointer = KNCheckpointer(None, folder)
-    if checkpointer.has_checkpoint() and "MODEL.WEIGHTS" not in options[::2]:
-        cfg.MODEL.WEIGHTS = checkpointer.get_checkpoint_file()
+    cfg.MODEL.WEIGHTS = trained_weights(config_file, options) or cfg.MODEL.WEIGHTS
     register_named_folders(cfg)
     return cfg
+
+
+def trained_weights(config_file, options):
+    """The weights that the config of a run and options of a command line stand for.
+
+    MODEL.WEIGHTS in the config of a run is what the run started from, and not what it has learned.
+
+    Args:
+        config_file (str): a config; the config.yaml of a run lies beside its checkpoints.
+        options (sequence of str): KEY, VALUE, ...; MODEL.WEIGHTS goes first.
+
+    Returns:
+        str or None: MODEL.WEIGHTS of the options, or the last checkpoint beside a config.yaml, or
+        None.
+    """
+    given = dict(zip(options[::2], options[1::2])).get("MODEL.WEIGHTS")
+    if given is not None or os.path.basename(config_file) != "config.yaml":
+        return given
+    checkpointer = KNCheckpointer(None, os.path.dirname(config_file) or ".")
+    if not checkpointer.has_checkpoint():
+        return None
+    return checkpointer.get_checkpoint_file()

@@ -46,6 +46,7 @@ from .optimizer import exempt_filters_from_decay
 from .resuming import (
     describe_changes,
     optimizer_settings,
+    check_same_scaling,
     plain,
     report_changes,
     set_optimizer_settings,
@@ -221,6 +222,8 @@ class Trainer(DefaultTrainer):
         """
         if comm.is_main_process():
             # Not before: of a run that was refused the folder keeps the former config.
+            if self.start_iter == 0:  # or --resume would go on from the run that was here before
+                self.checkpointer.forget_last_checkpoint()
             with atomic_write(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml")) as file:
                 file.write(self.cfg.dump().encode())
         self._batches.loader.seed = self.seed
@@ -239,6 +242,8 @@ class Trainer(DefaultTrainer):
             self.start_iter,
             self.max_iter,
         )
+        if os.path.basename(self.checkpointer.get_checkpoint_file()) != "model_final.pth":
+            self.checkpointer.save("model_final", iteration=self.iter)
         self.iter = self.max_iter
         with EventStorage(self.max_iter) as self.storage:
             try:
@@ -311,6 +316,8 @@ class Trainer(DefaultTrainer):
             InputError: the state is that of another optimizer, as with another config.
         """
         before = state_dict.get("config")  # older checkpoints have none
+        if before is not None:
+            check_same_scaling(before, plain(self.cfg))
         settings = optimizer_settings(self._trainer.optimizer)
         try:
             TrainerBase.load_state_dict(self, state_dict)
@@ -363,7 +370,8 @@ class Trainer(DefaultTrainer):
         Args:
             cfg (CfgNode): detectron2's config.
             dataset_name (str): a registered dataset.
-            output_folder (str or None): where its files go; None is OUTPUT_DIR/inference.
+            output_folder (str or None): where its files go; None is OUTPUT_DIR/inference. As in
+                detectron2's tools/train_net.py, test-time augmentation has a folder of its own.
         """
         return build_coco_evaluator(cfg, dataset_name, output_folder)
 
@@ -384,6 +392,8 @@ class Trainer(DefaultTrainer):
             with in_mode(model, training=False):
                 results = super().test(cfg, model, evaluators)
                 if cfg.TEST.AUG.ENABLED:
+                    if comm.is_main_process():
+                        write_results(cfg, results)  # what follows takes long
                     results.update(cls._test_with_augmentation(cfg, model, evaluators))
         except InputError as error:
             raise InputError(first_sentence(error)) from error

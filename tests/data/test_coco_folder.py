@@ -46,9 +46,10 @@ def test_faults_are_sentences(folder):
     with pytest.raises(InputError, match="has no file annotations/instances_val"):
         register_coco_folder(str(folder))
     (folder / "val.json").rename(folder / "annotations" / "instances_val.json")
-    shutil.copy(
-        folder / "annotations/instances_val.json", folder / "annotations/instances_val2.json"
-    )
+    val = folder / "annotations/instances_val.json"
+    shutil.copy(val, folder / "annotations/instances_val2.json")
+    assert register_coco_folder(str(folder))[1].endswith("val")  # the file with the exact name
+    val.rename(folder / "annotations/instances_val3.json")
     with pytest.raises(InputError, match="has 2 files annotations/instances_val"):
         register_coco_folder(str(folder))
     with pytest.raises(InputError, match="nowhere is not a folder.*_train.json.*_val.json"):

@@ -145,6 +145,26 @@ def test_a_fault_of_the_mapper_is_passed_on(record):
         CheckedMapper(mapper)(record(".png")[1])
 
 
+@pytest.mark.parametrize("file", [{}, {"file_name": "photo.npy"}])
+def test_a_mapper_may_read_what_pillow_cannot(file):
+    def mapper(dataset_dict):
+        return dataset_dict["not there"]
+
+    with pytest.raises(KeyError, match="not there"):
+        CheckedMapper(mapper)(file)
+
+
+def test_a_broken_image_is_named_for_a_mapper_of_ones_own_too(record):
+    path, dataset_dict = record(".png")
+    _truncate(path)
+
+    def mapper(dataset_dict):
+        with Image.open(dataset_dict["file_name"]) as image:
+            return {"image": np.asarray(image)}
+
+    assert "cannot be read (" in _sentence(CheckedMapper(mapper), dataset_dict)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_loaders_name_the_corrupt_image_whatever_the_workers(cfg, shapes, split, num_workers):

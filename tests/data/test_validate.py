@@ -1,10 +1,11 @@
+import functools
 import json
 import os
 import sys
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from kn_detectron.data import ShapesSpec, check_dataset, register_shapes_lazily
 from kn_detectron.errors import InputError
@@ -49,6 +50,37 @@ def _change(json_file, change):
 def test_sound_dataset_passes(coco, shapes):
     _check("tiny")
     _check("shapes_train")
+
+
+def test_metadata_that_a_user_holds_stays_true(coco, tmp_path):
+    json_file, _ = coco
+    metadata = MetadataCatalog.get("tiny")
+    check_dataset("tiny", str(tmp_path))
+    assert MetadataCatalog.get("tiny") is metadata and metadata.json_file == str(json_file)
+    _change(json_file, lambda content: content["annotations"][0].pop("iscrowd"))
+    check_dataset("tiny", str(tmp_path))
+    assert MetadataCatalog.get("tiny") is metadata
+    assert metadata.json_file != str(json_file) == metadata.source_json_file
+    DatasetCatalog.get("tiny")
+    assert metadata.thing_classes == ["cat"]
+
+
+def test_a_dataset_without_an_image_folder_is_not_cocos(coco):
+    json_file, _ = coco
+    MetadataCatalog.pop("tiny")
+    MetadataCatalog.get("tiny").set(json_file=str(json_file), evaluator_type="coco")
+    assert check_dataset("tiny", "/dev/null") is None
+
+
+def test_a_loader_with_keys_of_its_own_is_not_replaced(coco, tmp_path):
+    json_file, image_root = coco
+    DatasetCatalog.pop("tiny")
+    load = functools.partial(load_coco_json, str(json_file), str(image_root), "tiny", ["colour"])
+    DatasetCatalog.register("tiny", load)
+    check_dataset("tiny", str(tmp_path))
+    _change(json_file, lambda content: content["annotations"][0].pop("iscrowd"))
+    with pytest.raises(InputError, match="is loaded by a function of its own"):
+        check_dataset("tiny", str(tmp_path))
 
 
 def test_generated_dataset_is_generated(tmp_path, default_registration):

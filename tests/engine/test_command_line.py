@@ -15,7 +15,7 @@ from PIL import Image
 from kn_detectron import InputError
 from kn_detectron.checkpoint import fold_weights
 from kn_detectron.data import register_named_folders
-from kn_detectron.engine import load_run
+from kn_detectron.engine import load_run, trained_weights
 from kn_detectron.engine.command_line import argument_parser, load_config, run
 
 from . import tiny
@@ -98,7 +98,8 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
         (["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "half a pair"]),
         (["SOLVER.MAX_ITER", "3", "--eval-only"], ["--eval-only", "before"]),
         (["DATASETS.TRAIN", "('shape_train',)"], ["'shape_train'", "shapes_train"]),
-        (["DATASETS.TEST", "()"], ["DATASETS.TEST is empty"]),
+        (["SOLVER.MAX_ITER", "3", "--config", "F"], ["--config comes after", "before"]),
+        (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN is empty"]),
         (["MODEL.WEIGHTS", "/nowhere/model.pth"], ["MODEL.WEIGHTS /nowhere/model.pth", '""']),
         (["OUTPUT_DIR", "/dev/null/run"], ["OUTPUT_DIR /dev/null/run"]),
         (["MODEL.ROI_HEADS.NAME", "KNRes5ROIHead"], ["MODEL.ROI_HEADS.NAME", "KNRes5ROIHeads"]),
@@ -280,6 +281,34 @@ def test_divergence(command, tmp_path):
     options = ["SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0"]
     result = command("OUTPUT_DIR", tmp_path / "run", *options)
     _assert_one_sentence(result, "diverged in iteration", "lower SOLVER.BASE_LR")
+
+
+def test_a_run_without_evaluation(command, tmp_path):
+    options = ["OUTPUT_DIR", tmp_path / "run", "DATASETS.TEST", "()"]
+    status, out, err = command(*options, "SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()")
+    assert status == 0, err
+    assert (tmp_path / "run/model_final.pth").is_file()
+    _assert_one_sentence(command("--eval-only", *options), "DATASETS.TEST is empty")
+
+
+def test_the_config_of_a_run_stands_for_its_last_checkpoint(command, plain, tmp_path):
+    """MODEL.WEIGHTS in it is what the run started from."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(plain[0] / "model_final.pth", run)
+    (run / "last_checkpoint").write_text("model_final.pth")
+    config = run / "config.yaml"
+    config.write_text(tiny.config(run, "MODEL.WEIGHTS", "/nowhere/start.pth").dump())
+    status, out, err = command("--eval-only", "OUTPUT_DIR", tmp_path / "found", config=config)
+    assert status == 0, err
+    found = json.loads((tmp_path / "found/inference/results.json").read_text())
+    assert found == json.loads((plain[0] / "inference/results.json").read_text())
+
+    assert trained_weights(str(config), []) == str(run / "model_final.pth")
+    assert trained_weights(str(config), ["MODEL.WEIGHTS", "other.pth"]) == "other.pth"
+    assert trained_weights(str(tmp_path / "tiny.yaml"), []) is None
+    (run / "last_checkpoint").unlink()
+    assert trained_weights(str(config), []) is None
 
 
 def test_evaluation_needs_weights_that_match(command, plain, tmp_path):

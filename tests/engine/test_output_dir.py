@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from kn_detectron import InputError
+from kn_detectron.engine import output_dir
 from kn_detectron.engine.command_line import argument_parser
 from kn_detectron.engine.output_dir import make_output_dir
 
@@ -64,6 +65,25 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         other.wait()
         make_output_dir(cfg, ARGS)  # a killed run gives its folder back
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform does not fork")
+def test_workers_that_outlive_a_run_do_not_keep_its_folder(tmp_path):
+    make_output_dir(tiny.config(tmp_path), ARGS)
+    reader, writer = os.pipe()
+    worker = os.fork()
+    if not worker:
+        os.close(writer)
+        os.read(reader, 1)  # until the test is over
+        os._exit(0)
+    try:
+        os.close(output_dir._claimed.pop(os.path.realpath(tmp_path)))  # as at the run's end
+        with _in_another_process(tmp_path) as other:
+            other.kill()
+    finally:
+        os.close(writer)
+        os.close(reader)
+        os.waitpid(worker, 0)
 
 
 def test_a_full_disk_is_a_sentence(datasets, tmp_path):

@@ -79,6 +79,46 @@ def test_resuming_with_fewer_steps_than_are_done_evaluates(whole, tmp_path, kn_l
     assert "of SOLVER.MAX_ITER 3 is done" in kn_log.text
 
 
+def test_a_schedule_that_is_cut_to_what_is_done_has_a_final_model(whole, tmp_path):
+    folder = _folder_with(whole[1] / "model_0000002.pth", tmp_path)
+    fewer = ("SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "(2,)")
+    trainer, _ = tiny.trainer(tiny.config(folder, *_BUSY, *fewer), resume=True)
+    trainer.train()
+    before, final = (tiny.read(folder / f"model_{name}.pth") for name in ("0000002", "final"))
+    assert final["iteration"] == before["iteration"] == 2
+    assert all(torch.equal(v, final["model"][name]) for name, v in before["model"].items())
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_new_run_forgets_the_one_before(whole, tmp_path):
+    """Or --resume would go on from that, where the new run died before its first checkpoint."""
+    folder = _folder_with(whole[1] / "model_0000002.pth", tmp_path)
+    trainer, _ = tiny.trainer(tiny.config(folder, *_BUSY))
+    assert (folder / "last_checkpoint").is_file()  # the run may still be refused
+
+    def die():
+        raise RuntimeError("killed")
+
+    trainer.before_step = die
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer.train()
+    assert (folder / "model_0000002.pth").is_file()
+    trainer, _ = tiny.trainer(tiny.config(folder, *_BUSY), resume=True)
+    assert trainer.start_iter == 0
+
+
+def test_a_schedule_scaled_to_other_processes_is_refused(datasets, tmp_path):
+    cfg = tiny.config(tmp_path, "SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.MAX_ITER", 1)
+    tiny.trainer(cfg)[0].train()  # scaled to this process
+    tiny.trainer(cfg, resume=True)
+    path = tmp_path / "model_final.pth"
+    checkpoint = tiny.read(path)
+    checkpoint["trainer"]["config"]["SOLVER"]["REFERENCE_WORLD_SIZE"] = 8
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match="to 8 processes, and now there are 1.*--num-gpus 8"):
+        tiny.trainer(cfg, resume=True)
+
+
 @pytest.mark.parametrize("period", ["0", "-1"])
 def test_without_a_period_only_the_end_is_saved(datasets, tmp_path, period):
     options = ("SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", period, "SOLVER.STEPS", "(2, 5)")

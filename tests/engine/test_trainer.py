@@ -24,6 +24,11 @@ def test_settings_for_more_gpus_are_scaled(datasets, tmp_path):
         assert group["initial_lr"] == pytest.approx(rate / 2)
 
 
+def test_a_trainer_without_data_is_a_sentence(datasets, tmp_path):
+    with pytest.raises(InputError, match="^DATASETS.TRAIN is empty: name at least one dataset"):
+        Trainer(tiny.config(tmp_path, "DATASETS.TRAIN", "()"))
+
+
 def test_a_loader_that_cannot_be_resumed_is_refused(datasets, tmp_path):
     class WithDetectron2sLoader(Trainer):
         @classmethod

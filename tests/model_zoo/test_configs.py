@@ -136,7 +136,8 @@ def test_none_is_lost():
     expected.add("shapes/mask_rcnn_slim_R50_FPN_KN.yaml")
     expected |= {f"photos/mask_rcnn_lite0_FPN_{norm}.yaml" for norm in ("BN", "KN", "KN_finetune")}
     expected |= {f"photos/mask_rcnn_slim_R50_C4_{norm}.yaml" for norm in PHOTO_NORMS}
-    expected.add("mask_rcnn_R50_C4_KN_finetune.yaml")
+    expected |= {f"mask_rcnn_R50_C4_{norm}_finetune.yaml" for norm in ("BN", "KN")}
+    expected.add("mask_rcnn_R50_FPN_KN_backbone_finetune.yaml")
     assert expected == set(NAMES) - set(BASES)
 
 
@@ -237,7 +238,7 @@ def test_shapes_configs_differ_in_the_norm_alone():
     assert len(norms) == 53
 
 
-@pytest.mark.parametrize("model", ["C4_KN", *(f"FPN_{norm}" for norm in FPN_NORMS)])
+@pytest.mark.parametrize("model", ["C4_BN", "C4_KN", *(f"FPN_{norm}" for norm in FPN_NORMS)])
 def test_fine_tuning_changes_the_schedule_and_gain_alone(model):
     name = f"mask_rcnn_R50_{model}_finetune.yaml"
     found = changes(name, f"mask_rcnn_R50_{model}.yaml")
@@ -246,6 +247,21 @@ def test_fine_tuning_changes_the_schedule_and_gain_alone(model):
     assert found.keys() - of_schedule == (of_gain if model == "C4_KN" else set())
     rate = load("Base-finetune.yaml").SOLVER.BASE_LR
     assert load(name).SOLVER.BASE_LR == (2 * rate if model.endswith("_KN") else rate)
+
+
+def test_kn_in_the_backbone_alone_differs_from_frozen_bn_there_alone():
+    name = "mask_rcnn_R50_FPN_KN_backbone_finetune.yaml"
+    found = changes(name, "mask_rcnn_R50_FPN_BN_finetune.yaml")
+    assert found.keys() == {
+        "MODEL.BACKBONE.NAME",
+        "MODEL.RESNETS.NORM",
+        "MODEL.KN.GAIN",
+        "MODEL.KN.LEARN_GAIN",
+        "SOLVER.BASE_LR",
+    }
+    model = build_model(load(name))
+    norms = [name for name, m in model.named_modules() if isinstance(m, KalmanNorm2d)]
+    assert len(norms) == 42 and all(name.startswith("backbone.bottom_up.res") for name in norms)
 
 
 @pytest.mark.parametrize("model", COCO)

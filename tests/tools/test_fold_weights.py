@@ -59,6 +59,15 @@ def test_writes_both_files_and_says_how_to_use_them(folder, command):
     assert found.image_size == (40, 60)
 
 
+def test_the_config_of_a_run_stands_for_its_last_checkpoint(folder, command):
+    (folder / "trained.yaml").rename(folder / "config.yaml")  # MODEL.WEIGHTS in it is empty
+    status, _, err = command("fold_weights", "--config", "config.yaml", "--output", "out")
+    assert status == 0, err
+    source, folded = (torch.load(folder / name)["model"] for name in ("trained.pth", "out.pth"))
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.equal(folded[name], source[name])
+
+
 def test_says_what_is_wrong_in_a_sentence(folder, process):
     os.truncate(folder / "trained.pth", 5000)
     arguments = ["--config", "trained.yaml", "--output", "out", "MODEL.WEIGHTS", "trained.pth"]

@@ -89,7 +89,7 @@ def test_what_it_refuses(photos, tmp_path, command):
     for arguments, sentence in (
         ((tmp_path / "none.jpg",), "none.jpg does not exist"),
         ((tmp_path / "empty",), "empty has no images"),
-        ((photos, "--config", config), "give MODEL.WEIGHTS FILE"),
+        ((photos, "--config", config), "give --opts MODEL.WEIGHTS FILE"),
         ((tmp_path / ("long" * 100),), "longlong does not exist"),
         ((photos, "--config", run / "config.yaml"), f"{run} has no checkpoint: give the config"),
         (
