@@ -224,7 +224,16 @@ def zoo_table(data: Dict) -> str:
                     f"`kn://{weights}`" if is_released else "",
                 ]
             )
-    header = ["norm", "schedule", "learning rate", "seed", "box AP", "mask AP", "config", "weights"]
+    header = [
+        "norm",
+        "schedule",
+        "learning rate",
+        "seed",
+        "box AP",
+        "mask AP",
+        "base config",
+        "weights",
+    ]
     if not any(weights for *_, weights in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return _escaped(tabulate(rows, header, tablefmt="github", disable_numparse=True))
