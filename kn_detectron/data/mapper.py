@@ -41,8 +41,8 @@ class CheckedMapper:
             sample = self.mapper(dataset_dict)
         except Exception as error:
             # Looked for after the failure, so that sound images are read only once.
-            sentence = self._may_be_the_images(error, dataset_dict) and (
-                self._fault_of_image(dataset_dict)
+            sentence = "file_name" in dataset_dict and (
+                self._fault_of_image(dataset_dict, error)
                 or self._fault_of_masks(dataset_dict)
                 or self._fault_of_shape(dataset_dict, error)
             )
@@ -56,13 +56,10 @@ class CheckedMapper:
             )
         return sample
 
-    def _may_be_the_images(self, error, dataset_dict):
+    def _fault_of_image(self, dataset_dict, error):
         is_detectron2s = getattr(type(self.mapper), "__call__", None) is DatasetMapper.__call__
-        of_reading = isinstance(error, (OSError, SyntaxError, SizeMismatchError))
-        return "file_name" in dataset_dict and (is_detectron2s or of_reading)
-
-    @staticmethod
-    def _fault_of_image(dataset_dict):
+        if not is_detectron2s and not isinstance(error, (OSError, SyntaxError, SizeMismatchError)):
+            return None
         size = dataset_dict.get("width"), dataset_dict.get("height")
         return fault_of_image(dataset_dict["file_name"], None if None in size else size)
 

@@ -199,7 +199,8 @@ def _check_loader(name, report):
     """Refuses to mend what is loaded by code that would not read the mended file."""
     function = DatasetCatalog[name]
     module = getattr(getattr(function, "func", function), "__module__", None) or ""
-    asks_for_more = len(getattr(function, "args", ())) > 3 or getattr(function, "keywords", None)
+    keywords = getattr(function, "keywords", {})
+    asks_for_more = len(getattr(function, "args", ())) > 3 or "extra_annotation_keys" in keywords
     if module not in (load_coco_json.__module__, prepare_dataset.__module__) or asks_for_more:
         raise InputError(
             f"{report.lines()[0].rstrip('.')}; dataset {name} is loaded by a function of its own, "

@@ -82,8 +82,8 @@ def check_same_scaling(before: Dict[str, Any], now: Dict[str, Any]) -> None:
     if former and present and former != present:
         raise InputError(
             f"SOLVER.REFERENCE_WORLD_SIZE has scaled this run to {former} processes, and now there "
-            f"are {present}, so its iterations are of another length: resume with --num-gpus "
-            f"{former}, or give the checkpoint as MODEL.WEIGHTS of a new run."
+            f"are {present}, so its iterations are of another length: resume with as many as "
+            "before, or give the checkpoint as MODEL.WEIGHTS of a new run."
         )
 
 

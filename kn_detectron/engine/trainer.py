@@ -44,9 +44,9 @@ from .hooks import (
 )
 from .optimizer import exempt_filters_from_decay
 from .resuming import (
+    check_same_scaling,
     describe_changes,
     optimizer_settings,
-    check_same_scaling,
     plain,
     report_changes,
     set_optimizer_settings,

@@ -168,6 +168,13 @@ def test_unknown_sampler(cfg):
         build_train_loader(cfg)
 
 
+def test_without_a_name_the_dataset_has_to_be_given(cfg):
+    cfg.DATASETS.TRAIN = ()
+    with pytest.raises(InputError, match="^DATASETS.TRAIN is empty: name at least one dataset"):
+        build_train_loader(cfg)
+    assert build_train_loader(cfg, _draws, _dicts(3)).batch_size == 2
+
+
 def test_images_without_size_cannot_be_grouped(cfg):
     dicts = _dicts(3)
     del dicts[1]["width"]

@@ -109,6 +109,17 @@ def test_masks_that_do_not_fit_the_format(cfg):
     assert 'set INPUT.MASK_FORMAT to "bitmask"' in _sentence(mapper, with_rle)
 
 
+def test_a_subclass_of_detectron2s_mapper_has_its_sentences(cfg, tmp_path):
+    class Mapper(DatasetMapper):
+        def __call__(self, dataset_dict):
+            return super().__call__(dataset_dict)
+
+    path = tmp_path / "thin.png"
+    Image.new("RGB", (4000, 1)).save(path)
+    dataset_dict = {"file_name": str(path), "width": 4000, "height": 1, "annotations": []}
+    assert "with sides of" in _sentence(CheckedMapper(Mapper(cfg, is_train=True)), dataset_dict)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_sentence_of_a_mapper_of_ones_own(num_workers):
     loader = TrainLoader(
@@ -152,6 +163,14 @@ def test_a_mapper_may_read_what_pillow_cannot(file):
 
     with pytest.raises(KeyError, match="not there"):
         CheckedMapper(mapper)(file)
+
+
+def test_a_failure_to_read_is_passed_on_where_no_file_is_named():
+    def mapper(dataset_dict):
+        raise OSError("the store is not reached")
+
+    with pytest.raises(OSError, match="the store is not reached"):
+        CheckedMapper(mapper)({"image_id": 1})
 
 
 def test_a_broken_image_is_named_for_a_mapper_of_ones_own_too(record):

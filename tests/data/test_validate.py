@@ -72,10 +72,16 @@ def test_a_dataset_without_an_image_folder_is_not_cocos(coco):
     assert check_dataset("tiny", "/dev/null") is None
 
 
-def test_a_loader_with_keys_of_its_own_is_not_replaced(coco, tmp_path):
+@pytest.mark.parametrize("keys", [(["colour"],), {"extra_annotation_keys": ["colour"]}])
+def test_a_loader_with_keys_of_its_own_is_not_replaced(coco, tmp_path, keys):
     json_file, image_root = coco
     DatasetCatalog.pop("tiny")
-    load = functools.partial(load_coco_json, str(json_file), str(image_root), "tiny", ["colour"])
+    load = functools.partial(load_coco_json, str(json_file), str(image_root), "tiny")
+    load = (
+        functools.partial(load, **keys)
+        if isinstance(keys, dict)
+        else functools.partial(load, *keys)
+    )
     DatasetCatalog.register("tiny", load)
     check_dataset("tiny", str(tmp_path))
     _change(json_file, lambda content: content["annotations"][0].pop("iscrowd"))

@@ -10,6 +10,7 @@ import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
+from detectron2.utils import comm
 from PIL import Image
 
 from kn_detectron import InputError
@@ -81,6 +82,17 @@ def test_several_ranks_need_several_devices(tmp_path, datasets):
         load_config(argument_parser().parse_args(arguments))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
+@pytest.mark.parametrize(
+    "flags", ["--num-gpus 2", "--num-machines 2", "--num-gpus 2 --num-machines 3"]
+)
+def test_ranks_are_refused_by_name_and_before_the_datasets(command, tmp_path, monkeypatch, flags):
+    monkeypatch.delattr(comm, "create_local_process_group", raising=False)  # as in detectron2 0.4
+    options = ["OUTPUT_DIR", tmp_path / "run", "DATASETS.TRAIN", "('nowhere',)"]
+    _assert_one_sentence(command(*flags.split(), *options), f"^error: {flags} needs GPUs with this")
+    assert not (tmp_path / "run").exists()
+
+
 def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
     arguments = ["--config", str(tiny.write_config(tmp_path / "tiny.yaml"))]
     arguments += ["OUTPUT_DIR", str(tmp_path / "run"), "MODEL.DEVICE", "cpu"]
@@ -98,7 +110,6 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
         (["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "half a pair"]),
         (["SOLVER.MAX_ITER", "3", "--eval-only"], ["--eval-only", "before"]),
         (["DATASETS.TRAIN", "('shape_train',)"], ["'shape_train'", "shapes_train"]),
-        (["SOLVER.MAX_ITER", "3", "--config", "F"], ["--config comes after", "before"]),
         (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN is empty"]),
         (["MODEL.WEIGHTS", "/nowhere/model.pth"], ["MODEL.WEIGHTS /nowhere/model.pth", '""']),
         (["OUTPUT_DIR", "/dev/null/run"], ["OUTPUT_DIR /dev/null/run"]),
@@ -164,6 +175,8 @@ def test_a_file_that_may_not_be_read_is_a_sentence(capsys):
 
 def test_no_config_file(command, tmp_path):
     _assert_one_sentence(command(config=None), "--config FILE")
+    late = ["SOLVER.MAX_ITER", "3", "--config", tmp_path / "tiny.yaml"]
+    _assert_one_sentence(command(*late, config=None), "--config comes after KEY VALUE .* before")
     _assert_one_sentence(command(config=tmp_path), "is a folder: give the path of a YAML file")
     (tmp_path / "lazy.py").write_text("model = None")
     _assert_one_sentence(command(config=tmp_path / "lazy.py"), "is Python, as .* LazyConfig")

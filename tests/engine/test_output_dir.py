@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -69,20 +70,24 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform does not fork")
 def test_workers_that_outlive_a_run_do_not_keep_its_folder(tmp_path):
-    make_output_dir(tiny.config(tmp_path), ARGS)
-    reader, writer = os.pipe()
+    cfg = tiny.config(tmp_path)
+    make_output_dir(cfg, ARGS)
+    ours, workers = socket.socketpair()
     worker = os.fork()
     if not worker:
-        os.close(writer)
-        os.read(reader, 1)  # until the test is over
-        os._exit(0)
+        try:
+            ours.close()
+            workers.send(b"!")
+            workers.recv(1)  # until the test is over
+        finally:
+            os._exit(0)
+    workers.close()
     try:
+        assert ours.recv(1) == b"!"  # it runs
         os.close(output_dir._claimed.pop(os.path.realpath(tmp_path)))  # as at the run's end
-        with _in_another_process(tmp_path) as other:
-            other.kill()
+        make_output_dir(cfg, ARGS)  # as another run: a lock is of the descriptor, not of a process
     finally:
-        os.close(writer)
-        os.close(reader)
+        ours.close()
         os.waitpid(worker, 0)
 
 

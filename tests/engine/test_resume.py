@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kn_detectron import InputError
+from kn_detectron.engine.resuming import check_same_scaling
 
 from . import tiny
 
@@ -115,8 +116,21 @@ def test_a_schedule_scaled_to_other_processes_is_refused(datasets, tmp_path):
     checkpoint = tiny.read(path)
     checkpoint["trainer"]["config"]["SOLVER"]["REFERENCE_WORLD_SIZE"] = 8
     torch.save(checkpoint, path)
-    with pytest.raises(InputError, match="to 8 processes, and now there are 1.*--num-gpus 8"):
+    with pytest.raises(InputError, match="to 8 processes, and now there are 1.*as many as before"):
         tiny.trainer(cfg, resume=True)
+
+
+def test_a_schedule_is_resumed_as_it_was_scaled_or_where_it_was_not():
+    def check(former, present):
+        sizes = ({"REFERENCE_WORLD_SIZE": size} for size in (former, present))
+        check_same_scaling(*({"SOLVER": size} for size in sizes))
+
+    for former, present in ((8, 8), (0, 8), (8, 0), (0, 0)):
+        check(former, present)
+    check_same_scaling({"SOLVER": {}}, {"SOLVER": {"REFERENCE_WORLD_SIZE": 8}})
+    for former, present in ((8, 4), (4, 8)):
+        with pytest.raises(InputError, match=f"to {former} processes, and now there are {present}"):
+            check(former, present)
 
 
 @pytest.mark.parametrize("period", ["0", "-1"])

@@ -1,7 +1,9 @@
+import json
 import os
 
 import pytest
 from detectron2.data import build_detection_train_loader
+from detectron2.evaluation import DatasetEvaluator
 
 from kn_detectron import InputError
 from kn_detectron.engine import Trainer
@@ -51,3 +53,22 @@ def test_an_evaluator_of_ones_own_gets_its_folder_as_in_detectron2(datasets, tmp
     cfg = tiny.config(tmp_path, "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,))
     WithEvaluator.test(cfg, WithEvaluator.build_model(cfg))
     assert folders == [None, os.path.join(cfg.OUTPUT_DIR, "inference_TTA")]
+
+
+def test_plain_results_are_written_before_those_with_augmentation(datasets, tmp_path):
+    class KilledInTheSecondRound(DatasetEvaluator):
+        rounds = 0
+
+        def reset(self):
+            self.rounds += 1
+            if self.rounds == 2:
+                raise RuntimeError("killed")
+
+        def evaluate(self):
+            return {"bbox": {"AP": 50.0}}
+
+    cfg = tiny.config(tmp_path, "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,))
+    with pytest.raises(RuntimeError, match="killed"):
+        Trainer.test(cfg, Trainer.build_model(cfg), [KilledInTheSecondRound()])
+    results = json.loads((tmp_path / "inference/results.json").read_text())
+    assert results == {"bbox": {"AP": 50.0}}
