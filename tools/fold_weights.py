@@ -57,7 +57,7 @@ def main():
         "opts",
         nargs="*",
         metavar="KEY VALUE",
-        help="for the config; without MODEL.WEIGHTS the config.yaml of a run means its last checkpoint",
+        help="for the config; without MODEL.WEIGHTS a run's config.yaml means its last checkpoint",
     )
     args = parser.parse_intermixed_args()
     setup_logger(name="kn_detectron")

@@ -51,8 +51,8 @@ class CheckedMapper:
             raise InputError(sentence) from error
         if sample is None:
             raise InputError(
-                f"The mapper returned None for image {dataset_dict.get('file_name')}: leave such images "
-                "out of the dataset, since a run that is resumed counts one sample for every image."
+                f"The mapper returned None for image {dataset_dict.get('file_name')}: leave such "
+                "images out of the dataset, since a run that is resumed counts one sample for every image."
             )
         return sample
 

@@ -66,8 +66,9 @@ class GainAnneal(HookBase):
     the features. So before the first step in which the gain is lowered, the priors are calibrated
     to the running statistics, with which inference normalises (ours; see
     :func:`~kn_detectron.checkpoint.calibrate`). Layers of the paper variant, of GKN, without a
-    process model, and in modules of other projects cannot be calibrated and keep their priors. If ``start`` is 0, the running
-    statistics are those that were loaded, and the loading has calibrated to them.
+    process model, and in modules of other projects cannot be calibrated and keep their priors. If
+    ``start`` is 0, the running statistics are those that were loaded, and the loading has
+    calibrated to them.
     """
 
     def __init__(self, start, end):
