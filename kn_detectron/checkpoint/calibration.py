@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from typing import Dict, Iterable, Optional, Set
+from typing import Dict, Iterable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from ..modeling import (
     KNStandardROIHeads,
 )
 
-__all__ = ["calibrate", "fit_process_noise", "reached_layers"]
+__all__ = ["calibrate", "fit_process_noise", "predicted_priors"]
 
 # For the paper variant: the smallest R, with which layers start anyway, and a gain near BatchNorm.
 _LEAST_NOISE = math.log1p(math.exp(INITIAL_PROCESS_NOISE))
@@ -86,15 +86,8 @@ def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[s
         layers = {name: layer for name, layer in layers.items() if not is_fresh(layer)}
     if not layers:  # as when a gain is annealed that belongs to GKN alone
         return {}
-    _check_reached(model, layers)
-    changes = {}
-
-    def fit(name, layer, prior):
-        changes[name] = fit_prior(layer, prior)
-
-    with on_priors(layers, fit):
-        _pass_beliefs(model)
-    return changes
+    priors = _priors_of(layers, model)
+    return {name: fit_prior(layer, priors[name]) for name, layer in layers.items()}
 
 
 @torch.no_grad()
@@ -130,36 +123,42 @@ def fit_process_noise(model: nn.Module, names: Optional[Iterable[str]] = None) -
                 f"{name} is not a layer of the paper variant with moving statistics, whose process "
                 'noise could be set: set MODEL.RESNETS.NORM "KN" and MODEL.KN.VARIANT "paper"'
             )
-    _check_reached(model, layers)
-    with on_priors(layers, _fit_noise), _passing_on_running_statistics(model):
-        _pass_beliefs(model)
+    with _passing_on_running_statistics(model):
+        priors = _priors_of(layers, model)
+    for name, layer in layers.items():
+        _fit_noise(layer, priors[name])
     return sum(_raise_gain(layer) for layer in layers.values())
 
 
 @torch.no_grad()
-def reached_layers(model: nn.Module) -> Set[str]:
-    """The names of the layers that the chains of a KN model lead to. It changes nothing.
+def predicted_priors(model: nn.Module) -> Dict[str, Belief]:
+    """The prior of each layer that the chains of a KN model lead to. It changes nothing.
 
     These are the chains of this package's backbones, FPNs and heads, and of converted networks.
     Layers in modules of other projects, which hand over beliefs themselves, are not reached.
 
+    Returns:
+        dict: by the name of the layer, the prediction before its process model.
+
     Raises:
         InputError: heads continue a chain, and the backbone has none.
     """
-    reached = set()
-    with on_priors(kalman_layers(model), lambda name, layer, prior: reached.add(name)):
+    priors = {}
+    with on_priors(kalman_layers(model), priors.__setitem__):
         _pass_beliefs(model)
-    return reached
+    return priors
 
 
-def _check_reached(model: nn.Module, layers: Dict[str, nn.Module]) -> None:
-    unreached = sorted(set(layers) - reached_layers(model))
+def _priors_of(layers: Dict[str, nn.Module], model: nn.Module) -> Dict[str, Belief]:
+    priors = predicted_priors(model)
+    unreached = [name for name in layers if name not in priors]
     if unreached:
         raise InputError(
             f"{len(unreached)} KN layers cannot be calibrated, the first {unreached[0]}, since no "
             "chain of this package's backbones and heads leads to them: name the others, and if "
             "two backbones lie beside one head, calibrate each detector by itself"
         )
+    return priors
 
 
 def _is_paper(layer: nn.Module) -> bool:
@@ -248,7 +247,7 @@ def _nearest(features: Dict[str, Features], name: str) -> Optional[Features]:
     return nearest[0] if len(nearest) == 1 else None
 
 
-def _fit_noise(name: str, layer: KalmanNorm2d, prior: Belief) -> None:
+def _fit_noise(layer: KalmanNorm2d, prior: Belief) -> None:
     if not layer.has_process_model:
         return
     noise = (layer.running_var - prior.var[0].to(layer.running_var.dtype)).clamp_min(_LEAST_NOISE)

@@ -13,7 +13,7 @@ from ..files import renamed, without_wrappers
 from ..layers import KN_STATE, KalmanNorm2d, kalman_layers
 from ..layers.calibration import is_exact
 from ..modeling import KNRetinaNetHead
-from .calibration import calibrate, fit_process_noise, reached_layers
+from .calibration import calibrate, fit_process_noise, predicted_priors
 from .matching import STATISTICS, essential_names, extra_layers, foreign_networks, leaf, match
 from .report import table
 
@@ -263,7 +263,7 @@ def _plan_priors(model, found):
         elif (parts | {f"{prefix}.gain_logit"}) & missing:
             (rough if is_batch and layer.variant == "paper" else hopeless).append(prefix)
     if exact or rough:
-        reached = reached_layers(model)
+        reached = predicted_priors(model)
         hopeless += [prefix for prefix in exact + rough if prefix not in reached]
         exact, rough = ([p for p in names if p in reached] for names in (exact, rough))
     return exact, rough, hopeless

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import calibrate
-from ..checkpoint.calibration import reached_layers
+from ..checkpoint.calibration import predicted_priors
 from ..layers import KN_STATE, KalmanNorm2d, kalman_layers, set_gain_scale
 from ..layers.calibration import is_exact
 
@@ -108,7 +108,7 @@ class GainAnneal(HookBase):
         model = unwrapped(self.trainer.model)
         layers = kalman_layers(model)
         names = [name for name, layer in layers.items() if layer.training and is_exact(layer)]
-        reached = reached_layers(model) if names else ()
+        reached = predicted_priors(model) if names else ()
         calibrated = calibrate(model, [name for name in names if name in reached])
         broadcast_filters(model)
         _logger.info(

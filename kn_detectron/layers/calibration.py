@@ -75,11 +75,11 @@ def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
 
 @contextlib.contextmanager
 def on_priors(layers: Dict[str, nn.Module], action: Callable):
-    """Calls ``action(name, layer, prior)`` whenever one of the layers is given its prior."""
+    """Calls ``action(name, prior)`` whenever one of the layers is given its prior."""
 
     def hook_of(name):
         def hook(layer, args, kwargs):
-            action(name, layer, kwargs["prior"])
+            action(name, kwargs["prior"])
 
         return hook
 

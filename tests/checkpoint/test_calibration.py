@@ -9,7 +9,7 @@ from torch import nn
 
 from kn_detectron import InputError
 from kn_detectron.checkpoint import calibrate, fit_process_noise
-from kn_detectron.checkpoint.calibration import reached_layers
+from kn_detectron.checkpoint.calibration import predicted_priors
 from kn_detectron.layers import (
     KalmanNorm2d,
     convert_kalman_norm,
@@ -220,14 +220,14 @@ def test_layers_that_no_chain_leads_to_are_named():
         calibrate(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert set(kalman_layers(model)) - reached_layers(model) == {"extra"}
+    assert set(kalman_layers(model)) - set(predicted_priors(model)) == {"extra"}
 
 
 def test_a_head_between_two_backbones_is_not_reached():
     model = trained_batch_norm("KN")
     model.second = copy.deepcopy(model.backbone)
     head = {name for name in kalman_layers(model) if name.startswith("roi_heads.")}
-    assert set(kalman_layers(model)) - reached_layers(model) == head
+    assert set(kalman_layers(model)) - set(predicted_priors(model)) == head
 
 
 def test_a_compiled_part_is_calibrated_too():

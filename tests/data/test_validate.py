@@ -72,15 +72,14 @@ def test_a_dataset_without_an_image_folder_is_not_cocos(coco):
     assert check_dataset("tiny", "/dev/null") is None
 
 
-@pytest.mark.parametrize("keys", [(["colour"],), {"extra_annotation_keys": ["colour"]}])
-def test_a_loader_with_keys_of_its_own_is_not_replaced(coco, tmp_path, keys):
+@pytest.mark.parametrize(
+    "args, keywords", [((["colour"],), {}), ((), {"extra_annotation_keys": ["colour"]})]
+)
+def test_a_loader_with_keys_of_its_own_is_not_replaced(coco, tmp_path, args, keywords):
     json_file, image_root = coco
     DatasetCatalog.pop("tiny")
-    load = functools.partial(load_coco_json, str(json_file), str(image_root), "tiny")
-    load = (
-        functools.partial(load, **keys)
-        if isinstance(keys, dict)
-        else functools.partial(load, *keys)
+    load = functools.partial(
+        load_coco_json, str(json_file), str(image_root), "tiny", *args, **keywords
     )
     DatasetCatalog.register("tiny", load)
     check_dataset("tiny", str(tmp_path))

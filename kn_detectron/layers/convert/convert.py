@@ -243,5 +243,5 @@ def _calibrate(network: KalmanNetwork) -> None:
         if is_exact(layer) and not is_fresh(layer)
     }
     if layers:
-        with on_priors(layers, lambda name, layer, prior: fit_prior(layer, prior)):
+        with on_priors(layers, lambda name, prior: fit_prior(layers[name], prior)):
             network.pass_beliefs()
