@@ -8,7 +8,7 @@ from typing import Dict, List, Tuple
 
 from tabulate import tabulate
 
-from kn_detectron.model_zoo import released_weights
+from kn_detectron.model_zoo import get_config, released_weights
 
 from . import arms, classification
 
@@ -203,40 +203,41 @@ def _mean_over_seeds(differences: List[Dict]) -> Tuple[float, int]:
 
 
 def zoo_table(data: Dict) -> str:
-    """One line for each run in Markdown, with its config and its released weights, for MODEL_ZOO.md."""
-    released = released_weights()
+    """One line for each arm, number of images per step and learning rate in Markdown, for MODEL_ZOO.md.
+
+    It has the AP of every seed, the config, and the name of the released weights.
+    """
     rows = []
     for (name, images, rate), runs in by_setting(data).items():
+        runs = sorted(runs, key=lambda run: run["seed"])
+        steps = runs[0]["steps"]
+        found = [[f"{run['results'][task]['AP']:.1f}" for run in runs] for task in TASKS]
         arm = arms.ARMS[name]
-        weights = f"{Path(arm.config).stem}.pth"
-        for run in sorted(runs, key=lambda run: run["seed"]):
-            as_released = not arm.options and not arm.change and run["seed"] == 1
-            is_released = weights in released and as_released
-            rows.append(
-                [
-                    arm.label,
-                    f"{run['steps']} x {images_text(images)}",
-                    rate,
-                    run["seed"],
-                    f"{run['results']['bbox']['AP']:.1f}",
-                    f"{run['results']['segm']['AP']:.1f}",
-                    f"[config](kn_detectron/model_zoo/configs/{arm.config})",
-                    f"`kn://{weights}`" if is_released else "",
-                ]
-            )
-    header = [
-        "norm",
-        "schedule",
-        "learning rate",
-        "seed",
-        "box AP",
-        "mask AP",
-        "base config",
-        "weights",
-    ]
+        rows.append(
+            [
+                arm.label,
+                f"{steps} x {images_text(images)}",
+                rate,
+                *(", ".join(values) for values in ([str(run["seed"]) for run in runs], *found)),
+                f"[config](kn_detectron/model_zoo/configs/{arm.config})",
+                _released(arm, images, rate),
+            ]
+        )
+    header = ["norm", "schedule", "learning rate", "seeds", "box AP", "mask AP", "base config"]
+    header.append("weights of seed 1")
     if not any(weights for *_, weights in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return _escaped(tabulate(rows, header, tablefmt="github", disable_numparse=True))
+
+
+def _released(arm: arms.Arm, images: int, rate: float) -> str:
+    """The name of the weights that come with the package, if runs with these settings made them."""
+    weights = f"{Path(arm.config).stem}.pth"
+    if weights not in released_weights() or arm.options or arm.change:
+        return ""
+    solver = get_config(arm.config).SOLVER
+    is_as_configured = (solver.IMS_PER_BATCH, solver.BASE_LR) == (images, rate)
+    return f"`kn://{weights}`" if is_as_configured else ""
 
 
 def _escaped(table: str) -> str:

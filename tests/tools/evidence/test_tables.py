@@ -121,3 +121,28 @@ def test_the_paper_stands_beside_our_runs_and_has_no_part_in_them():
     assert "ours, 64" in header and "paper, Inception, 2" in header
     # The rows of the other table are those of the picture.
     assert "BRN" not in tables.classification_table({"runs": runs + [result("BN", 2, 1, 1.0)]})
+
+
+def test_the_zoo_has_a_line_for_all_seeds_and_names_released_weights():
+    """They are those of the config as it is: other rates and numbers of images have none."""
+
+    def of(images, seed, ap, rate):
+        return {**run("KN_gain0", images, seed, ap), "learning_rate": rate, "steps": 3000}
+
+    data = {
+        "runs": [
+            of(2, 2, 13.0, 0.005),
+            of(2, 1, 12.0, 0.005),
+            of(2, 1, 9.0, 0.01),
+            of(1, 1, 8, 0.005),
+        ]
+    }
+    rows = [[c.strip() for c in row.split("|")] for row in tables.zoo_table(data).split("\n")[2:]]
+    found = [(row[2], row[3], row[4], row[5], row[-2]) for row in rows]
+    assert found == [
+        ("3000 x 2 images", "0.005", "1, 2", "12.0, 13.0", "`kn://mask_rcnn_lite0_FPN_KN.pth`"),
+        ("3000 x 2 images", "0.01", "1", "9.0", ""),
+        ("3000 x 1 image", "0.005", "1", "8.0", ""),
+    ]
+    data["runs"] = data["runs"][2:]
+    assert "weights" not in tables.zoo_table(data)
