@@ -1,5 +1,6 @@
 """detectron2's checkpointer, with atomic writes and with loads that check that everything fits."""
 
+import contextlib
 import logging
 import os
 
@@ -87,14 +88,16 @@ class KNCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename):
         """Makes a checkpoint the one to resume from."""
-        with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
+        with atomic_write(self._tag_file()) as file:
             file.write(last_filename_basename.encode())
 
     def forget_last_checkpoint(self):
         """Makes no checkpoint the one to resume from. The files stay."""
-        tag = os.path.join(self.save_dir, "last_checkpoint")
-        if os.path.exists(tag):
-            os.unlink(tag)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._tag_file())
+
+    def _tag_file(self):
+        return os.path.join(self.save_dir, "last_checkpoint")
 
     def load(self, path, checkpointables=None, *, strict=None):
         """Loads a checkpoint.
@@ -141,7 +144,7 @@ class KNCheckpointer(DetectionCheckpointer):
         self.load(path, checkpointables=[], strict=True)
 
     def _local_file(self, path):
-        tag = os.path.join(self.save_dir, "last_checkpoint")
+        tag = self._tag_file()
         is_last = self.has_checkpoint() and path == self.get_checkpoint_file()
         if is_last and not os.path.isfile(path):
             raise InputError(
