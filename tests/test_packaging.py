@@ -147,7 +147,7 @@ def test_packages_import_each_other_in_one_direction():
     for path in (ROOT / "kn_detectron").rglob("*.py"):
         module = path.relative_to(ROOT).with_suffix("").parts
         importing = imports.setdefault(module[1], set())
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level:
                 target = [*module[: -node.level], *(node.module or "").split(".")]
                 names = [target[1]] if target[1] else [alias.name for alias in node.names]

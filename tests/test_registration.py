@@ -135,6 +135,9 @@ def test_the_log_says_once_that_it_is_a_head(caplog, monkeypatch):
     with caplog.at_level("WARNING", "kn_detectron.registration"):
         for _ in range(3):
             get_norm_now("KN", 4)
-    assert len(caplog.records) == 1
-    assert f"{__name__} builds layers with norm='KN'" in caplog.text
-    assert "head of its own chain, that is BatchNorm" in caplog.text
+        assert len(caplog.records) == 1
+        assert f"{__name__} builds layers with norm='KN'" in caplog.text
+        assert "head of its own chain, that is BatchNorm" in caplog.text
+        # Of another module it is news.
+        exec("get_norm('KN', 4)", {"__name__": "another", "get_norm": get_norm_now})
+        assert len(caplog.records) == 2 and "another builds layers" in caplog.text

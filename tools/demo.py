@@ -48,9 +48,13 @@ def load_detector(cfg, weights):
     return model
 
 
-def _has_trained(checkpoint, steps):
-    """Whether a checkpoint is there that was trained for so many steps."""
-    return os.path.exists(checkpoint) and read_container(checkpoint)["iteration"] >= steps - 1
+def _is_done(checkpoint, results, steps):
+    """Whether a checkpoint is there that was trained for so many steps, and then evaluated."""
+    if not (os.path.exists(checkpoint) and os.path.exists(results)):
+        return False
+    if os.path.getmtime(results) < os.path.getmtime(checkpoint):  # of an evaluation on the way
+        return False
+    return read_container(checkpoint)["iteration"] >= steps - 1
 
 
 def train(cfg, args):
@@ -106,7 +110,7 @@ def main():
 
     final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     results = os.path.join(cfg.OUTPUT_DIR, "inference", "results.json")
-    if not (os.path.exists(results) and _has_trained(final, cfg.SOLVER.MAX_ITER)):
+    if not _is_done(final, results, cfg.SOLVER.MAX_ITER):
         launch_ranks(train, cfg, train_args)
 
     models["fine-tuned"] = load_detector(cfg, final)

@@ -129,6 +129,8 @@ def detect(mapper, model, path):
     """
     try:
         image = read_image(str(path), "RGB")
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
         raise InputError(
             f"{path} cannot be read ({one_line(error)}): give an intact image file."

@@ -92,6 +92,8 @@ def _read_torch(path):
         # Opened here, since new versions of torch would choose their reader by the file's name.
         with open(path, "rb") as file, _allowing_harmless_globals():
             return torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # torch reports bytes it cannot read with nearly every type
         if isinstance(error, pickle.UnpicklingError):
             found = re.search(r"GLOBAL (\S+)", str(error))  # as torch words it
@@ -100,6 +102,8 @@ def _read_torch(path):
                 f"{path} holds more than tensors and plain containers{example}, which could run code "
                 "when read: load it where you trust it and save only its state_dict with torch.save."
             ) from error
+        if "can't allocate memory" in str(error):  # torch's way to lack memory
+            raise
         # The directory of a zip archive is at its end, so a truncated one has only the beginning.
         if not zipfile.is_zipfile(path):
             raise InputError(_truncated(path)) from error
@@ -166,6 +170,8 @@ def _read_pickle(path):
         with open(path, "rb") as file:
             # Files of Python 2, like Detectron1's, have their strings in latin1.
             return _ArrayUnpickler(file, encoding="latin1").load()
+    except MemoryError:
+        raise
     except Exception as error:  # pickle reports bytes it cannot read with nearly every type
         raise InputError(
             f"{path} is not a checkpoint ({one_line(error)}): a file of torch.save, .safetensors "

@@ -17,6 +17,9 @@ __all__ = [
 
 _PARTIAL = ".partial"
 
+# Some systems do not sync folders, and a folder that may be written to need not be readable.
+_NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+
 # No room, no quota, no larger files, and a disk that became read-only after a fault.
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -41,12 +44,15 @@ def atomic_write(path):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
+    try:
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError as error:  # the file is there
+        if error.errno not in _NO_FOLDERS:
+            raise
 
 
 def remove_partial_files(folder):

@@ -81,9 +81,18 @@ class ImageClassifier(nn.Module):
         Returns:
             dict or Tensor: the loss in training, the scores of shape (N, classes) otherwise.
         """
-        logits = self.logits(batch["image"])
         if not self.training:
-            return logits
+            return self.logits(batch["image"])
+        try:
+            logits = self.logits(batch["image"])
+        except ValueError as error:  # of torch's batch_norm and of the head of a chain
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                f"A norm gets one value per channel, which it cannot measure ({error}): give a "
+                "larger --image-size, or more images per process by --batch-size or "
+                "--norm-batch-size."
+            ) from error
         labels = batch["label"].to(self.device, non_blocking=True)
         top1 = (logits.detach().argmax(1) == labels).float().mean()
         get_event_storage().put_scalar("batch_top1", 100 * top1.item())
@@ -134,6 +143,14 @@ def _replace_for_comparison(cfg, module):
 def _build_network(cfg):
     name, norm, kn = cfg.PRETRAINING.NETWORK, cfg.PRETRAINING.NORM, cfg.MODEL.KN
     network = build_network(name, cfg.PRETRAINING.NUM_CLASSES)
+    has_batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+    if (
+        norm not in ("KN", "GKN") and not has_batch_norm
+    ):  # the conversion to those speaks for itself
+        raise InputError(
+            f"{name} has no BatchNorm2d, in whose place --norm puts what it names: give another "
+            "network."
+        )
     if norm in ("LN", "GKN") or norm.startswith("GN"):
         groups = {"LN": 1, "GN": 32, "GKN": kn.NUM_GROUPS}.get(norm) or int(norm[2:])
         try:

@@ -205,12 +205,6 @@ def _set_norm(cfg, norm, norm_batch_size, image_size):
         raise InputError(
             f"--norm-batch-size is {norm_batch_size}: give a positive number, or leave it out."
         )
-    smallest = 17 if model.RESNETS.RES5_DILATION == 2 else 33
-    if not network and norm_batch_size == 1 and name in ("BN", "BRN") and image_size < smallest:
-        raise InputError(
-            f"--norm-batch-size 1 leaves one value per channel to {name} with images of "
-            f"{image_size} pixels: give an --image-size of at least {smallest}."
-        )
     cfg.PRETRAINING.NORM = name
     cfg.PRETRAINING.DETECTOR_NORM = model.RESNETS.NORM
     cfg.PRETRAINING.NORM_BATCH_SIZE = norm_batch_size

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from ..errors import InputError
 from ..layers.sets import Sets
 from ..networks import CifarResNet
 
@@ -93,9 +94,18 @@ def replace_batch_norms(module: nn.Module, build: Callable[[nn.BatchNorm2d], nn.
     Args:
         module: the module that holds them.
         build: makes the new layer from the BatchNorm that it replaces.
+
+    Raises:
+        InputError: a BatchNorm does more than torch's, such as timm's, which apply an activation.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
+            if type(child).forward is not nn.BatchNorm2d.forward:
+                raise InputError(
+                    f"The network has norms of the class {type(child).__name__}, which do more than "
+                    "normalise, and nothing else can take their place: give --norm KN, or BN "
+                    "without --norm-batch-size, or another network."
+                )
             layer = build(child)
             # Networks initialise these, some with 0.
             own = {n: p for n, p in child.named_parameters() if n in ("weight", "bias")}

@@ -115,3 +115,16 @@ def test_a_damaged_directory(tmp_path, tensors):
     content[at : at + 4] = b"\0\0\0\0"
     path.write_bytes(content)
     assert_refused(path, "is damaged")
+
+
+@pytest.mark.parametrize("lack", [MemoryError(), RuntimeError("x: can't allocate memory: 9 bytes")])
+def test_lack_of_memory_is_not_called_damage(tmp_path, monkeypatch, lack):
+    path = tmp_path / "large.pth"
+    torch.save({"w": torch.zeros(3)}, path)
+
+    def load(*args, **kwargs):
+        raise lack
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(lack)):
+        read_container(str(path))

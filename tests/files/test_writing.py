@@ -1,6 +1,9 @@
 """A file that is written is whole, or the one before."""
 
+import contextlib
+import errno
 import os
+import stat
 
 import pytest
 
@@ -28,6 +31,24 @@ def test_a_write_that_fails_leaves_the_file_before(tmp_path, error):
             file.write(b"half")
             raise error
     assert os.listdir(tmp_path) == ["model.pth"] and path.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("number, refused", [(errno.EINVAL, False), (errno.EIO, True)])
+def test_file_systems_that_do_not_sync_folders(tmp_path, monkeypatch, number, refused):
+    """The file is complete then. An error of the disk is one."""
+    sync = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = tmp_path / "model.pth"
+    with pytest.raises(OSError) if refused else contextlib.nullcontext():
+        with atomic_write(str(path)) as file:
+            file.write(b"whole")
+    assert path.read_bytes() == b"whole"
 
 
 def test_only_what_killed_writes_left_is_removed(tmp_path):

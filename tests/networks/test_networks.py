@@ -1,5 +1,8 @@
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kn_detectron import InputError
@@ -10,7 +13,7 @@ from kn_detectron.layers import (
     kalman_layers,
     set_gain_scale,
 )
-from kn_detectron.networks import NETWORKS, build_network
+from kn_detectron.networks import NETWORKS, CifarResNet, build_network
 
 from ..layers.convert.networks import images, relative_error, trained
 
@@ -33,6 +36,43 @@ def test_depth_of_the_cifar_resnets(n, layers, suffix):
     assert len(weights) == layers == 6 * n + 2
     # He et al. give 0.46M and 1.7M.
     assert millions(network) == {32: 0.46, 110: 1.73}[layers]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_shortcuts_of_the_cifar_resnets(preactivation):
+    """With residual branches of 0 they are what is left: every second pixel or the average of four,
+    and zeros on both sides of the channels."""
+    network = CifarResNet(2, 10, preactivation).eval()
+    for block in network.blocks:
+        last = block.conv2 if preactivation else block.bn2
+        nn.init.zeros_(last.weight)
+    x = images(2)
+    y = F.relu(network.bn1(network.conv1(x)))
+    for zeros in (8, 16):
+        y = F.avg_pool2d(y, 2) if preactivation else y[:, :, ::2, ::2]
+        side = torch.zeros_like(y[:, :1]).expand(-1, zeros, -1, -1)
+        y = torch.cat([side, y, side], 1)
+    y = F.relu(network.bn_last(y)) if preactivation else y
+    torch.testing.assert_close(network(x), network.fc(y.mean((2, 3))))
+
+
+def test_pooling_and_sizes_of_inception_v2():
+    """As in the figure of its paper: the modules average, but the last one and the reductions."""
+    network = build_network("inception_v2", 10)
+    kinds = [
+        (type(m).__name__[:3], m.stride)
+        for m in network.modules()
+        if isinstance(m, (nn.MaxPool2d, nn.AvgPool2d))
+    ]
+    average, maximum, halved = ("Avg", 1), ("Max", 1), ("Max", 2)
+    stages = [halved, halved], [average] * 2 + [halved], [average] * 4 + [halved]
+    assert kinds == [*itertools.chain(*stages), average, maximum]
+    x, shapes = images(1, 224), []
+    for stage in (network.stem, network.inception3, network.inception4, network.inception5):
+        x = stage(x)
+        shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(192, 28, 28), (576, 14, 14), (1056, 7, 7), (1024, 7, 7)]
 
 
 def test_the_small_inception_has_the_widths_of_the_paper():

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kn_detectron import GroupKalmanNorm2d, InputError, KalmanNorm2d
+from kn_detectron.layers import kalman_layers
 from kn_detectron.pretraining import ImageClassifier, NetworkClassifier
 from kn_detectron.pretraining.norms import BatchRenorm2d
 
@@ -177,11 +179,62 @@ def test_the_chain_of_a_network_starts_at_the_pixels_of_the_config():
         ("WN", "small_inception", "give another norm for small_inception"),
         ("GN32", "cifar_resnet32", "--norm GN32 does not fit cifar_resnet32"),
         ("KN", "no_such", "There is no network 'no_such'"),
+        # Nothing would be replaced, and the results would be called GroupNorm's.
+        ("GN4", "vgg11", "vgg11 has no BatchNorm2d"),
+        ("BN", "vgg11", "vgg11 has no BatchNorm2d"),
+        ("KN", "vgg11", "neither BatchNorm2d nor GroupNorm"),
+        # Its activations are a part of its norms, and would go with them.
+        ("GN1", "timm/tf_efficientnet_lite0", "BatchNormAct2d, which do more than normalise"),
+        ("BRN", "timm/tf_efficientnet_lite0", "BatchNormAct2d, which do more than normalise"),
+        ("GKN", "timm/tf_efficientnet_lite0", "BatchNormAct2d, which do more than normalise"),
     ],
 )
 def test_networks_that_are_refused(norm, network, sentence):
     with pytest.raises(InputError, match=sentence):
         NetworkClassifier(config("d", norm, image_size=32, network=network))
+
+
+@pytest.mark.parametrize("norm", ["BN", "KN"])
+def test_norms_with_an_activation_keep_it(norm):
+    network = "timm/tf_efficientnet_lite0"
+    model = NetworkClassifier(config("d", norm, image_size=32, network=network))
+    assert sum(isinstance(m, nn.ReLU6) for m in model.modules()) == 33
+
+
+@pytest.mark.parametrize(
+    "norm, network, together", [("BN", "", 1), ("BRN", "", 1), ("BN", "resnet18", 1), ("BN", "", 0)]
+)
+def test_one_value_per_channel_is_a_sentence(norm, network, together):
+    options = dict(image_size=32, norm_batch_size=together, network=network)
+    model = (NetworkClassifier if network else ImageClassifier)(config("d", norm, **options))
+    with pytest.raises(InputError, match="give a larger --image-size, or more images"):
+        _loss(model.train(), _batch(2 if together else 1, 32))
+
+
+def test_the_keys_of_kn_reach_a_network_by_name():
+    cfg = config("d", "KN", image_size=32, network="cifar_resnet14")
+    cfg.MODEL.KN.merge_from_other_cfg(
+        CfgNode(
+            dict(
+                VARIANT="paper",
+                GAIN=0.25,
+                LEARN_GAIN=False,
+                PROCESS_MODEL=False,
+                PRIOR_GRADIENT=False,
+                EVAL_STATISTICS="batch",
+                PREDICTION="monte_carlo",
+                MONTE_CARLO_SIZE=8,
+            )
+        )
+    )
+    network = NetworkClassifier(cfg).backbone
+    layers = kalman_layers(network).values()
+    assert len(layers) == 12
+    for layer in layers:
+        assert layer.variant == "paper" and layer.eval_statistics == "batch"
+        assert layer.gain.item() == pytest.approx(0.25) and not layer.learns_gain
+        assert not layer.has_process_model and not layer.prior_gradient
+    assert network.kalman_chain.transition.size == 8
 
 
 @pytest.mark.parametrize("norm, together", [("BN", 2), ("BRN", 0), ("GN1", 0), ("KN", 0)])

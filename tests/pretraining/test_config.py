@@ -91,7 +91,6 @@ def test_micro_batches_are_for_norms_that_look_at_other_images():
         (dict(norm="XN"), "--norm is 'XN': give one of BN, KN"),
         (dict(norm="GN0"), "--norm is 'GN0'"),
         (dict(norm_batch_size=-1), "--norm-batch-size is -1"),
-        (dict(norm="BN", norm_batch_size=1, image_size=32), "an --image-size of at least 33"),
         (dict(epochs=0), "--epochs is 0"),
         (dict(batch_size=0), "--batch-size is 0"),
         (dict(batch_size=25), "has 24 training images, fewer than a batch"),

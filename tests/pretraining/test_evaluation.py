@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
 from PIL import Image
+from torch import nn
+from torchvision.ops import StochasticDepth
 
 from kn_detectron.pretraining import ImageClassifier, evaluate, online_statistics, open_folders
 
@@ -44,6 +47,14 @@ def test_online_is_the_training_function_and_leaves_no_trace(norm, norm_batch_si
 
 
 _STEM_MEAN = "backbone.stem.conv1.norm.running_mean"
+
+
+def test_dropout_stays_off_with_online_statistics():
+    layers = nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Dropout2d(0.5), StochasticDepth(0.5, "row")
+    network, x = nn.Sequential(*layers).eval(), torch.randn(4, 3, 5, 5)
+    with online_statistics(network):
+        torch.testing.assert_close(network(x), F.batch_norm(x, None, None, training=True))
+    assert not any(module.training for module in network.modules())
 
 
 def test_online_statistics_come_back_after_a_failure():

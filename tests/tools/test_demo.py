@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from PIL import Image
 
@@ -39,6 +41,15 @@ def test_demo_trains_evaluates_draws_and_does_nothing_twice(tmp_path, process, c
     assert (tmp_path / "model_final.pth").stat().st_mtime_ns == trained
     assert "Starting training" not in out
     assert out.strip().splitlines()[-1] == last
+
+    # An evaluation that was made on the way, before the last checkpoint, is not shown for it.
+    results = tmp_path / "inference" / "results.json"
+    results.write_text(results.read_text().replace('"AP":', '"AP": 77.7, "not AP":'))
+    os.utime(results, ns=(trained - 10**9, trained - 10**9))
+    status, out, err = command("demo", *options)
+    assert status == 0, err
+    assert out.strip().splitlines()[-1] == last and "Starting training" not in out
+    assert (tmp_path / "model_final.pth").stat().st_mtime_ns == trained
 
     longer = ["3" if option == "2" else option for option in options]
     status, out, err = command("demo", *longer)
