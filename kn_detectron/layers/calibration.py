@@ -5,6 +5,7 @@ or :mod:`kn_detectron.checkpoint.calibration` for detectors.
 """
 
 import contextlib
+import logging
 import math
 from typing import Callable, Dict
 
@@ -15,6 +16,8 @@ from .belief import Belief
 from .kalman_norm import KalmanNorm2d
 
 __all__ = ["fit_prior", "is_exact", "is_fresh", "on_priors"]
+
+_logger = logging.getLogger(__name__)
 
 # If a channel does not vary in the prediction or in the checkpoint, its exact b or r is infinite.
 _LARGEST_OFFSET = 1e3
@@ -75,11 +78,24 @@ def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
 
 @contextlib.contextmanager
 def on_priors(layers: Dict[str, nn.Module], action: Callable):
-    """Calls ``action(name, prior)`` whenever one of the layers is given its prior."""
+    """Calls ``action(name, prior)`` whenever one of the layers is given its prior.
+
+    A warning names a layer that is called again with another prior, as where levels share it.
+    """
+    first: Dict[str, Belief] = {}
 
     def hook_of(name):
         def hook(layer, args, kwargs):
-            action(name, kwargs["prior"])
+            prior = kwargs["prior"]
+            before = first.setdefault(name, prior)
+            if is_exact(layer) and not all(map(torch.allclose, before, prior)):
+                _logger.warning(
+                    "%s is called more than once, with different priors, and its process model can "
+                    "only fit the last: at gain 0 it does not compute what the BatchNorm computed. "
+                    "Give each call a norm of its own.",
+                    name,
+                )
+            action(name, prior)
 
         return hook
 

@@ -5,7 +5,9 @@ import logging
 import re
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
+import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from ...errors import InputError
 from ..calibration import fit_prior, is_exact, is_fresh, on_priors
@@ -15,7 +17,7 @@ from ..transition import ClosedFormTransition, Transition
 from .about import End
 from .chain import Chain
 from .network import KalmanNetwork, Program
-from .tracing import is_norm, is_of_torch, trace
+from .tracing import is_frozen_norm, is_norm, is_of_torch, trace
 from .walk import Walk
 
 __all__ = ["convert_kalman_norm"]
@@ -103,7 +105,8 @@ def convert_kalman_norm(
         variant,
         in_evaluation=grouped or eval_statistics == "batch" or untracked,
     )
-    chain.to(next(network.parameters()).device)
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    chain.to(next(tensors, torch.empty(0)).device)
     beliefs = walks["training"].beliefs_alone()
     walks["training"].join_convolutions()
     graphs = {**graphs, "beliefs": beliefs}
@@ -123,13 +126,30 @@ def convert_kalman_norm(
     return converted
 
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
 def _check(network: nn.Module) -> None:
     name = type(network).__name__
     if any(isinstance(m, (KalmanNorm2d, GroupKalmanNorm2d)) for m in network.modules()):
         raise InputError(
             f"{name} has Kalman layers already: convert the network that it was made from."
         )
+    if isinstance(network, _WRAPPERS) or hasattr(network, "_orig_mod"):
+        raise InputError(
+            f"{name} is the wrapper of a network: convert the network, and then wrap it."
+        )
+    if "forward" in vars(network):
+        raise InputError(
+            f"The forward function of this {name} was replaced, which the conversion to KN would "
+            "not see: convert it before that, or write a class with that forward function."
+        )
     for path, module in network.named_modules():
+        if is_norm(module) and parametrize.is_parametrized(module):
+            raise InputError(
+                f"{name} has a parametrization at {path}, which a Kalman layer in its place would "
+                "lose: remove it with torch.nn.utils.parametrize.remove_parametrizations."
+            )
         if is_norm(module) and not _is_plain(module):
             logger.warning(
                 "%s is a %s with a forward function of its own, which the Kalman layer in its "
@@ -149,6 +169,11 @@ def _check(network: nn.Module) -> None:
                 "remove them, and take features with torchvision's create_feature_extractor."
             )
     if not any(is_norm(module) for module in network.modules()):
+        if any(is_frozen_norm(module) for module in network.modules()):
+            raise InputError(
+                f"All norms of {name} are frozen BatchNorms, which stay as they are: build it with "
+                "BatchNorm2d, load the same weights, and convert that."
+            )
         raise InputError(
             f"{name} has neither BatchNorm2d nor GroupNorm: there is nothing to convert to KN."
         )

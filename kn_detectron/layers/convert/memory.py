@@ -9,7 +9,11 @@ __all__ = ["Memory"]
 
 _PERHAPS_VIEWS = {"view", "reshape", "flatten", "transpose", "permute", "contiguous", "chunk"}
 _PERHAPS_VIEWS |= {"split", "getitem", "narrow", "unsqueeze", "squeeze", "to", "float", "dropout"}
-_PERHAPS_VIEW_MODULES = (nn.Dropout, nn.Dropout2d, nn.Flatten, nn.ChannelShuffle)
+_PERHAPS_VIEWS |= {"type_as", "half", "bfloat16", "double", "detach", "select", "unbind", "movedim"}
+_PERHAPS_VIEWS |= {"unflatten", "view_as", "expand", "expand_as", "stochastic_depth", "swapaxes"}
+_PERHAPS_VIEW_MODULES = (nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.ChannelShuffle)
+# Of torchvision and timm. Where they drop nothing, they return what they get.
+_PERHAPS_VIEW_NAMES = ("StochasticDepth", "DropPath")
 
 
 class Memory:
@@ -51,7 +55,8 @@ def _sharing(node: fx.Node, network: nn.Module) -> Optional[str]:
             return "changes"
         if isinstance(module, nn.Identity):
             return "same"
-        return "perhaps" if isinstance(module, _PERHAPS_VIEW_MODULES) else None
+        named = type(module).__name__ in _PERHAPS_VIEW_NAMES
+        return "perhaps" if named or isinstance(module, _PERHAPS_VIEW_MODULES) else None
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     in_place = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
     in_place |= node.target is operator.setitem or bool(node.kwargs.get("inplace", False))

@@ -82,6 +82,7 @@ class KalmanNetwork(nn.Module):
         else:
             self._original = type(network)
             self.__dict__.update(network.__dict__)
+            self._compiled_call_impl = None  # it would call the original
         self._programs = programs
         self._norms: Dict[str, nn.Module] = {}
         self.add_module(CHAIN, chain)
@@ -147,6 +148,8 @@ class KalmanNetwork(nn.Module):
         """Replaces a norm, wherever it is used, by a Kalman layer, which takes over its tensors."""
         norm = self.get_submodule(name)
         # The very same tensors: an optimiser may have them already.
+        if norm._parameters and not any(p.requires_grad for p in norm.parameters()):
+            layer.requires_grad_(False)  # it is frozen
         layer._parameters.update(norm._parameters)
         layer._buffers.update(norm._buffers)
         layer._modules.update(norm._modules)  # timm's activation

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import FrozenBatchNorm2d
 
 from kn_detectron import InputError
 from kn_detectron.checkpoint import calibrate, fit_process_noise, fold_network
@@ -544,6 +545,19 @@ class DataDependent(nn.Module):
         return y
 
 
+def with_another_forward():
+    network = Branchy()
+    forward = network.forward
+    network.forward = lambda x: 2 * forward(x)
+    return network
+
+
+def with_parametrized_norm():
+    network = Branchy()
+    parametrize.register_parametrization(network.last[1], "weight", nn.Softplus())
+    return network
+
+
 @pytest.mark.parametrize(
     "network, why",
     [
@@ -552,11 +566,58 @@ class DataDependent(nn.Module):
         (nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4)), "has a Conv3d, 0"),
         (nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)), "images of 3 channels.* takes 1"),
         (nn.Sequential(nn.Conv2d(3, 4, 1), KalmanNorm2d(4)), "has Kalman layers already"),
+        (Branchy(FrozenBatchNorm2d), "All norms of Branchy are frozen BatchNorms"),
+        (nn.DataParallel(Branchy()), "DataParallel is the wrapper of a network"),
+        (torch.compile(Branchy(), backend="eager"), "OptimizedModule is the wrapper of a network"),
+        (with_another_forward(), "The forward function of this Branchy was replaced"),
+        (with_parametrized_norm(), "parametrization at last.1, which a Kalman layer"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_in_a_sentence(network, why):
     with pytest.raises(InputError, match=why):
         convert_kalman_norm(network)
+
+
+def test_a_network_that_was_compiled_in_place_runs_converted():
+    network, x = trained(Branchy()), images()
+    want = network.eval()(x)
+    network.compile(backend="eager")
+    torch.testing.assert_close(convert_kalman_norm(network)(x), want)
+
+
+def test_a_frozen_network_stays_frozen():
+    network = Branchy()
+    network.block.requires_grad_(False)
+    converted = convert_kalman_norm(network)
+    trains = {name for name, p in converted.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("block") for name in trains)
+    assert {"last.1.gain_logit", "last.1.mean_offset", "last.1.weight"} <= trains
+
+
+def test_a_network_without_parameters():
+    network = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.ReLU())
+    assert convert_kalman_norm(network)(images()).shape == (2, 3, 32, 32)
+
+
+class Shared(nn.Module):
+    """One norm behind two convolutions, as the towers of some detectors have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv2(F.relu(self.norm(self.conv1(x)))))
+
+
+def test_a_norm_with_two_predictions_is_warned_of(caplog):
+    """No process model fits both."""
+    network = convert_kalman_norm(trained(Shared()))
+    assert "norm is called more than once, with different priors" in caplog.text
+    caplog.clear()
+    calibrate(network)
+    assert "norm is called more than once, with different priors" in caplog.text
 
 
 def test_hooks_that_collect_features_are_refused():

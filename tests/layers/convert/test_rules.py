@@ -329,6 +329,34 @@ ENDS = {
 }
 
 
+class Aliased(nn.Module):
+    """Changes its input under another name."""
+
+    def __init__(self, alias):
+        super().__init__()
+        self.alias = alias
+
+    def forward(self, x):
+        self.alias(x).mul_(10.0)
+        return x
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        lambda x: x.type_as(x),
+        lambda x: x.detach(),
+        lambda x: x.expand(-1, -1, -1, -1),
+        StochasticDepth(0.0, "row"),
+    ],
+)
+def test_what_may_be_the_very_feature_is_taken_for_it(alias, caplog):
+    """It was changed in place under the other name, so the belief about it is gone."""
+    network = convert_kalman_norm(Between(Aliased(alias)))
+    assert "it was changed in place under another name" in caplog.text
+    assert network.norm2.is_head
+
+
 @pytest.mark.parametrize("why", ENDS)
 def test_at_an_end_there_is_a_warning_and_the_next_norm_is_a_head(why, caplog):
     network = convert_kalman_norm(Between(ENDS[why]))
