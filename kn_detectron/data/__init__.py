@@ -1,8 +1,10 @@
 """Datasets and loaders.
 
-Importing this registers `shapes_train`, `shapes_val`, `photos_train` and `photos_val`, and lets
-detectron2 read 16-bit images.
+Importing this registers `shapes_train`, `shapes_val`, `photos_train` and `photos_val`, unless the
+names are taken, and lets detectron2 read 16-bit images.
 """
+
+from detectron2.data import DatasetCatalog
 
 from .coco_folder import register_coco_folder
 from .loader import TrainLoader, build_test_loader, build_train_loader
@@ -52,6 +54,7 @@ __all__ = [
     "use_checked_datasets",
 ]
 
-register_shapes_lazily()
+if not {"shapes_train", "shapes_val"} & set(DatasetCatalog.list()):  # or they are the user's
+    register_shapes_lazily()
 register_photos()
 scale_deep_images()

@@ -53,15 +53,19 @@ def _is_16_bits(image):
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
 
 
-def scale_deep_images():
-    """Makes detectron2's ``read_image`` scale what it converts, wherever it is called from.
+# The formats that have colours. Others, and none, may be asked for to read labels or depths.
+_COLOURS = ("RGB", "BGR", "YUV-BT.601")
 
-    Without a format it still returns pixels as they are stored, since they may be labels.
+
+def scale_deep_images():
+    """Makes detectron2's ``read_image`` scale what it converts to colours, for whoever calls it.
+
+    In any other format, and without one, it returns what it always did: pixels may be labels.
     """
     convert = detection_utils.convert_PIL_to_numpy
 
     @functools.wraps(convert)
     def scale_and_convert(image, format):
-        return convert(image if format is None else as_eight_bits(image), format)
+        return convert(as_eight_bits(image) if format in _COLOURS else image, format)
 
     detection_utils.convert_PIL_to_numpy = scale_and_convert

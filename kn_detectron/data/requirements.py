@@ -149,6 +149,10 @@ def _check_masks(cfg, truths):
                 )
 
 
+# Of a person. For these pycocotools has the tolerances.
+_COCO_KEYPOINTS = 17
+
+
 def _check_keypoints(cfg, truths):
     if not cfg.MODEL.KEYPOINT_ON:
         return
@@ -165,6 +169,14 @@ def _check_keypoints(cfg, truths):
             raise InputError(
                 f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {wanted}, but dataset {name} has "
                 f"{len(names)} keypoint_names: give it that number."
+            )
+    if truths.get("TEST"):
+        sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        wanted = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+        if (sigmas or _COCO_KEYPOINTS) != wanted:
+            raise InputError(
+                f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} numbers, but the evaluation needs one for "
+                f"each of {wanted} keypoints: give as many (0.05 each weighs them alike)."
             )
     train, least = truths.get("TRAIN", {}), cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     if train and len(train) == len(cfg.DATASETS.TRAIN):

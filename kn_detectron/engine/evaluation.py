@@ -91,7 +91,8 @@ def build_coco_evaluator(cfg, dataset_name, output_folder=None):
         of that path.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-    if kind not in ("coco", "coco_panoptic_seg"):
+    is_panoptic = cfg.MODEL.META_ARCHITECTURE == "PanopticFPN"
+    if kind not in ("coco", "coco_panoptic_seg") or is_panoptic:
         _logger.warning(
             "%s has the evaluator type %r, and is evaluated with COCO's AP: override "
             "Trainer.build_evaluator for its own measure.",
@@ -112,6 +113,7 @@ def build_coco_evaluator(cfg, dataset_name, output_folder=None):
         dataset_name,
         tuple(tasks),
         output_dir=os.path.join(output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"), place),
+        kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
         # Without the compiled extension both names are the same class.
         use_fast_impl=COCOeval_opt is not COCOeval,
     )

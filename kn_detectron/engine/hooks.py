@@ -232,7 +232,8 @@ class KalmanStatistics(HookBase):
     averages over the layers. Heads of chains have neither gain nor innovation.
 
     For this the layers are measured a second time, in the logged steps only, and at gain 0 their
-    convolutions run once more. Only the main process needs this hook.
+    convolutions run once more. Only the main process needs this hook. Its place is in front of the
+    writers, which leave out what is stored behind them.
     """
 
     def __init__(self, period=20):
@@ -243,6 +244,17 @@ class KalmanStatistics(HookBase):
         self._period = period
         self._is_listening = False
         self._innovations = {}
+
+    def before_train(self):
+        """Warns if the writers come first."""
+        registered = self.trainer._hooks
+        if any(
+            isinstance(hook, hooks.PeriodicWriter) for hook in registered[: registered.index(self)]
+        ):
+            _logger.warning(
+                "KalmanStatistics stands behind a PeriodicWriter, which will write nothing of it: "
+                "register it in front, as in build_hooks of a trainer."
+            )
 
     def before_step(self):
         """Starts to listen to the layers in a step that is logged."""

@@ -3,6 +3,7 @@
 from torch import nn
 from torch.optim import Optimizer
 
+from ..errors import InputError
 from ..layers import KN_STATE, kalman_layers
 
 __all__ = ["exempt_filters_from_decay"]
@@ -18,7 +19,15 @@ def exempt_filters_from_decay(optimizer: Optimizer, model: nn.Module) -> None:
     Args:
         optimizer: of the model's parameters. It gets additional groups, without decay.
         model: holds the KN and GKN layers.
+
+    Raises:
+        InputError: a scheduler was built for the optimizer, which would not know the new groups.
     """
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        raise InputError(
+            "exempt_filters_from_decay adds groups that the scheduler of this optimizer would not "
+            "know: call it before the scheduler is built, as in build_optimizer of a trainer."
+        )
     filters = {
         id(getattr(layer, name))
         for layer in kalman_layers(model).values()

@@ -31,7 +31,8 @@ _NOT_IN_FORCE = {
     "MODEL.WEIGHTS": "the weights are those of the checkpoint",
 }
 # The trainer reports the seed itself, since the config may leave it to chance. A folder may move.
-_UNREPORTED = ("SEED", "OUTPUT_DIR")
+# The names are noted for predictors.
+_UNREPORTED = ("SEED", "OUTPUT_DIR", "DATASETS.CLASS_NAMES")
 
 
 def plain(cfg: CfgNode) -> Dict[str, Any]:

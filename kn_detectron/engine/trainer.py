@@ -5,6 +5,7 @@ import logging
 import os
 import weakref
 
+from detectron2.data import MetadataCatalog
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -225,7 +226,7 @@ class Trainer(DefaultTrainer):
             if self.start_iter == 0:  # or --resume would go on from the run that was here before
                 self.checkpointer.forget_last_checkpoint()
             with atomic_write(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml")) as file:
-                file.write(self.cfg.dump().encode())
+                file.write(_with_class_names(self.cfg).dump().encode())
         self._batches.loader.seed = self.seed
         self._batches.loader.start_iter = self.start_iter
         if self.start_iter >= self.max_iter:
@@ -418,6 +419,20 @@ def _resumable(loader):
             "was interrupted: return kn_detectron.data.build_train_loader(cfg, mapper=...)."
         )
     return loader
+
+
+def _with_class_names(cfg):
+    """The config with the names of the classes, which predictors elsewhere do not know otherwise."""
+    names = (
+        MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+        if cfg.DATASETS.TRAIN
+        else ()
+    )
+    if names and not cfg.DATASETS.CLASS_NAMES:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATASETS.CLASS_NAMES = list(names)
+    return cfg
 
 
 def _check_reference_world_size(cfg):

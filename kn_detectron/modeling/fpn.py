@@ -91,7 +91,8 @@ class KNFPN(FPN):
                     f"The chain of the backbone ends before {name}, so the FPN has no belief to "
                     'start from: set MODEL.FPN.NORM to one without priors, such as "GN", or take '
                     "another feature, or, if only bottom_up is in evaluation mode, call train() of "
-                    "the whole model"
+                    "the whole model, and then eval() of those norms or stages that shall keep their "
+                    "statistics"
                 )
             below = lateral(started(feature, transition))
             fused = below if fused is None else self._fuse(below, fused)

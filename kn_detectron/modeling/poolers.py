@@ -60,7 +60,8 @@ class BeliefPooler(ROIPooler):
                     "backbone's features, of which there are none: set MODEL.BACKBONE.NAME "
                     '"build_kn_resnet_fpn_backbone", and MODEL.FPN.NORM to the norm of '
                     'MODEL.RESNETS.NORM or to "", or, if only the backbone is in evaluation mode, '
-                    "call train() of the whole model"
+                    "call train() of the whole model, and then eval() of those norms or stages "
+                    "that shall keep their statistics"
                 )
             return x
         beliefs = [feature.belief for feature in features]

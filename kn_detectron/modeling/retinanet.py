@@ -150,7 +150,8 @@ class KNRetinaNetHead(RetinaNetHead):
                 'there are none: set MODEL.META_ARCHITECTURE "KNRetinaNet", MODEL.BACKBONE.NAME '
                 '"build_kn_retinanet_resnet_fpn_backbone", and MODEL.FPN.NORM to the norm of '
                 'MODEL.RESNETS.NORM or to "", or, if only the backbone is in evaluation mode, call '
-                "train() of the whole model"
+                "train() of the whole model, and then eval() of those norms or stages that shall keep "
+                "their statistics"
             )
         return x
 

@@ -50,7 +50,8 @@ class KNRes5ROIHeads(Res5ROIHeads):
                 raise InputError(
                     "The priors of res5 start from the belief about the backbone's feature, of which "
                     'there is none: set MODEL.BACKBONE.NAME "build_kn_resnet_backbone", or, if only '
-                    "the backbone is in evaluation mode, call train() of the whole model"
+                    "the backbone is in evaluation mode, call train() of the whole model, and then "
+                    "eval() of those norms or stages that shall keep their statistics"
                 )
             return super()._shared_roi_transform(features, boxes)
         x = self.pooler([value_of(feature) for feature in features], boxes)

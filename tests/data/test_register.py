@@ -88,6 +88,22 @@ def test_import_registers_under_the_folder_of_detectron2s_datasets(shapes):
     assert int(count) == SPEC.num_train
 
 
+def test_import_leaves_names_alone_that_the_user_has_taken():
+    code = (
+        "import importlib\n"
+        "import kn_detectron.data\n"  # which makes an old detectron2 importable
+        "from detectron2.data import DatasetCatalog\n"
+        "DatasetCatalog.pop('shapes_train')\n"
+        "DatasetCatalog.register('shapes_train', lambda: [{'mine': 1}])\n"
+        "importlib.reload(kn_detectron.data)\n"
+        "print(DatasetCatalog.get('shapes_train'))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[{'mine': 1}]"
+
+
 def test_ground_truth_as_prediction_gets_full_marks(shapes):
     assert score_of_truth("shapes_val") == pytest.approx((100, 100), abs=1e-3)
     assert all(0 < ap < 95 for ap in score_of_truth("shapes_val", shift=4))

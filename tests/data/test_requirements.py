@@ -111,7 +111,11 @@ def test_what_does_not_fit_is_a_sentence(options, truths, pattern):
 def test_keypoints(kn_log):
     for name in ("needs_train", "needs_val"):
         MetadataCatalog.get(name).set(keypoint_names=["a", "b"], keypoint_flip_map=[])
-    on = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2]
+    number = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2]
+    for sigmas in ([], [0.1]):
+        with pytest.raises(InputError, match=f"SIGMAS has {len(sigmas)} numbers, .*each of 2"):
+            _check(*number, "TEST.KEYPOINT_OKS_SIGMAS", sigmas, train=_other(most_keypoints=3))
+    on = [*number, "TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.1]]
     least = [*on, "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE"]
     labelled = _other(most_keypoints=3)
     _check(*on, train=labelled)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from kn_detectron import InputError
 from kn_detectron.checkpoint import fold_weights
-from kn_detectron.data import register_named_folders
+from kn_detectron.data import CATEGORIES, register_named_folders
 from kn_detectron.engine import load_run, trained_weights
 from kn_detectron.engine.command_line import argument_parser, load_config, run
 
@@ -302,6 +302,12 @@ def test_a_run_without_evaluation(command, tmp_path):
     assert status == 0, err
     assert (tmp_path / "run/model_final.pth").is_file()
     _assert_one_sentence(command("--eval-only", *options), "DATASETS.TEST is empty")
+
+
+def test_the_config_of_a_run_has_the_names_of_its_classes(plain):
+    """Whoever predicts with it may not have its dataset."""
+    written = yaml.safe_load((plain[0] / "config.yaml").read_text())
+    assert written["DATASETS"]["CLASS_NAMES"] == list(CATEGORIES)
 
 
 def test_the_config_of_a_run_stands_for_its_last_checkpoint(command, plain, tmp_path):

@@ -40,6 +40,21 @@ def test_another_measure_than_cocos_is_warned_of(datasets, tmp_path, kn_log, kin
     assert (warned in kn_log.text) == (kind != "coco")
 
 
+def test_panoptic_models_are_warned_of(datasets, tmp_path, kn_log):
+    cfg = tiny.config(tmp_path)
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    build_coco_evaluator(cfg, "shapes_val")
+    assert "is evaluated with COCO's AP: override Trainer.build_evaluator" in kn_log.text
+
+
+def test_keypoints_have_the_tolerances_of_the_config(datasets, tmp_path):
+    cfg = tiny.config(tmp_path)
+    cfg.defrost()
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.2, 0.3]
+    assert list(build_coco_evaluator(cfg, "shapes_val")._kpt_oks_sigmas) == [0.1, 0.2, 0.3]
+
+
 def test_norms_in_evaluation_mode_stay_there_through_an_evaluation(datasets, tmp_path):
     """They keep their statistics while the rest is trained, and the rest goes on being trained."""
     cfg = tiny.config(tmp_path)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -174,6 +174,13 @@ class _Storage(HookBase):
         latest = self.trainer.storage.latest().items()
         here = {name: value for name, (value, at) in latest if at == self.trainer.iter}
         self.of[self.trainer.iter] = {k: v for k, v in here.items() if k.startswith("kn/")}
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+def test_kalman_statistics_behind_the_writers_are_warned_of(is_behind, kn_log):
+    registered = [KalmanStatistics(period=2), hooks.PeriodicWriter([])]
+    Loop(*(reversed(registered) if is_behind else registered)).train(0, 1)
+    assert ("KalmanStatistics stands behind a PeriodicWriter" in kn_log.text) == is_behind
 
 
 def test_kalman_statistics_store_gain_and_innovation():

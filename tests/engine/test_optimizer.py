@@ -2,6 +2,7 @@ import pytest
 import torch
 from detectron2.solver import build_optimizer
 
+from kn_detectron import InputError
 from kn_detectron.engine import Trainer, exempt_filters_from_decay
 from kn_detectron.layers import KN_STATE
 
@@ -66,3 +67,12 @@ def test_parameters_keep_their_names():
         names = group.get("param_names", [])
         assert len(names) == len(group["params"]) * has_names
         assert all(named[name] is p for name, p in zip(names, group["params"]))
+
+
+def test_a_scheduler_would_not_know_the_new_groups():
+    backbone = build_backbone(resnet_cfg("KN"))
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1, weight_decay=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(InputError, match="call it before the scheduler is built"):
+        exempt_filters_from_decay(optimizer, backbone)
+    assert len(optimizer.param_groups) == 1
