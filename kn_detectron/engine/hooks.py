@@ -248,9 +248,8 @@ class KalmanStatistics(HookBase):
     def before_train(self):
         """Warns if the writers come first."""
         registered = self.trainer._hooks
-        if any(
-            isinstance(hook, hooks.PeriodicWriter) for hook in registered[: registered.index(self)]
-        ):
+        earlier = registered[: registered.index(self)]
+        if any(isinstance(hook, hooks.PeriodicWriter) for hook in earlier):
             _logger.warning(
                 "KalmanStatistics stands behind a PeriodicWriter, which will write nothing of it: "
                 "register it in front, as in build_hooks of a trainer."

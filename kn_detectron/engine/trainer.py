@@ -423,12 +423,10 @@ def _resumable(loader):
 
 def _with_class_names(cfg):
     """The config with the names of the classes, which predictors elsewhere do not know otherwise."""
-    names = (
-        MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
-        if cfg.DATASETS.TRAIN
-        else ()
-    )
-    if names and not cfg.DATASETS.CLASS_NAMES:
+    if cfg.DATASETS.CLASS_NAMES or not cfg.DATASETS.TRAIN:
+        return cfg
+    names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+    if names:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.DATASETS.CLASS_NAMES = list(names)

@@ -38,6 +38,9 @@ def clip(belief: Belief, low: float, high: float) -> Belief:
 
     If m is nearer to the upper bound, the mirror image is computed, so that W stays small.
 
+    In float32 the error of the variance is some 1e-7 v. So it is exact enough for standard deviations
+    of up to a hundred times h, and meaningless beyond a thousand.
+
     Args:
         belief: in front of it, any shape.
         low, high: the bounds, low <= high.

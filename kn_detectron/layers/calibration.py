@@ -88,7 +88,8 @@ def on_priors(layers: Dict[str, nn.Module], action: Callable):
         def hook(layer, args, kwargs):
             prior = kwargs["prior"]
             before = first.setdefault(name, prior)
-            if is_exact(layer) and not all(map(torch.allclose, before, prior)):
+            again = before is not prior and is_exact(layer)
+            if again and not all(map(torch.allclose, before, prior)):
                 _logger.warning(
                     "%s is called more than once, with different priors, and its process model can "
                     "only fit the last: at gain 0 it does not compute what the BatchNorm computed. "

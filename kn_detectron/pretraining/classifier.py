@@ -144,9 +144,7 @@ def _build_network(cfg):
     name, norm, kn = cfg.PRETRAINING.NETWORK, cfg.PRETRAINING.NORM, cfg.MODEL.KN
     network = build_network(name, cfg.PRETRAINING.NUM_CLASSES)
     has_batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
-    if (
-        norm not in ("KN", "GKN") and not has_batch_norm
-    ):  # the conversion to those speaks for itself
+    if not has_batch_norm and norm not in ("KN", "GKN"):  # for which the conversion has a sentence
         raise InputError(
             f"{name} has no BatchNorm2d, in whose place --norm puts what it names: give another "
             "network."

@@ -159,7 +159,7 @@ def classification_config(
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
-    _set_norm(cfg, norm, norm_batch_size, image_size)
+    _set_norm(cfg, norm, norm_batch_size)
 
     pretraining = cfg.PRETRAINING
     pretraining.DATA = data
@@ -182,7 +182,7 @@ def classification_config(
     return cfg
 
 
-def _set_norm(cfg, norm, norm_batch_size, image_size):
+def _set_norm(cfg, norm, norm_batch_size):
     model = cfg.MODEL
     network = cfg.PRETRAINING.NETWORK
     if not network and "resnet" not in model.BACKBONE.NAME:

@@ -47,8 +47,9 @@ def convert_kalman_norm(
     the product of two features in a squeeze-excitation block, the chain ends. The next norm is then
     the head of a new chain, which is BatchNorm (GroupNorm). One warning lists these places.
 
-    Statistics, scale and shift are taken over. If the statistics are not the initial ones, the
-    priors of KN are calibrated to them at once (network variant only).
+    Statistics, scale and shift are taken over. Where these are frozen, gain and process model are
+    too. If the statistics are not the initial ones, the priors of KN are calibrated to them at once
+    (network variant only).
 
     Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` it works in place: the result has the
     modules of ``network``, whose norms are replaced. Use the result and not ``network``.

@@ -148,8 +148,9 @@ class KalmanNetwork(nn.Module):
         """Replaces a norm, wherever it is used, by a Kalman layer, which takes over its tensors."""
         norm = self.get_submodule(name)
         # The very same tensors: an optimiser may have them already.
-        if norm._parameters and not any(p.requires_grad for p in norm.parameters()):
-            layer.requires_grad_(False)  # it is frozen
+        trained = [parameter.requires_grad for parameter in norm.parameters()]
+        if trained and not any(trained):
+            layer.requires_grad_(False)  # as it is frozen, so are the gain and the process model
         layer._parameters.update(norm._parameters)
         layer._buffers.update(norm._buffers)
         layer._modules.update(norm._modules)  # timm's activation

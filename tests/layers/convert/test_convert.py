@@ -592,6 +592,9 @@ def test_a_frozen_network_stays_frozen():
     trains = {name for name, p in converted.named_parameters() if p.requires_grad}
     assert not any(name.startswith("block") for name in trains)
     assert {"last.1.gain_logit", "last.1.mean_offset", "last.1.weight"} <= trains
+    # Norms without parameters are not frozen.
+    plain = convert_kalman_norm(Branchy(lambda channels: nn.BatchNorm2d(channels, affine=False)))
+    assert plain.get_parameter("last.1.gain_logit").requires_grad
 
 
 def test_a_network_without_parameters():
