@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import random
 
@@ -247,8 +248,7 @@ class KalmanStatistics(HookBase):
 
     def before_train(self):
         """Warns if the writers come first."""
-        registered = self.trainer._hooks
-        earlier = registered[: registered.index(self)]
+        earlier = itertools.takewhile(lambda hook: hook is not self, self.trainer._hooks)
         if any(isinstance(hook, hooks.PeriodicWriter) for hook in earlier):
             _logger.warning(
                 "KalmanStatistics stands behind a PeriodicWriter, which will write nothing of it: "

@@ -18,7 +18,7 @@ __all__ = [
 _PARTIAL = ".partial"
 
 # Some systems do not sync folders, and a folder that may be written to need not be readable.
-_NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+_FOLDER_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
 # No room, no quota, no larger files, and a disk that became read-only after a fault.
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -51,7 +51,7 @@ def atomic_write(path):
         finally:
             os.close(folder)
     except OSError as error:  # the file is there
-        if error.errno not in _NO_FOLDERS:
+        if error.errno not in _FOLDER_NOT_SYNCED:
             raise
 
 

@@ -80,6 +80,9 @@ class ImageClassifier(nn.Module):
 
         Returns:
             dict or Tensor: the loss in training, the scores of shape (N, classes) otherwise.
+
+        Raises:
+            InputError: a norm gets one value per channel in training.
         """
         if not self.training:
             return self.logits(batch["image"])
