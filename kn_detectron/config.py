@@ -32,8 +32,8 @@ def add_kn_config(cfg: CN) -> None:
     kn.PREDICTION = "closed_form"
     # Side in pixels of the map that "monte_carlo" samples; 0 is the feature map's own size.
     kn.MONTE_CARLO_SIZE = 0
-    # Initial gain q: the weight of the measurement against the prediction. With priors that are
-    # calibrated to a BatchNorm checkpoint 0.02 is better.
+    # Initial gain q: the weight of the measurement against the prediction. From a BatchNorm
+    # checkpoint take 0 with LEARN_GAIN False, or 0.02 with GAIN_ANNEAL (docs/config.md).
     kn.GAIN = 0.1
     # Whether the gain of each layer is learned.
     kn.LEARN_GAIN = True
@@ -44,8 +44,8 @@ def add_kn_config(cfg: CN) -> None:
     kn.GAIN_ANNEAL = [1.0, 1.0]
     # Whether each layer learns a correction of its prior (b and r, or the paper's R).
     kn.PROCESS_MODEL = True
-    # Whether gradients flow through the prior to the layers below. In fine-tuning no difference was
-    # found (docs/evidence.md); from scratch it was not measured.
+    # Whether gradients flow through the prior to the layers below. One pair of fine-tunings speaks
+    # for it (docs/evidence.md); from scratch it was not measured.
     kn.PRIOR_GRADIENT = True
     # Standard deviation of the pixels of the training images, in 0..255 and the channel order of
     # PIXEL_MEAN: the belief about the image, where the chain starts. The default is ImageNet's.
