@@ -10,7 +10,8 @@ Examples:
 
 Without a config the released detector finds persons. A config.yaml in the folder of a run stands for
 the last checkpoint of this run. Any other config needs MODEL.WEIGHTS. Each picture is OUTPUT/<name of
-the photo>.png. All detections, drawn or not, are in OUTPUT/detections.json.
+the photo>.png. Where boxes of different classes overlap by more than 0.7, the best is drawn. All
+detections, drawn or not, are in OUTPUT/detections.json.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import tqdm
 from PIL import Image
 
 from kn_detectron.checkpoint import KNCheckpointer
-from kn_detectron.data import register_named_folders
+from kn_detectron.data import read_rgb, register_named_folders
 from kn_detectron.engine import load_run, trained_weights
 from kn_detectron.engine.command_line import read_config, run
 from kn_detectron.engine.output_dir import make_writable
@@ -38,7 +39,6 @@ from kn_detectron.model_zoo import get_checkpoint_file, get_config_file
 # Behind kn_detectron, which makes old versions of detectron2 importable.
 from detectron2.data import DatasetMapper  # isort: skip
 from detectron2.data.catalog import Metadata  # isort: skip
-from detectron2.data.detection_utils import read_image  # isort: skip
 from detectron2.modeling import build_model  # isort: skip
 
 _RELEASED = "photos/mask_rcnn_lite0_FPN_KN.yaml"
@@ -128,7 +128,7 @@ def detect(mapper, model, path):
         InputError: the photo cannot be read, or is too narrow to be resized.
     """
     try:
-        image = read_image(str(path), "RGB")
+        image = read_rgb(str(path))
     except MemoryError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others

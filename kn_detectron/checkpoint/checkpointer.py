@@ -8,7 +8,13 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from ..errors import InputError, one_line
-from ..files import atomic_write, explained_write_errors, fetch, remove_partial_files
+from ..files import (
+    atomic_write,
+    explained_write_errors,
+    fetch,
+    remove_partial_files,
+    unreadable_type,
+)
 from .conventions import CHECKPOINT_KEY, Conventions, differences
 from .loading import load_weights
 from .sources import read_weights
@@ -66,7 +72,8 @@ class KNCheckpointer(DetectionCheckpointer):
             kwargs: further data for the file.
 
         Raises:
-            InputError: the folder cannot be written to, or the disk is full.
+            InputError: the folder cannot be written to, the disk is full, or a state holds more than
+                tensors and plain containers, so that the file could not be loaded again.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -83,6 +90,8 @@ class KNCheckpointer(DetectionCheckpointer):
         with explained_write_errors(path, advice):
             with atomic_write(path) as file:
                 torch.save(data, file)
+                file.flush()
+                _check_that_it_can_be_read(file.name)
             self.tag_last_checkpoint(basename)
         self.saved_iteration = kwargs.get("iteration")
 
@@ -180,3 +189,14 @@ class KNCheckpointer(DetectionCheckpointer):
                 ", ".join(clauses),
             )
         # Nothing is returned, since detectron2 would report it once more.
+
+
+def _check_that_it_can_be_read(path):
+    """Now, and not when a run that was interrupted needs the checkpoint."""
+    unreadable = unreadable_type(path)
+    if unreadable:
+        raise InputError(
+            f"The state of a hook or checkpointable holds a {unreadable}, which is not read from "
+            "checkpoints, since it could run code: return tensors, numbers, strings, lists and dicts "
+            "from its state_dict()."
+        )

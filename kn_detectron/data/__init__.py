@@ -1,17 +1,17 @@
 """Datasets and loaders.
 
 Importing this registers `shapes_train`, `shapes_val`, `photos_train` and `photos_val`, unless the
-names are taken, and lets detectron2 read 16-bit images.
+names are taken.
 """
 
 from detectron2.data import DatasetCatalog
 
 from .coco_folder import register_coco_folder
 from .loader import TrainLoader, build_test_loader, build_train_loader
+from .image_files import read_rgb
 from .mapper import CheckedMapper, first_sentence
 from .named_folders import register_named_folders
 from .photos import PHOTOS, register_photos
-from .pixels import scale_deep_images
 from .register import prepare_dataset, register_shapes, register_shapes_lazily
 from .requirements import check_requirements
 from .shapes import (
@@ -45,6 +45,7 @@ __all__ = [
     "generate_single_shapes",
     "generate_shapes",
     "prepare_dataset",
+    "read_rgb",
     "register_coco_folder",
     "register_named_folders",
     "register_photos",
@@ -57,4 +58,3 @@ __all__ = [
 if not {"shapes_train", "shapes_val"} & set(DatasetCatalog.list()):  # or they are the user's
     register_shapes_lazily()
 register_photos()
-scale_deep_images()

@@ -8,9 +8,8 @@ from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image
 
 from ..errors import InputError, one_line
-from .pixels import check_mode
 
-__all__ = ["check_headers", "fault_of_image"]
+__all__ = ["check_headers", "fault_of_image", "read_rgb"]
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +47,24 @@ def check_headers(records, image_root):
         )
 
 
+def read_rgb(path):
+    """Reads an image as a detector does, turned as its EXIF orientation says.
+
+    Args:
+        path (str): of the file.
+
+    Returns:
+        np.ndarray: of shape (H, W, 3), uint8.
+
+    Raises:
+        ValueError: its pixels have more than 8 bits.
+        Exception: it cannot be read. Decoders raise OSError, SyntaxError, ValueError and others.
+    """
+    with PathManager.open(path, "rb") as file, Image.open(file) as image:
+        _check_depth(image)
+    return detection_utils.read_image(path, "RGB")
+
+
 def fault_of_image(path, annotated_size=None):
     """Tells why an image cannot be used. All of it is read.
 
@@ -66,7 +83,7 @@ def _look_at(path, annotated_size, decode):
     """What is wrong with an image, or None, and its EXIF orientation."""
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            check_mode(image)
+            _check_depth(image)
             stored, orientation = image.size, _orientation_of(image)
         if decode:
             detection_utils.read_image(path, "RGB")
@@ -96,6 +113,18 @@ def _look_at(path, annotated_size, decode):
             "replace the image or correct the annotation."
         )
     return fault, orientation
+
+
+def _check_depth(image):
+    """Refuses numbers of more than 8 bits: converted to colours they are cut off at 255.
+
+    Colours of 16 bits are scaled by Pillow when it opens them.
+    """
+    if image.mode.startswith("I") or image.mode == "F":  # I, I;16, I;16B, ...
+        raise ValueError(
+            "its pixels are numbers of more than 8 bits, which would be cut off at 255; convert them "
+            "to 8 bits"
+        )
 
 
 def _orientation_of(image):

@@ -34,8 +34,8 @@ class CheckedMapper:
             what the mapper returns.
 
         Raises:
-            InputError: the image is missing, damaged or of another size than annotated or too narrow,
-                or its masks do not fit INPUT.MASK_FORMAT, or the mapper has left it out.
+            InputError: the image is missing, damaged, too narrow to be resized, or not of the
+                annotated size; its masks do not fit INPUT.MASK_FORMAT; or the mapper returned None.
         """
         try:
             sample = self.mapper(dataset_dict)

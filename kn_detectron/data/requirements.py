@@ -2,12 +2,11 @@
 
 import logging
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError
 from .annotations import Uses
-from .proposals import check_proposals
 
 __all__ = ["check_requirements", "uses_of"]
 
@@ -224,7 +223,6 @@ def _check_proposals(cfg, truths):
                     f"{path} of DATASETS.PROPOSAL_FILES_{key} does not exist: give a file of "
                     f"proposals for dataset {name}."
                 )
-            check_proposals(path, DatasetCatalog.get(name))
 
 
 def _warn_of_full_images(cfg, truths):

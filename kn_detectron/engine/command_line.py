@@ -255,6 +255,8 @@ def _form_that_fits(error):
     if (wanted, given) == ("float", "int"):
         return ", as in 0.0 for 0"
     if wanted in ("tuple", "list"):
+        if given == "str":
+            return ", as in \"('my_data',)\" with both kinds of quotes"
         return ', as in "(100,)" for a single 100'
     return ""
 

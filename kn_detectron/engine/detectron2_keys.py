@@ -5,8 +5,10 @@ from functools import reduce
 
 import torch
 from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
     ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
     ROI_KEYPOINT_HEAD_REGISTRY,
@@ -22,6 +24,8 @@ __all__ = ["check_detectron2_keys"]
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
     "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
     # The name of a head may be empty where there is none, as with R50-C4.
     "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
@@ -45,9 +49,17 @@ _RULES = {
         lambda name: name in ("BGR", "YUV-BT.601", *Image.MODES),
         "'BGR', 'RGB' or another mode of Pillow's",
     ),
+    "INPUT.MIN_SIZE_TRAIN": (len, "one size or more"),
+    "INPUT.RANDOM_FLIP": (
+        ("horizontal", "vertical", "none").__contains__,
+        "'horizontal', 'vertical' or 'none'",
+    ),
     "INPUT.MASK_FORMAT": (("polygon", "bitmask").__contains__, "'polygon' or 'bitmask'"),
     "DATALOADER.NUM_WORKERS": (lambda number: number >= 0, "0 or more"),
     "SOLVER.MAX_ITER": (lambda number: number >= 1, "1 or more"),
+    "SOLVER.BASE_LR": (lambda rate: rate >= 0, "0 or more"),
+    "SOLVER.STEPS": (lambda steps: list(steps) == sorted(set(steps)), "in ascending order"),
+    "SOLVER.WARMUP_METHOD": (("linear", "constant").__contains__, "'linear' or 'constant'"),
 }
 
 

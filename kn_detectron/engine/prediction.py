@@ -11,15 +11,16 @@ from torchvision.ops import nms
 
 __all__ = ["class_names", "coco_results", "shown"]
 
-# Two boxes that overlap by more are one object to a person who looks at the picture.
-_SAME_OBJECT = 0.4
+# Two boxes of different classes that overlap by more are taken for one object.
+_SAME_OBJECT = 0.7
 
 
 def shown(instances: Instances, min_score: float) -> Instances:
     """Selects the detections that a picture shows: one for each object.
 
     A detector suppresses boxes of one class that overlap. Boxes of two classes on one object stay
-    in its output, as COCO's evaluation wants it, and look like a mistake in a picture.
+    in its output, as COCO's evaluation wants it, and look like a mistake in a picture. Here boxes
+    that overlap by more than 0.7 (intersection over union) are one object, whatever their classes.
 
     Args:
         instances: of a detector, with pred_boxes and scores.

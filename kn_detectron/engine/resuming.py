@@ -10,6 +10,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import yaml
 from detectron2.config import CfgNode
+from detectron2.solver.lr_scheduler import LRMultiplier
 from torch.optim import Optimizer
 
 from ..errors import InputError
@@ -30,6 +31,19 @@ _NOT_IN_FORCE = {
     "MODEL.KN.GAIN": "the gains are those of the checkpoint",
     "MODEL.WEIGHTS": "the weights are those of the checkpoint",
 }
+# Those that it decides as well if the scheduler is one of the trainer's own.
+_OF_OPTIMIZER = tuple(
+    f"SOLVER.{name}"
+    for name in (
+        "BASE_LR",
+        "BIAS_LR_FACTOR",
+        "MOMENTUM",
+        "NESTEROV",
+        "WEIGHT_DECAY",
+        "WEIGHT_DECAY_BIAS",
+        "WEIGHT_DECAY_NORM",
+    )
+)
 # The trainer reports the seed itself, since the config may leave it to chance. A folder may move.
 # The names are noted for predictors.
 _UNREPORTED = ("SEED", "OUTPUT_DIR", "DATASETS.CLASS_NAMES")
@@ -40,21 +54,26 @@ def plain(cfg: CfgNode) -> Dict[str, Any]:
     return yaml.safe_load(cfg.dump())
 
 
-def report_changes(before: Dict[str, Any], now: Dict[str, Any], iteration: int) -> None:
+def report_changes(before: Dict[str, Any], now: Dict[str, Any], iteration: int, scheduler) -> None:
     """Logs which keys of the config differ, with both values, and whether they are in force.
 
     Args:
         before: the config that the checkpoint was written with, by :func:`plain`.
         now: that of the resumed run.
         iteration: the first one of the resumed run.
+        scheduler: of the resumed run, as in :func:`set_optimizer_settings`.
     """
     changed = dict(_changes(before, now))
-    in_force = _texts(changed, (*_NOT_IN_FORCE, *_UNREPORTED))
+    not_in_force = dict(_NOT_IN_FORCE)
+    if not isinstance(scheduler, LRMultiplier):
+        reason = f"a {type(scheduler).__name__} goes on with the settings of the checkpoint"
+        not_in_force.update(dict.fromkeys(_OF_OPTIMIZER, reason))
+    in_force = _texts(changed, (*not_in_force, *_UNREPORTED))
     if in_force:
         _logger.info(
             "From iteration %d on other settings are in force: %s.", iteration, ", ".join(in_force)
         )
-    for key, reason in _NOT_IN_FORCE.items():
+    for key, reason in not_in_force.items():
         if key in changed:
             old, new = changed[key]
             _logger.warning(
@@ -128,12 +147,18 @@ def optimizer_settings(optimizer: Optimizer) -> List[Dict[str, Any]]:
 def set_optimizer_settings(optimizer: Optimizer, scheduler, settings: List[Dict[str, Any]]) -> None:
     """Puts the settings of a new optimizer in force in one whose state was loaded.
 
+    A scheduler that is not detectron2's may compute each learning rate from the one before, and may
+    change other settings too. Then everything stays as it was loaded.
+
     Args:
         optimizer: with loaded state; it keeps its momentum.
-        scheduler (LRMultiplier): of the optimizer, at the iteration where the run goes on. The
-            learning rate becomes its multiplier there times the initial rate of the settings.
+        scheduler: of the optimizer, at the iteration where the run goes on. If it is an
+            ``LRMultiplier``, the learning rate becomes its multiplier there times the initial rate
+            of the settings.
         settings: from :func:`optimizer_settings`, taken after the scheduler had been built.
     """
+    if not isinstance(scheduler, LRMultiplier):
+        return
     for group, setting in zip(optimizer.param_groups, settings):
         group.update(setting)
     scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]

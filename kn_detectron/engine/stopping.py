@@ -35,7 +35,7 @@ def signals_to_take_over():
 
 
 class Stopped(SystemExit):
-    """A run was stopped by a signal after its state was saved; the exit status is 128 + signal."""
+    """A run was stopped by a signal, and its state is saved; the exit status is 128 + signal."""
 
 
 class StopOnSignal(HookBase):
@@ -56,7 +56,7 @@ class StopOnSignal(HookBase):
 
     def before_train(self):
         """Takes over the signals."""
-        if threading.current_thread() is threading.main_thread():  # no other one may
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread
             self._process = os.getpid()
             self._former = {s: signal.signal(s, self._on_signal) for s in signals_to_take_over()}
 

@@ -129,16 +129,16 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
-        """Builds detectron2's scheduler, without the steps that lie behind the end.
+        """Builds detectron2's scheduler, without a step at the very end.
 
-        They change nothing. detectron2 0.4 refuses a step at the very end.
+        It changes nothing, and detectron2 0.4 refuses it. Of later ones detectron2 warns.
 
         Returns:
             LRScheduler
         """
         cfg = cfg.clone()
         cfg.defrost()
-        cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER)
+        cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step != cfg.SOLVER.MAX_ITER)
         return super().build_lr_scheduler(cfg, optimizer)
 
     def build_hooks(self):
@@ -334,7 +334,7 @@ class Trainer(DefaultTrainer):
         if self.iter < self.max_iter:  # otherwise nothing is left to train, and no rate is defined
             set_optimizer_settings(self._trainer.optimizer, self.scheduler, settings)
         if before is not None:
-            report_changes(before, plain(self.cfg), self.iter + 1)
+            report_changes(before, plain(self.cfg), self.iter + 1, self.scheduler)
         if self.cfg.SEED not in (-1, self.seed):
             _logger.warning(
                 "The resumed run has seed %d, and keeps it instead of SEED %d.",

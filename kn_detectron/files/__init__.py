@@ -1,6 +1,6 @@
 """Files: fetched, read without trusting them, and written so that they are never half there."""
 
-from .containers import read_container
+from .containers import read_container, unreadable_type
 from .fetching import fetch
 from .tensors import check_variances, checked_tensors
 from .wrapping import is_numeric, renamed, unwrapped_content, unwrapped_names, without_wrappers
@@ -24,6 +24,7 @@ __all__ = [
     "read_container",
     "remove_partial_files",
     "renamed",
+    "unreadable_type",
     "unwrapped_content",
     "unwrapped_names",
     "without_wrappers",

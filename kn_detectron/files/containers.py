@@ -19,15 +19,13 @@ from safetensors.torch import load_file
 
 from ..errors import InputError, one_line
 
-__all__ = ["read_container"]
+__all__ = ["read_container", "unreadable_type"]
 
 # What numpy needs to unpickle plain arrays, under its old and its new module names.
 _NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _HARMLESS = {
     ("_codecs", "encode"),
     ("collections", "OrderedDict"),
-    # An enumeration of numbers, in files of proposals.
-    ("detectron2.structures.boxes", "BoxMode"),
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     ("numpy.core.numeric", "_frombuffer"),
@@ -84,6 +82,23 @@ def _allowing_harmless_globals():
     return torch.serialization.safe_globals(
         [argparse.Namespace, np.ndarray, np.dtype, *types, *named]
     )
+
+
+def unreadable_type(path):
+    """What in a file of ``torch.save`` :func:`read_container` would refuse.
+
+    Args:
+        path (str): local file, complete.
+
+    Returns:
+        str or None: the name of a type or function; None if there is none, or with a torch before
+        2.6, which cannot tell.
+    """
+    find = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
+    if find is None:
+        return None
+    with _allowing_harmless_globals():
+        return min(find(path), default=None)
 
 
 def _read_torch(path):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import os
+import uuid
 
 from ..errors import InputError, one_line
 
@@ -33,7 +34,8 @@ def atomic_write(path):
     Args:
         path (str): local file to write or to replace.
     """
-    partial = path + _PARTIAL
+    # A name of its own, since another machine may write the same file.
+    partial = f"{path}.{uuid.uuid4().hex[:8]}{_PARTIAL}"
     try:
         with open(partial, "wb") as file:
             yield file
@@ -58,7 +60,7 @@ def atomic_write(path):
 def remove_partial_files(folder):
     """Removes what killed writes of checkpoints left behind in a folder."""
     for pattern in ("*.pth", "last_checkpoint"):
-        for path in glob.glob(os.path.join(glob.escape(folder), pattern + _PARTIAL)):
+        for path in glob.glob(os.path.join(glob.escape(folder), f"{pattern}.*{_PARTIAL}")):
             os.unlink(path)
 
 

@@ -4,14 +4,13 @@ import os
 
 import numpy as np
 import torch
-from detectron2.data import detection_utils
 from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from ..data import TrainLoader
+from ..data import TrainLoader, read_rgb
 from ..errors import InputError, one_line
 from .config import micro_batch
 
@@ -102,8 +101,7 @@ class _ImageMapper:
     def __call__(self, sample):
         path = sample["file_name"]
         try:
-            # As a detector reads it: turned as its EXIF says, and 16 bits scaled to 8.
-            image = Image.fromarray(detection_utils.read_image(path, "RGB"))
+            image = Image.fromarray(read_rgb(path))
         except MemoryError:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others

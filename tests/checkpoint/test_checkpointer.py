@@ -1,13 +1,17 @@
 """Checkpoints are whole or not there, and fit or are refused."""
 
+import collections
+import datetime
 import math
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -318,7 +322,9 @@ def test_killed_write_leaves_the_checkpoint_before(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert result.returncode == -signal.SIGKILL
-    assert sorted(os.listdir(tmp_path)) == ["first.pth", "last_checkpoint", "second.pth.partial"]
+    first, last, partial = sorted(os.listdir(tmp_path))
+    assert (first, last) == ("first.pth", "last_checkpoint")
+    assert re.fullmatch(r"second\.pth\.\w+\.partial", partial)
     checkpointer = KNCheckpointer(torch.nn.Linear(300, 300), str(tmp_path))
     checkpointer.remove_partial_files()
     assert sorted(os.listdir(tmp_path)) == ["first.pth", "last_checkpoint"]
@@ -339,6 +345,44 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model.pth"]
     assert (tmp_path / "model.pth").read_bytes() == before
+
+
+class _Hook:
+    """It has a state of its own."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return {"state": self.state}
+
+    def load_state_dict(self, state):
+        self.state = state["state"]
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"), reason="torch before 2.6"
+)
+@pytest.mark.parametrize("state", [datetime.date(2018, 12, 3), collections.deque([1.0])])
+def test_a_checkpoint_that_could_not_be_read_is_not_written(tmp_path, state):
+    model = torch.nn.Linear(3, 3)
+    KNCheckpointer(model, str(tmp_path)).save("first", iteration=0)
+    name = f"{type(state).__module__}.{type(state).__name__}"
+    with pytest.raises(InputError, match=f"holds a {name}, .* from its state_dict"):
+        KNCheckpointer(model, str(tmp_path), hook=_Hook(state)).save("second", iteration=1)
+    assert sorted(os.listdir(tmp_path)) == ["first.pth", "last_checkpoint"]
+    assert (tmp_path / "last_checkpoint").read_text() == "first.pth"
+
+
+def test_plain_values_and_arrays_of_a_hook_come_back(tmp_path):
+    state = {"mean": np.float64(0.5), "best": {"AP": 3.0, "names": ["a"], "of": (1, None)}}
+    hook = _Hook({**state, "array": np.arange(3), "count": torch.tensor(2)})
+    KNCheckpointer(torch.nn.Linear(3, 3), str(tmp_path), hook=hook).save("model", iteration=0)
+    found = _Hook(None)
+    checkpointer = KNCheckpointer(torch.nn.Linear(3, 3), str(tmp_path), hook=found)
+    checkpointer.resume_or_load("", resume=True)
+    assert {name: found.state[name] for name in state} == state
+    assert found.state["array"].tolist() == [0, 1, 2] and found.state["count"] == 2
 
 
 def test_nothing_is_written_without_a_folder_or_permission(tmp_path):

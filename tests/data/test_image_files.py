@@ -2,10 +2,11 @@ import struct
 
 import numpy as np
 import pytest
+from detectron2.data import detection_utils
 from PIL import Image
 
 from kn_detectron import InputError
-from kn_detectron.data.image_files import check_headers
+from kn_detectron.data.image_files import check_headers, read_rgb
 
 
 @pytest.fixture
@@ -53,3 +54,31 @@ def test_an_orientation_that_is_text_turns_nothing(tmp_path, kn_log):
         assert isinstance(written.getexif()[274], str)
     check_headers([{"file_name": "photo.jpg", "width": 30, "height": 20}], str(tmp_path))
     assert not kn_log.records
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [("a.png", "u2"), ("a.tiff", "u2"), ("a.tiff", "i4"), ("a.tiff", "f4")]
+)
+def test_more_than_8_bits_are_refused(tmp_path, name, dtype):
+    """detectron2 would make them white, which this also asserts."""
+    path = tmp_path / name
+    Image.fromarray(np.full((20, 30), 30000, dtype)).save(path)
+    assert (detection_utils.read_image(str(path), "RGB") == 255).all()
+    record = {"file_name": name, "width": 30, "height": 20}
+    with pytest.raises(InputError, match=f"{name} .*more than 8 bits.* convert them to 8"):
+        check_headers([record], str(tmp_path))
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        read_rgb(str(path))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_images_of_8_bits_are_read_as_detectron2_reads_them(tmp_path, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    exif = image.getexif()
+    exif[274] = 6  # turned by a quarter
+    path = str(tmp_path / "a.jpg")
+    image.save(path, exif=exif)
+    found = read_rgb(path)
+    assert found.shape == (30, 20, 3) and found.std() > 0
+    assert (found == detection_utils.read_image(path, "RGB")).all()

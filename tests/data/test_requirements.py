@@ -91,11 +91,6 @@ def test_what_fits_passes(kn_log):
             "a.pkl of DATASETS.PROPOSAL_FILES_TRAIN does not exist",
         ),
         (
-            ["MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN", (__file__,)],
-            {},
-            "test_requirements.py is no file of proposals",
-        ),
-        (
             ["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"],
             {},
             "LOAD_PROPOSALS is False",

@@ -125,6 +125,23 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
         (["DATALOADER.NUM_WORKERS", "-1"], ["DATALOADER.NUM_WORKERS is -1, but must be 0 or more"]),
         (["SOLVER.MAX_ITER", "0"], ["SOLVER.MAX_ITER is 0, but must be 1 or more"]),
         (
+            ["SOLVER.STEPS", "(4, 2)"],
+            ["SOLVER.STEPS is \\(4, 2\\), but must be in ascending order"],
+        ),
+        (["SOLVER.BASE_LR", "-0.1"], ["SOLVER.BASE_LR is -0.1, but must be 0 or more"]),
+        (
+            ["SOLVER.WARMUP_METHOD", "slow"],
+            ["SOLVER.WARMUP_METHOD is 'slow', but must be 'linear'"],
+        ),
+        (["INPUT.MIN_SIZE_TRAIN", "()"], ["INPUT.MIN_SIZE_TRAIN is \\(\\), but must be one size"]),
+        (
+            ["INPUT.RANDOM_FLIP", "diagonal"],
+            ["INPUT.RANDOM_FLIP is 'diagonal', but must be 'horiz"],
+        ),
+        (["MODEL.ANCHOR_GENERATOR.NAME", "Default"], ["'Default', which is not registered"]),
+        (["MODEL.PROPOSAL_GENERATOR.NAME", "RPNN"], ["'RPNN', .* \\(is RPN or RRPN meant\\?"]),
+        (["DATASETS.TRAIN", "my_data"], ["as in \"\\('my_data',\\)\" with both kinds of quotes"]),
+        (
             ["SOLVER.REFERENCE_WORLD_SIZE", "8"],
             ["SOLVER.REFERENCE_WORLD_SIZE is 8, but must", "SOLVER.IMS_PER_BATCH 2"],
         ),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kn_detectron import InputError
+from kn_detectron.engine import Trainer
 from kn_detectron.engine.resuming import check_same_scaling
 
 from . import tiny
@@ -192,6 +193,35 @@ def test_other_settings_are_in_force_and_said(whole, tmp_path, kn_log, key):
     trainer.train()
     assert losses.of[3] == whole[2].of[3]  # from the weights of the checkpoint
     assert losses.of[4] != whole[2].of[4]
+
+
+class _ScheduledTrainer(Trainer):
+    """Has a scheduler of torch's, which computes each rate from the one before."""
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.1)
+
+
+def test_a_scheduler_of_ones_own_goes_on(datasets, tmp_path, kn_log):
+    rates = {}
+
+    def trained(folder, *options, resume=False):
+        trainer = _ScheduledTrainer(tiny.config(folder, "SOLVER.CHECKPOINT_PERIOD", 4, *options))
+        trainer.resume_or_load(resume)
+        optimizer = trainer.optimizer
+        trainer.model.register_forward_pre_hook(
+            lambda *_: rates.setdefault(str(folder), []).append(optimizer.param_groups[0]["lr"])
+        )
+        trainer.train()
+
+    trained(tmp_path / "whole")
+    folder = _folder_with(tmp_path / "whole" / "model_0000003.pth", tmp_path / "run")
+    trained(folder, "SOLVER.BASE_LR", 0.5, resume=True)
+    whole, rest = rates[str(tmp_path / "whole")][:6], rates[str(folder)][:2]
+    assert whole == pytest.approx([0.02, 0.02, 0.002, 0.002, 0.0002, 0.0002])
+    assert rest == pytest.approx(whole[4:])
+    assert "SOLVER.BASE_LR 0.5 is not in force" in kn_log.text and "a StepLR goes on" in kn_log.text
 
 
 def test_another_gain_is_warned_of(whole, tmp_path, kn_log):

@@ -2,10 +2,12 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from kn_detectron.engine import StopOnSignal, Stopped
+from kn_detectron.engine.batches import AgreedBatches
 
 from . import tiny
 from .loop import Loop
@@ -118,8 +120,8 @@ def test_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(datase
 def test_killed_command_line_run_resumes_as_if_nothing_had_happened(plain, datasets, tmp_path):
     run = tmp_path / "run"
     arguments = ["--config", tiny.write_config(tmp_path / "tiny.yaml"), "OUTPUT_DIR", run]
-    # A process that loads is forked from the training and must not mind its signals.
-    arguments += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.CHECKPOINT_PERIOD", "2"]
+    # The processes that load are killed too, and torch would raise an error for that.
+    arguments += ["DATALOADER.NUM_WORKERS", "2", "SOLVER.CHECKPOINT_PERIOD", "2"]
     process = tiny.start_train_net(*arguments, datasets=datasets, stopped_at="model_0000001.pth")
     output = process.communicate()[0]
     assert process.returncode == 143, output
@@ -131,3 +133,25 @@ def test_killed_command_line_run_resumes_as_if_nothing_had_happened(plain, datas
     assert process.returncode == 0, output
     assert "Starting training from iteration 2" in output
     tiny.assert_same_state(run / "model_final.pth", plain[0] / "model_final.pth")
+
+
+def _loader_that_is_killed(batches):
+    yield from range(batches)
+    raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+
+def test_a_loader_that_the_signal_has_killed_stops_the_run(kn_log):
+    stop = StopOnSignal()
+    stop.trainer = SimpleNamespace(iter=2, max_iter=9)
+    batches = AgreedBatches(_loader_that_is_killed(1), stop)
+    assert next(batches) == 0
+    stop.requested = signal.SIGTERM
+    with pytest.raises(Stopped) as stopped:
+        next(batches)
+    assert stopped.value.code == 128 + signal.SIGTERM and "--resume" in kn_log.text
+
+
+def test_a_loader_that_is_killed_without_a_signal_is_an_error():
+    batches = AgreedBatches(_loader_that_is_killed(0), StopOnSignal())
+    with pytest.raises(RuntimeError, match="is killed by signal"):
+        next(batches)

@@ -154,13 +154,15 @@ def train_net_module():
     return module
 
 
-# Runs a command, and sends the process SIGTERM when a file of this name is complete.
+# Runs a command, and sends its group of processes SIGTERM when a file of this name is complete.
 _STOPPED_AT = """
-import os, runpy, signal, sys
+import os, runpy, subprocess, sys, time
 
 def stop(event, args):
     if event == "os.rename" and os.path.basename(args[1]) == name:
-        os.kill(os.getpid(), signal.SIGTERM)
+        # By another process: what its parent sends does not kill a process that loads.
+        subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"])
+        time.sleep(1)  # they die meanwhile
 
 name, *sys.argv = sys.argv[1:]
 sys.addaudithook(stop)
@@ -174,7 +176,8 @@ def start_train_net(*arguments, datasets, stopped_at=None):
     Args:
         arguments: of the command line.
         datasets: the folder of datasets.
-        stopped_at: the name of a checkpoint; the process gets SIGTERM when it has written it.
+        stopped_at: the name of a checkpoint; when it is written, the process gets SIGTERM, and so do
+            those that load for it, as from a terminal or a batch system.
     """
     driver = ["-c", _STOPPED_AT, stopped_at] if stopped_at else []
     return subprocess.Popen(
@@ -187,4 +190,5 @@ def start_train_net(*arguments, datasets, stopped_at=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )

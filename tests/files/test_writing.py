@@ -51,9 +51,19 @@ def test_file_systems_that_do_not_sync_folders(tmp_path, monkeypatch, number, re
     assert path.read_bytes() == b"whole"
 
 
+def test_machines_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "annotations.json"
+    with atomic_write(str(path)) as slow:
+        slow.write(b"first ")
+        with atomic_write(str(path)) as fast:
+            fast.write(b"second")
+        slow.write(b"half")
+    assert os.listdir(tmp_path) == ["annotations.json"] and path.read_bytes() == b"first half"
+
+
 def test_only_what_killed_writes_left_is_removed(tmp_path):
     kept = ["model.pth", "notes.partial", "last_checkpoint"]
-    for name in (*kept, "model.pth.partial", "last_checkpoint.partial"):
+    for name in (*kept, "model.pth.0123abcd.partial", "last_checkpoint.0123abcd.partial"):
         (tmp_path / name).touch()
     remove_partial_files(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
