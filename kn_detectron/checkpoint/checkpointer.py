@@ -116,7 +116,7 @@ class KNCheckpointer(DetectionCheckpointer):
             checkpointables (list[str] or None): which of the checkpointables to load; None loads
             all.
             strict (bool or None): whether everything must match. None means strict if
-                checkpointables is None.
+                checkpointables are loaded too, as when a run is resumed.
 
         Returns:
             dict: what else is in the checkpoint.
@@ -128,8 +128,8 @@ class KNCheckpointer(DetectionCheckpointer):
             _logger.info("MODEL.WEIGHTS is empty: the model starts from scratch.")
             return {}
         self._source = path
-        self._strict = checkpointables is None if strict is None else strict
         self._wanted = tuple(self.checkpointables if checkpointables is None else checkpointables)
+        self._strict = bool(self._wanted) if strict is None else strict
         self._parsed_url_during_load = None  # newer versions leave it set when a load fails
         return super().load(self._local_file(path), checkpointables)
 

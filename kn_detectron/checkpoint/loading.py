@@ -131,15 +131,18 @@ def _keep_settings_of_gains(model, state, name):
         if f"{prefix}.gain_scale" in state:
             state[f"{prefix}.gain_scale"] = layer.gain_scale.clone()
         key = f"{prefix}.gain_logit"
-        if key not in state or layer.learns_gain:
+        if key not in state:
+            continue
+        # A fixed gain of 0 or 1 is a sigmoid without a slope, from which nothing could be learned.
+        if layer.learns_gain and 0.0 < state[key].sigmoid() < 1.0:
             continue
         if state[key].sigmoid() != layer.gain_logit.sigmoid():
             state[key] = layer.gain_logit.clone()
             kept += 1
     if kept:
         _logger.info(
-            "The gains of %d Kalman layers are fixed (MODEL.KN.GAIN, MODEL.KN.LEARN_GAIN False) and "
-            "not taken from %s.",
+            "The gains of %d Kalman layers are those of MODEL.KN.GAIN and not of %s, since they are "
+            "fixed here or there.",
             kept,
             name,
         )

@@ -19,6 +19,9 @@ from .triton import fastest
 
 __all__ = ["Absorbed", "absorb"]
 
+# The number of values in a set is not read where nothing is measured.
+_COUNT = 1
+
 
 class Absorbed(NamedTuple):
     """The convolution that a convolution and its norm amount to.
@@ -72,7 +75,7 @@ class _Absorb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, conv_bias, spec, running, *vectors):
         v = Vectors(*vectors)
-        arguments = v, None, spec, running, 1
+        arguments = v, None, spec, running, _COUNT
         ctx.filter, ctx.spec = fastest(Filter, *arguments), spec
         found, ctx.kept = ctx.filter.forward(*arguments)
         offset = _offset(conv_bias, found.mean)
@@ -93,7 +96,7 @@ class _Absorb(torch.autograd.Function):
         d_vectors = Vectors()
         if any(ctx.needs_input_grad[4:]):
             sum_dy_xmu = (d_weight * weight).sum((1, 2, 3), dtype=scale.dtype) + offset * sum_dy
-            arguments = Vectors(*vectors), None, ctx.spec, (sum_dy, sum_dy_xmu), d_belief, 1
+            arguments = Vectors(*vectors), None, ctx.spec, (sum_dy, sum_dy_xmu), d_belief, _COUNT
             d_vectors = ctx.filter.backward(ctx.kept, *arguments).vectors
         return _scaled(d_weight, scale), d_conv_bias, None, None, *d_vectors
 
@@ -103,7 +106,7 @@ def _composed(weight, conv_bias, spec, running, *vectors):
     v = Vectors(*vectors)
     filtered = filter_belief(v, None, spec)
     if running is not None:
-        track(running, filtered, None, 1)
+        track(running, filtered, None, _COUNT)
     scale, offset = scale_of(filtered, v, spec), _offset(conv_bias, filtered.posterior.mean[0])
     shift = _shift(offset, scale, v.bias, weight.dtype)
     return _scaled(weight, scale), shift, *filtered.belief

@@ -6,7 +6,7 @@ micro-batch, or one row for each image for GroupNorm's statistics
 (:class:`~kn_detectron.layers.sets.Sets`).
 """
 
-from typing import Callable, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,8 @@ from .sets import Sets
 __all__ = [
     "GATE_LIMIT",
     "Filtered",
-    "Gradients",
     "Running",
     "Spec",
-    "Statistics",
     "Vectors",
     "filter_belief",
     "gate",
@@ -88,35 +86,6 @@ class Running(NamedTuple):
     var: Tensor
     batches: Tensor
     momentum: Optional[float]
-
-
-class Statistics(NamedTuple):
-    """The statistics of y = scale (x - mean) + bias, and the belief to pass on.
-
-    Attributes:
-        mean, scale: one number for each channel of the unfolded features (see
-            :class:`~kn_detectron.layers.sets.Sets`).
-        belief: shape (1, C) or (rows, C).
-    """
-
-    mean: Tensor
-    scale: Tensor
-    belief: Belief
-
-
-class Gradients(NamedTuple):
-    """The derivative of a filter.
-
-    Attributes:
-        vectors: the gradients of the vectors; None for a vector without a gradient.
-        input_pass: the function of :mod:`~kn_detectron.layers.passes` that computes dx from dy and
-            x; None if nothing was measured.
-        input_vectors: its further arguments.
-    """
-
-    vectors: Vectors
-    input_pass: Optional[Callable] = None
-    input_vectors: Tuple = ()
 
 
 def process(

@@ -173,8 +173,8 @@ class KalmanFilter(nn.Module):
 
     @property
     def learns_gain(self) -> bool:
-        """Whether the gain is a parameter; otherwise it is fixed. A head has none."""
-        return isinstance(self.gain_logit, nn.Parameter)
+        """Whether the gain is a parameter; otherwise it is fixed, or the layer is a head."""
+        return isinstance(getattr(self, "gain_logit", None), nn.Parameter)
 
     @torch.no_grad()  # or activation checkpointing would miss what the first forward pass saved
     def _gain_is_positive(self) -> bool:
@@ -276,7 +276,7 @@ class KalmanFilter(nn.Module):
             # The checkpoint is BatchNorm's or GroupNorm's: the filter keeps its values.
             state_dict.update({prefix + name: getattr(self, name).detach() for name in own})
         logit = prefix + "gain_logit"
-        if "gain_logit" in own and logit in state_dict and not self.learns_gain:
+        if "gain_logit" in own and logit in state_dict:
             # Older checkpoints have infinite ones.
             state_dict[logit] = state_dict[logit].clamp(-_SATURATED, _SATURATED)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -62,6 +62,9 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
     training, where the paper variant drops the prior and normalises to β. Second derivatives through
     the layer raise an error.
 
+    Called without a prior, ``norm(x)`` is y. Called with one, ``norm(x, prior=...)`` is y and the
+    belief to pass on, even if the prior is None.
+
     With :func:`set_norm_batch_size` it treats a batch as several micro-batches, as the released
     code does.
 

@@ -1,10 +1,14 @@
 """One autograd node that measures, filters and normalises features.
 
 Composed of torch's own nodes, the same computation would keep several tensors of the size of the
-features, and would pass over them three times more in the backward.
+features, and would pass over them three times more in the backward. Here the features go through
+the passes of :mod:`.passes` only, and everything between two passes is arithmetic on vectors::
+
+    forward     moments of x  ->  Filter.forward (Eq. 7)  ->  transform, which makes y
+    backward    gradient sums of dy and x  ->  Filter.backward  ->  the pass that makes dx
 """
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -14,10 +18,8 @@ from . import passes
 from .belief import Belief
 from .filter import (
     Filtered,
-    Gradients,
     Running,
     Spec,
-    Statistics,
     Vectors,
     filter_belief,
     track,
@@ -25,7 +27,38 @@ from .filter import (
 from .introspection import is_traced
 from .triton import fastest
 
-__all__ = ["Filter", "filter_and_normalize", "scale_of"]
+__all__ = ["Filter", "Gradients", "Statistics", "filter_and_normalize", "scale_of"]
+
+
+class Statistics(NamedTuple):
+    """What the filter of a layer finds.
+
+    Attributes:
+        mean, scale: of y = scale (x - mean) + bias, one number for each channel of the unfolded
+            features (see :class:`~kn_detectron.layers.sets.Sets`).
+        belief: to pass on, shape (1, C) or (rows, C).
+    """
+
+    mean: Tensor
+    scale: Tensor
+    belief: Belief
+
+
+class Gradients(NamedTuple):
+    """The derivative of a filter.
+
+    Attributes:
+        vectors: the gradients of the vectors; None for a vector without a gradient.
+        input_pass: the function of :mod:`~kn_detectron.layers.passes` that makes dx from dy and x;
+            None if nothing was measured. It is ``input_gradient``, or ``batch_norm_gradient``,
+            for which a GPU has one operator, where Triton's kernels find that only y depends on the
+            moments.
+        input_vectors: its further arguments.
+    """
+
+    vectors: Vectors
+    input_pass: Optional[Callable] = None
+    input_vectors: Tuple = ()
 
 
 class Kept(NamedTuple):
@@ -46,7 +79,10 @@ class Kept(NamedTuple):
 
 
 class Filter:
-    """The filter of a layer by torch's operators, and its derivative by autograd."""
+    """The filter of a layer by torch's operators, and its derivative by autograd.
+
+    Triton has a class of the same name (:func:`~kn_detectron.layers.triton.fastest`).
+    """
 
     @staticmethod
     def forward(

@@ -200,6 +200,12 @@ def make_kn_stage(
 
 
 def _check_resnet(cfg: CfgNode) -> None:
+    if cfg.MODEL.KN.NETWORK_WEIGHTS:
+        raise InputError(
+            f"MODEL.KN.NETWORK_WEIGHTS is {cfg.MODEL.KN.NETWORK_WEIGHTS}, but is only for "
+            f"build_kn_network_backbone and its FPN: give the weights of MODEL.BACKBONE.NAME "
+            f"{cfg.MODEL.BACKBONE.NAME} in MODEL.WEIGHTS"
+        )
     resnets = cfg.MODEL.RESNETS
     if resnets.DEPTH not in NUM_BLOCKS:
         raise InputError(
@@ -236,8 +242,8 @@ def build_kn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> KNResNet:
         InputError: the config asks for something that KN does not support, or a value is out of
             range.
     """
-    _check_resnet(cfg)
     chain = ChainConfig.from_config(cfg)
+    _check_resnet(cfg)
     resnets = cfg.MODEL.RESNETS
     stem = KNBasicStem(input_shape.channels, resnets.STEM_OUT_CHANNELS, chain)
     stages = []

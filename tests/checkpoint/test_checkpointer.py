@@ -146,6 +146,17 @@ def test_imagenet_pickle_reaches_backbone_and_res5(tmp_path):
         assert torch.equal(model.state_dict()[name], source.state_dict()[name])
 
 
+def test_detectron2s_idiom_starts_from_weights_of_another_norm(tmp_path):
+    """``DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)``, in scripts and tutorials."""
+    source, model = _model(*_BN), _model()
+    KNCheckpointer(model).load(_save(tmp_path, source.state_dict()))
+    name = "roi_heads.res5.2.conv3.norm.running_var"
+    assert torch.equal(model.state_dict()[name], source.state_dict()[name])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match="optimizer is missing"):
+        KNCheckpointer(model, optimizer=optimizer).load(_save(tmp_path, source.state_dict()))
+
+
 def test_other_classes_are_initialised_with_a_warning(tmp_path, kn_log):
     source, model = _model("MODEL.ROI_HEADS.NUM_CLASSES", 2), _model()
     bias = model.roi_heads.box_predictor.cls_score.bias.clone()

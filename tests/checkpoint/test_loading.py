@@ -1,16 +1,18 @@
 """What of a checkpoint a model takes, what is fitted to it, and what is said about it."""
 
 import copy
+import math
 import re
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 
 from kn_detectron import InputError
 from kn_detectron.checkpoint import KNCheckpointer, calibrate, fit_process_noise
 from kn_detectron.layers import KN_STATE, kalman_layers, set_gain_scale
 
-from ..models import build_rcnn, fpn_rcnn_cfg, randomize, rcnn_cfg, retinanet_cfg
+from ..models import build_rcnn, fpn_rcnn_cfg, randomize, rcnn_cfg, rcnn_inputs, retinanet_cfg
 from . import formats
 from .networks import trained_batch_norm
 
@@ -84,7 +86,7 @@ def test_a_fixed_gain_is_the_configs_and_not_the_checkpoints(tmp_path, caplog, g
     with caplog.at_level("INFO", "kn_detectron"):
         model = load(model_of("KN", **fixed), tmp_path, source.state_dict())
     count = len(kalman_layers(model))
-    assert f"The gains of {count} Kalman layers are fixed" in caplog.text
+    assert f"The gains of {count} Kalman layers are those of MODEL.KN.GAIN" in caplog.text
     set_gain_scale(model, 1.0)  # as the trainer does
     for layer in kalman_layers(model).values():
         assert layer.gain.item() == pytest.approx(gain) and layer.measures == (gain > 0)
@@ -94,7 +96,28 @@ def test_a_fixed_gain_is_the_configs_and_not_the_checkpoints(tmp_path, caplog, g
     caplog.clear()
     model = load(model_of("KN", **fixed), tmp_path, source.state_dict(), strict=True)
     assert_same(model.state_dict(), source.state_dict())
-    assert "are fixed" not in caplog.text
+    assert "MODEL.KN.GAIN" not in caplog.text
+
+
+@pytest.mark.parametrize("logit", [None, -math.inf], ids=["", "older"])
+@pytest.mark.parametrize("former", [0.0, 1.0])
+def test_a_gain_that_was_fixed_at_0_or_1_can_be_learned_again(tmp_path, caplog, former, logit):
+    source = trained_kn(MODEL__KN__GAIN=former, MODEL__KN__LEARN_GAIN=False)
+    state = source.state_dict()
+    if logit is not None:
+        for name in state:
+            if name.endswith("gain_logit"):
+                state[name] = torch.full_like(state[name], logit if former == 0.0 else -logit)
+    with caplog.at_level("INFO", "kn_detectron"):
+        model = load(model_of("KN", MODEL__KN__GAIN=0.25), tmp_path, state)
+    layers = kalman_layers(model)
+    assert f"The gains of {len(layers)} Kalman layers are those of MODEL.KN.GAIN" in caplog.text
+    for layer in layers.values():
+        assert layer.learns_gain and layer.gain.item() == pytest.approx(0.25) and layer.measures
+    with EventStorage():
+        sum(model.train()(rcnn_inputs(1, 64)).values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert any(layer.gain_logit.grad != 0 for layer in layers.values())
 
 
 def test_the_state_of_a_schedule_is_no_weight(tmp_path):

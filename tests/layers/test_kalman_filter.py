@@ -41,11 +41,12 @@ def test_an_average_of_weights_has_the_fixed_gain(gain):
         assert norm.to(dtype).gain_logit.sigmoid().item() == gain
 
 
+@pytest.mark.parametrize("learn_gain", [False, True])
 @pytest.mark.parametrize("gain, infinite", [(0.0, -math.inf), (1.0, math.inf)])
-def test_infinite_logits_of_older_checkpoints_become_finite(gain, infinite):
+def test_infinite_logits_of_older_checkpoints_become_finite(gain, infinite, learn_gain):
     state = KalmanNorm2d(4, gain=0.5, learn_gain=False).state_dict()
     state["gain_logit"] = torch.tensor(infinite)
-    norm = KalmanNorm2d(4, gain=0.5, learn_gain=False)
+    norm = KalmanNorm2d(4, gain=0.5, learn_gain=learn_gain)
     norm.load_state_dict(state)
     assert norm.gain_logit.isfinite() and norm.gain.item() == gain
     assert state["gain_logit"].isinf()  # the caller's

@@ -414,6 +414,7 @@ def test_config_reaches_the_layers():
         ),
         (dict(MODEL__RESNETS__DEPTH=20), "DEPTH is 20, but must be one of 18, 34"),
         (dict(MODEL__RESNETS__RES5_DILATION=3), "RES5_DILATION is 3"),
+        (dict(MODEL__KN__NETWORK_WEIGHTS="r50.pth"), "NETWORK_WEIGHTS is r50.pth, but is only for"),
         (dict(MODEL__RESNETS__DEPTH=18), "RES2_OUT_CHANNELS is 16, but must be 64"),
         (dict(MODEL__RESNETS__NORM="GN"), "NORM is 'GN'"),
         (

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .. import passes
 from ..belief import Belief
-from ..filter import GATE_LIMIT, Gradients, Running, Spec, Statistics, Vectors
+from ..filter import GATE_LIMIT, Running, Spec, Vectors
+from ..normalize import Gradients, Statistics
 from . import tensors_in
 
 __all__ = ["Convolve", "Filter", "Rectify"]
