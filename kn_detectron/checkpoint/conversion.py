@@ -17,9 +17,10 @@ from ..config import add_kn_config
 from ..errors import InputError, one_line
 from ..files import fetch
 from ..layers import KN_STATE
+from ..layers.gain import GAINS
 from ..layers.kalman_filter import VARIANTS
 from .architecture import resnet_of
-from .loading import GAINS, load_weights
+from .loading import load_weights
 from .matching import RESNET_STAGE, leaf
 from .sources import Weights, read_weights
 from .writing import write_weights

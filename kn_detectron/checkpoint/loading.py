@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..files import renamed, without_wrappers
 from ..layers import KN_STATE, KalmanNorm2d, kalman_layers
 from ..layers.calibration import is_exact
+from ..layers.gain import GAINS
 from ..modeling import KNRetinaNetHead
 from .calibration import calibrate, fit_process_noise, predicted_priors
 from .matching import STATISTICS, essential_names, extra_layers, foreign_networks, leaf, match
@@ -21,7 +22,6 @@ __all__ = ["load_weights"]
 
 _logger = logging.getLogger(__name__)
 
-GAINS = ("gain_logit", "gain_scale")
 _PROCESS_MODELS = {"network": ("mean_offset", "log_var_scale"), "paper": ("process_noise",)}
 
 

@@ -1,7 +1,5 @@
-"""The gain and the process model, which the batch and the group version of the norm share."""
+"""Prior, gain and process model, which the batch and the group version of the norm share."""
 
-import math
-from numbers import Real
 from typing import Callable, Optional, Tuple, Union
 
 import torch
@@ -9,8 +7,7 @@ from torch import Tensor, nn
 
 from .belief import Belief
 from .filter import Vectors, process
-from .introspection import is_traced
-from .passes import statistics_dtype
+from .gain import GAINS, Gain
 
 __all__ = [
     "INITIAL_PROCESS_NOISE",
@@ -20,13 +17,12 @@ __all__ = [
     "Prior",
     "VARIANTS",
     "cast",
-    "logit_of",
 ]
 
 VARIANTS = ("network", "paper")
 
 # The entries of a KN layer's state_dict that BatchNorm and GroupNorm do not have.
-KN_STATE = ("gain_logit", "gain_scale", "mean_offset", "log_var_scale", "process_noise")
+KN_STATE = (*GAINS, "mean_offset", "log_var_scale", "process_noise")
 
 # softplus(-5) = 0.0067: R starts small beside the variance of 1 that normalised features have.
 INITIAL_PROCESS_NOISE = -5.0
@@ -43,30 +39,10 @@ OUTSIDE = _OutsideAChain()
 Prior = Union[Belief, None, _OutsideAChain]
 
 
-# The logit of a gain of 1, of which the sigmoid is exactly 1; that of 0 is the opposite. Infinity
-# would become NaN in an average of weights.
-_SATURATED = 1e4
+class KalmanFilter(Gain):
+    """What the batch and the group version of the norm share.
 
-
-def logit_of(gain: float) -> float:
-    """The parameter of a gain: log(gain / (1 - gain)), and a large finite number for 0 and 1."""
-    if gain in (0.0, 1.0):
-        return _SATURATED if gain else -_SATURATED
-    return math.log(gain / (1.0 - gain))
-
-
-class _GainState(list):
-    """Tensors with their versions, which copies of a layer forget: theirs are counted anew."""
-
-    def __reduce__(self):
-        return _GainState, ()
-
-
-class KalmanFilter(nn.Module):
-    """The gain and the process model, which the batch and the group version share.
-
-    It is a mixin for a norm of torch. The gain is ``gain_scale * sigmoid(gain_logit)``: it stays in
-    (0, 1) whatever the optimiser does, and a hook can anneal it.
+    It is a mixin for a norm of torch.
 
     Attributes:
         observer: if not None, it is called with the two results of ``innovation`` in each forward
@@ -89,125 +65,35 @@ class KalmanFilter(nn.Module):
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant is one of {VARIANTS}, not {variant!r}")
-        if gain is not None and not (isinstance(gain, Real) and 0.0 <= gain <= 1.0):
-            raise ValueError(
-                f"gain is a number between 0 and 1, or None for the head of a chain, not {gain!r}"
-            )
-        if gain in (0.0, 1.0) and learn_gain:
-            raise ValueError(
-                f"a gain of {gain:g} cannot be learned (its logit is infinite): "
-                "pass learn_gain=False, or a gain strictly between 0 and 1"
-            )
         self.variant = variant
-        self.initial_gain = gain
         self.prior_gradient = prior_gradient
         self.has_process_model = process_model and gain is not None
-        if self.is_head:  # a parameter that gets no gradient would break DDP
-            return
+        self._init_gain(gain, learn_gain, device, dtype)
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device=device, dtype=dtype)
+        def empty() -> Tensor:
+            return torch.empty(channels, device=device, dtype=dtype)
 
-        if learn_gain:
-            self.gain_logit = nn.Parameter(empty())
-        else:
-            self.register_buffer("gain_logit", empty())
-        self.register_buffer("gain_scale", empty())
         if self.has_process_model and variant == "network":
-            self.mean_offset = nn.Parameter(empty(channels))
-            self.log_var_scale = nn.Parameter(empty(channels))
+            self.mean_offset = nn.Parameter(empty())
+            self.log_var_scale = nn.Parameter(empty())
         elif self.has_process_model:
-            self.process_noise = nn.Parameter(empty(channels))
+            self.process_noise = nn.Parameter(empty())
         self._reset_filter()
 
     @torch.no_grad()
     def _reset_filter(self) -> None:
-        if self.is_head:
-            return
-        self.gain_logit.fill_(logit_of(self.initial_gain))
-        self.gain_scale.fill_(1.0)
+        self._reset_gain()
         if self.has_process_model and self.variant == "network":
             self.mean_offset.zero_()
             self.log_var_scale.zero_()
         elif self.has_process_model:
             self.process_noise.fill_(INITIAL_PROCESS_NOISE)
-        self._remember_that_it_measures(self.initial_gain > 0.0)
 
     def reset_parameters(self) -> None:
         """Sets the norm, the gain and the process model to their initial values."""
         super().reset_parameters()
         if hasattr(self, "initial_gain"):  # torch's constructor calls this before it is set
             self._reset_filter()
-
-    @property
-    def is_head(self) -> bool:
-        """Whether the layer is the head of a chain, with no prior, gain and process model."""
-        return self.initial_gain is None
-
-    @property
-    def gain(self) -> Optional[Tensor]:
-        """The effective gain q in [0, 1], a scalar tensor; None for a head."""
-        if self.is_head:
-            return None
-        dtype = statistics_dtype(self.gain_logit)
-        return self.gain_scale.to(dtype) * self.gain_logit.to(dtype).sigmoid()
-
-    def set_gain_scale(self, scale: float) -> None:
-        """Multiplies the gain by ``scale`` in [0, 1], for annealing. At 0 nothing is measured.
-
-        The scale is in the state_dict, so the gain of an annealed model stays annealed in its
-        checkpoints. A head has no gain and ignores the scale. Of several processes each has to call
-        this: a buffer that DistributedDataParallel copies from another one goes unnoticed.
-        """
-        if not 0.0 <= scale <= 1.0:
-            raise ValueError(f"the scale of a gain lies between 0 and 1, not {scale}")
-        if not self.is_head:
-            measures = scale > 0.0 and (self.learns_gain or self.measures or self._logit_allows())
-            self.gain_scale.fill_(scale)
-            self._remember_that_it_measures(measures)
-
-    # What forward does depends on whether the gain is 0. The gain is on the device, and reading it
-    # would wait for the device. So the answer is kept, with the tensors that decide it and their
-    # version counters: these tell whether an operation of torch wrote to the tensors since. Writes
-    # to ``.data`` do not count. A learned gain is a sigmoid, which is never 0 by itself.
-
-    @property
-    def learns_gain(self) -> bool:
-        """Whether the gain is a parameter; otherwise it is fixed, or the layer is a head."""
-        return isinstance(getattr(self, "gain_logit", None), nn.Parameter)
-
-    @torch.no_grad()  # or activation checkpointing would miss what the first forward pass saved
-    def _gain_is_positive(self) -> bool:
-        return bool(self.gain > 0)
-
-    def _logit_allows(self) -> bool:
-        return bool(self.gain_logit.sigmoid() > 0)
-
-    def _gain_state(self) -> "_GainState":
-        deciding = [self.gain_scale] if self.learns_gain else [self.gain_scale, self.gain_logit]
-        # Tensors made in inference mode have no version. NaN equals nothing, so they are read anew.
-        return _GainState((t, math.nan if t.is_inference() else t._version) for t in deciding)
-
-    def _remember_that_it_measures(self, measures: bool) -> None:
-        self._measures, self._measures_as_of = measures, self._gain_state()
-
-    @property
-    def measures(self) -> bool:
-        """Whether the layer measures its features: it is a head, or its gain is not 0.
-
-        The device is asked only if something other than :meth:`set_gain_scale` wrote the gain.
-        """
-        if self.is_head:
-            return True
-        if is_traced(self.gain_scale):  # neither the value nor its version can be read
-            return self._measures
-        known = self._measures_as_of
-        now = self._gain_state()
-        if len(known) != len(now) or any(
-            a is not b or old != new for (a, old), (b, new) in zip(known, now)
-        ):
-            self._remember_that_it_measures(self._gain_is_positive())
-        return self._measures
 
     def _check_prior(self, prior: Prior, channels: int) -> None:
         if not isinstance(prior, (Belief, _OutsideAChain, type(None))):
@@ -275,14 +161,7 @@ class KalmanFilter(nn.Module):
         if not any(prefix + name in state_dict for name in own):
             # The checkpoint is BatchNorm's or GroupNorm's: the filter keeps its values.
             state_dict.update({prefix + name: getattr(self, name).detach() for name in own})
-        logit = prefix + "gain_logit"
-        if "gain_logit" in own and logit in state_dict:
-            # Older checkpoints have infinite ones.
-            state_dict[logit] = state_dict[logit].clamp(-_SATURATED, _SATURATED)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if not self.is_head and not self.gain_scale.is_meta:
-            # Now, since torch.compile cannot ask later.
-            self._remember_that_it_measures(self._gain_is_positive())
 
     def extra_repr(self) -> str:
         if self.is_head:
