@@ -10,8 +10,8 @@ Examples:
 
 Without a config the released detector finds persons. A config.yaml in the folder of a run stands for
 the last checkpoint of this run. Any other config needs MODEL.WEIGHTS. Each picture is OUTPUT/<name of
-the photo>.png. Where boxes of different classes overlap by more than 0.7, the best is drawn. All
-detections, drawn or not, are in OUTPUT/detections.json.
+the photo>.png. Of boxes that overlap by more than 0.4, or 0.7 if their classes differ, only the best
+is drawn. All detections, drawn or not, are in OUTPUT/detections.json.
 """
 
 import argparse

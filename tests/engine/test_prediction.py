@@ -22,13 +22,21 @@ def instances(boxes, scores, classes):
 
 def test_a_picture_shows_one_detection_for_each_object():
     found = instances(
-        [[0, 0, 20, 20], [1, 0, 20, 20], [30, 5, 50, 35], [0, 0, 9, 9], [30, 5, 50, 23]],
-        [0.6, 0.9, 0.8, 0.2, 0.7],
-        [0, 1, 0, 1, 1],
+        [
+            [0, 0, 20, 20],
+            [1, 0, 20, 20],
+            [30, 5, 50, 35],
+            [0, 0, 9, 9],
+            [30, 5, 50, 23],
+            [30, 20, 50, 35],
+        ],
+        [0.6, 0.9, 0.8, 0.2, 0.7, 0.65],
+        [0, 1, 0, 1, 1, 0],
     )
     drawn = shown(found, min_score=0.5)
-    # Of two boxes of two classes on one object the better, and no box of a low score. The last box
-    # covers 0.6 of another, as a motorcycle does with its rider.
+    # Of two boxes of two classes on one object the better, and no box of a low score. The last but
+    # one covers 0.6 of one of another class, as a motorcycle does with its rider. The last covers
+    # 0.5 of one of its own class.
     assert drawn.scores.tolist() == torch.tensor([0.9, 0.8, 0.7]).tolist()
     assert drawn.pred_classes.tolist() == [1, 0, 1]
     assert len(shown(found[:0], 0.5)) == 0
