@@ -77,7 +77,8 @@ class StopOnSignal(HookBase):
         # A signal to the whole group kills the loader processes too, and torch's handler would
         # report that by an exception in the middle of the step that is to be finished.
         if hasattr(signal, "SIGCHLD"):
-            self._former = {signal.SIGCHLD: signal.signal(signal.SIGCHLD, signal.SIG_DFL)}
+            # Not SIG_DFL: of one that is pending Python would report a race with a traceback.
+            self._former = {signal.SIGCHLD: signal.signal(signal.SIGCHLD, lambda *_: None)}
         if self._at_once:
             raise Stopped(128 + signum)
         # Not through logging: the signal may have interrupted logging in the middle of a line.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -133,6 +134,23 @@ def test_killed_command_line_run_resumes_as_if_nothing_had_happened(plain, datas
     assert process.returncode == 0, output
     assert "Starting training from iteration 2" in output
     tiny.assert_same_state(run / "model_final.pth", plain[0] / "model_final.pth")
+
+
+def test_a_loader_killed_at_the_same_time_leaves_no_traceback(tmp_path, monkeypatch, child_handler):
+    """Both signals are pending, and that of the loader is handled last."""
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    both = {signal.SIGTERM, signal.SIGCHLD}
+
+    def in_step(iteration):
+        if iteration == 1:
+            signal.pthread_sigmask(signal.SIG_BLOCK, both)
+            _send(*both, at=1)(1)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+
+    with pytest.raises(Stopped):
+        Loop(StopOnSignal(), folder=tmp_path, in_step=in_step).train(0, 9)
+    assert (tmp_path / "model_1.pth").exists() and not unraisable
 
 
 def _loader_that_is_killed(batches):
