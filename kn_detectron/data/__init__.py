@@ -7,8 +7,8 @@ names are taken.
 from detectron2.data import DatasetCatalog
 
 from .coco_folder import register_coco_folder
-from .loader import TrainLoader, build_test_loader, build_train_loader
 from .image_files import read_rgb
+from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import CheckedMapper, first_sentence
 from .named_folders import register_named_folders
 from .photos import PHOTOS, register_photos

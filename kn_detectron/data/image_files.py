@@ -1,4 +1,4 @@
-"""What is wrong with an image file, in one sentence."""
+"""Image files: how they are read, and what is wrong with one, in a sentence."""
 
 import logging
 import os
