@@ -73,6 +73,26 @@ def test_every_norm_is_built_and_has_its_gradient(norm, kind, options):
     assert losses[0] - losses[1] == pytest.approx(2e-6, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "norm, together, expected",
+    [
+        ("BN", 0, torch.channels_last),
+        ("KN", 0, torch.channels_last),
+        ("KN", 8, torch.channels_last),  # the whole batch
+        ("KN", 2, torch.contiguous_format),
+        ("BN", 2, torch.contiguous_format),
+        ("GN4", 2, torch.channels_last),  # ignores the size
+        ("GKN", 0, torch.contiguous_format),
+    ],
+)
+def test_features_have_the_faster_memory_format(norm, together, expected):
+    """Where a CPU measures parts of a batch, changing the format costs more than it gains."""
+    model = ImageClassifier(config("d", norm, norm_batch_size=together))
+    x = model.backbone(_batch()["image"].float())["res5"]
+    assert x.shape[1] > 1 and x.shape[2] > 1  # else both formats are one
+    assert x.is_contiguous(memory_format=expected)
+
+
 def test_loss_and_accuracy_are_those_of_the_scores():
     model = ImageClassifier(config("d", "GN4"))
     batch = _batch()
