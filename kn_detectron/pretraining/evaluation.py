@@ -4,12 +4,12 @@ import contextlib
 import logging
 
 import torch
+from detectron2.modeling import Backbone
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-from torchvision.ops import StochasticDepth
 
+from ..layers.convert.chain import Chain
 from ..layers.modes import in_mode
 from .config import micro_batch
 from .data import IGNORED, build_eval_loader
@@ -29,18 +29,22 @@ def online_statistics(backbone):
     Args:
         backbone (nn.Module): in evaluation.
     """
-    norms = [m for m in backbone.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
+    norms = [m for m in backbone.modules() if isinstance(m, _BatchNorm)]
+    tracking = [norm for norm in norms if norm.track_running_stats]
+    for norm in tracking:
         norm.track_running_stats = False
-    backbone.train()
-    for module in backbone.modules():  # of networks that are no ResNet
-        if isinstance(module, (_DropoutNd, StochasticDepth)):
-            module.eval()
+    if isinstance(backbone, Backbone):
+        backbone.train()  # the blocks of a ResNet pass beliefs by their mode, and drop nothing
+    else:
+        # Any other module may drop features by its mode.
+        for module in backbone.modules():
+            if isinstance(module, (_BatchNorm, Chain)):
+                module.training = True
     try:
         yield
     finally:
         backbone.eval()
-        for norm in norms:
+        for norm in tracking:
             norm.track_running_stats = True
 
 

@@ -1,5 +1,7 @@
 """Accuracy with moving and with online statistics."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from kn_detectron.layers import convert_kalman_norm
 from kn_detectron.pretraining import ImageClassifier, evaluate, online_statistics, open_folders
 
 from ..models import randomize
@@ -55,6 +58,27 @@ def test_dropout_stays_off_with_online_statistics():
     with online_statistics(network):
         torch.testing.assert_close(network(x), F.batch_norm(x, None, None, training=True))
     assert not any(module.training for module in network.modules())
+
+
+class _Dropping(nn.Module):
+    """Drops as timm's GhostNet does, by its own mode."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("norm", ["BN", "KN"])
+def test_functional_dropout_stays_off_with_online_statistics(norm):
+    layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    without = nn.Sequential(*layers)
+    network = copy.deepcopy(nn.Sequential(*layers[:2], _Dropping(), *layers[2:]))
+    if norm == "KN":
+        network, without = convert_kalman_norm(network), convert_kalman_norm(without)
+    x = torch.randn(4, 3, 5, 5)
+    with online_statistics(network.eval()):
+        online = network(x)
+    assert not torch.allclose(online, network(x), rtol=0.01)
+    torch.testing.assert_close(online, without.train()(x))
 
 
 def test_online_statistics_come_back_after_a_failure():

@@ -5,6 +5,8 @@ from typing import Dict, List, Optional, Tuple
 
 from torch import fx, nn
 
+from .tracing import IN_PLACE
+
 __all__ = ["Memory"]
 
 _PERHAPS_VIEWS = {"view", "reshape", "flatten", "transpose", "permute", "contiguous", "chunk"}
@@ -31,7 +33,8 @@ class Memory:
             The nodes that are now the same feature as this one, because it was computed in their
             place, and the nodes that it changed in an unknown way.
         """
-        first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        first = node.kwargs.get("out") or (node.args[0] if node.args else None)
+        first = first if isinstance(first, fx.Node) else None
         sharing = _sharing(node, self._network)
         if first is None or sharing is None:
             self._origin[node] = node, True
@@ -58,8 +61,9 @@ def _sharing(node: fx.Node, network: nn.Module) -> Optional[str]:
         named = type(module).__name__ in _PERHAPS_VIEW_NAMES
         return "perhaps" if named or isinstance(module, _PERHAPS_VIEW_MODULES) else None
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-    in_place |= node.target is operator.setitem or bool(node.kwargs.get("inplace", False))
+    in_place = node.target in (*IN_PLACE.values(), operator.setitem)
+    in_place |= bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
     if in_place or (name.endswith("_") and not name.endswith("__")):
         return "changes"
-    return "perhaps" if name in _PERHAPS_VIEWS else None
+    is_data = node.target is getattr and node.args[1] == "data"
+    return "perhaps" if is_data or name in _PERHAPS_VIEWS else None

@@ -11,7 +11,7 @@ from typing import Any, Dict
 import torch
 from torch import fx, nn
 
-from ...errors import InputError
+from ...errors import InputError, one_line
 from ..kalman_norm import check_takes_prior
 from ..modes import in_mode
 from .chain import Chain
@@ -113,7 +113,8 @@ class KalmanNetwork(nn.Module):
 
         Raises:
             TypeError: a norm was replaced by one that takes no prior.
-            InputError: a norm is in training in a network that is not.
+            InputError: a norm is in training in a network that is not, or an argument that the
+                conversion left at its default has another value.
         """
         try:
             return self._program(self, *args, **kwargs)
@@ -121,6 +122,13 @@ class KalmanNetwork(nn.Module):
             for name in self._norms:
                 check_takes_prior(self.get_submodule(name), error)
             raise
+        except AssertionError as error:  # of fx
+            if "has been specialized" not in str(error):
+                raise
+            raise InputError(
+                f"A converted network has the defaults of its arguments only ({one_line(error)}): "
+                "convert a subclass whose forward has the default that you need"
+            ) from error
         except ValueError as error:
             norms = [self.get_submodule(name) for name in self._norms]
             lacks_prior = any(getattr(norm, "needs_prior", False) for norm in norms)

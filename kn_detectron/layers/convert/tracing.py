@@ -1,19 +1,34 @@
 """Traces a network by torch.fx."""
 
+import contextlib
 import inspect
 import operator
 import os
+import random
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import fx, nn
 
 from ...errors import InputError, one_line
+from ..introspection import has_hooks
 from ..modes import in_mode
 from .rules import is_ruled
 
-__all__ = ["is_frozen_norm", "is_norm", "is_of_torch", "trace"]
+__all__ = ["IN_PLACE", "is_frozen_norm", "is_norm", "is_of_torch", "trace"]
+
+# fx.Proxy would record y += x as y = y + x, but y may have other names.
+IN_PLACE = {
+    "__iadd__": operator.iadd,
+    "__isub__": operator.isub,
+    "__imul__": operator.imul,
+    "__itruediv__": operator.itruediv,
+    "__ifloordiv__": operator.ifloordiv,
+    "__imod__": operator.imod,
+    "__ipow__": operator.ipow,
+}
 
 
 def is_of_torch(file: str) -> bool:
@@ -39,12 +54,60 @@ def _recorded(function):
 
 
 class _Proxy(fx.Proxy):
-    """Records ``y += x`` in place. fx.Proxy would record y = y + x, but y may have other names."""
+    """Records operators in place as such."""
 
-    __iadd__ = _recorded(operator.iadd)
-    __isub__ = _recorded(operator.isub)
-    __imul__ = _recorded(operator.imul)
-    __itruediv__ = _recorded(operator.itruediv)
+
+for _name, _function in IN_PLACE.items():
+    setattr(_Proxy, _name, _recorded(_function))
+
+
+class _Unrecorded(Exception):
+    """Forward does something that is no node of the graph, and would be lost."""
+
+
+def _contexts() -> tuple:
+    """Changes within ``torch.no_grad()``, ``inference_mode()`` and ``autocast()``."""
+    nesting = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return torch.is_grad_enabled(), nesting
+
+
+def _random_states() -> tuple:
+    """Changes where a random number is drawn; not those of dropout, which is recorded."""
+    numpy_state = np.random.get_state()[1:3]
+    numpy_state = numpy_state[0].tobytes(), numpy_state[1]
+    return random.getstate(), numpy_state, torch.get_rng_state().numpy().tobytes()
+
+
+@contextlib.contextmanager
+def _must_be_recorded(module: nn.Module):
+    """Context of a module's forward. It undoes what forward leaves behind.
+
+    Raises:
+        _Unrecorded: forward draws a random number or keeps a feature as an attribute.
+    """
+    attributes, states = dict(vars(module)), _random_states()
+    numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        kept = [name for name, value in vars(module).items() if isinstance(value, fx.Proxy)]
+        for name in kept:
+            delattr(module, name)
+            if name in attributes:
+                setattr(module, name, attributes[name])
+        drew = _random_states() != states
+        random.setstate(states[0])
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+    name = type(module).__name__
+    if kept:
+        raise _Unrecorded(f"forward of {name} keeps a feature as self.{kept[0]}: return it instead")
+    if drew:
+        raise _Unrecorded(
+            f"forward of {name} draws a random number, which would be drawn once and for all: "
+            "drop features by torchvision.ops.StochasticDepth or dropout"
+        )
 
 
 class _Tracer(fx.Tracer):
@@ -56,6 +119,17 @@ class _Tracer(fx.Tracer):
     def __init__(self):
         super().__init__()
         self.record_stack_traces = True  # for the warnings
+        self._contexts = _contexts()
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        """See :class:`torch.fx.Tracer`."""
+        if _contexts() != self._contexts:
+            raise _Unrecorded(
+                "forward has a with statement of torch.no_grad, inference_mode or autocast around "
+                f"{_line(traceback.extract_stack())}: use detach(), requires_grad_(False), or "
+                "autocast around the whole network"
+            )
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """See :class:`torch.fx.Tracer`."""
@@ -64,6 +138,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """See :class:`torch.fx.Tracer`."""
         whole = is_norm(module) or is_frozen_norm(module) or is_ruled(type(module))
+        # Hooks are called where the module is, and would not be if its parts were.
+        whole = whole or (has_hooks(module) and not any(module.children()))
         return whole or super().is_leaf_module(module, name)
 
     def call_module(self, module: nn.Module, forward, args, kwargs):
@@ -75,7 +151,8 @@ class _Tracer(fx.Tracer):
         last = next(iter(reversed(self.graph.nodes)))
         modules = getattr(self, "module_stack", {}).copy()
         try:
-            return super().call_module(module, forward, args, kwargs)
+            with _must_be_recorded(module):
+                return super().call_module(module, forward, args, kwargs)
         except Exception:
             if any(is_norm(child) for child in module.modules()):
                 raise
@@ -94,9 +171,9 @@ def _defaults(network: nn.Module) -> dict:
     return {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
 
 
-def _origin(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not is_of_torch(frame.filename)]
+def _line(frames: traceback.StackSummary) -> str:
+    """The innermost line of the network's own code."""
+    own = [f for f in frames if f.filename != __file__ and not is_of_torch(f.filename)]
     return f"{own[-1].filename}:{own[-1].lineno}, {own[-1].line!r}"
 
 
@@ -114,16 +191,25 @@ def trace(network: nn.Module, training: bool) -> fx.Graph:
 
     Raises:
         InputError: forward cannot be traced, for instance because it depends on the values of its
-            input (the error names the line); or torch.fx does not see how the output is computed.
+            input (the error names the line); it does something that the graph would lose; or
+            torch.fx does not see how the output is computed.
     """
     defaults = _defaults(network)
-    with in_mode(network, training):
+    # With gradients, so that a no_grad() in forward makes a difference.
+    with in_mode(network, training), torch.enable_grad():
         try:
-            graph = _Tracer().trace(network, defaults or None)
+            with _must_be_recorded(network):
+                graph = _Tracer().trace(network, defaults or None)
+        except _Unrecorded as error:
+            raise InputError(
+                f"{type(network).__name__} cannot be converted to KN, because torch.fx does not see "
+                f"all that it does: {error}."
+            ) from error
         except Exception as error:  # forward gets proxies, with which anything may fail
+            frames = traceback.extract_tb(error.__traceback__)
             raise InputError(
                 f"{type(network).__name__} cannot be traced by torch.fx, which the conversion to "
-                f"KN needs: {_origin(error)} ({one_line(error)}). Move code that depends on the values or "
+                f"KN needs: {_line(frames)} ({one_line(error)}). Move code that depends on the values or "
                 "sizes of the input out of forward, or convert parts of the network without it."
             ) from error
     if not next(iter(reversed(graph.nodes))).all_input_nodes:

@@ -4,6 +4,7 @@ import inspect
 import operator
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
+import torch
 from torch import fx, nn
 
 from ..introspection import has_hooks
@@ -104,6 +105,7 @@ class Walk:
         """Whether an argument is a number or depends on parameters only."""
         return isinstance(x, (int, float)) or x in self._constants
 
+    @torch.no_grad()
     def constant(self, x: Any) -> Any:
         """The present value of a constant argument."""
         if not isinstance(x, fx.Node):
