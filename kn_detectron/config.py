@@ -89,7 +89,8 @@ _RULES = {
         lambda v: _is_count(v) and (v == 0 or v >= 8),
         "0 (the feature map's own size) or a number of pixels of at least 8",
     ),
-    "GAIN": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    # No int, which yacs would refuse in the config.yaml of the run.
+    "GAIN": (lambda v: isinstance(v, float) and 0 <= v <= 1, "a float from 0.0 to 1.0"),
     "LEARN_GAIN": _BOOL,
     "GAIN_ANNEAL": (
         lambda v: _are_numbers(v, 0, 1) and len(v) == 2 and v[0] <= v[1],

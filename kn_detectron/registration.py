@@ -68,13 +68,22 @@ def get_norm(norm, out_channels):
         nn.Module or None: the normalisation layer.
 
     Raises:
-        InputError: the groups of "GN<n>" do not divide the channels.
+        InputError: there is no such norm, or the groups of "GN<n>", or the 32 of "GKN", do not
+            divide the channels.
     """
     groups = _NUMBERED_GN.fullmatch(norm) if isinstance(norm, str) else None
     if groups:
         return _group_norm(int(groups[1]), out_channels)
     if norm not in ("KN", "GKN"):
-        return _original_get_norm(norm, out_channels)
+        try:
+            return _original_get_norm(norm, out_channels)
+        except KeyError as error:
+            if norm != (error.args or [None])[0]:
+                raise
+            raise InputError(
+                f"the norm {norm!r} is unknown: take one of detectron2's, such as BN, SyncBN, FrozenBN "
+                "or GN, or KN, GKN or GN<n>, or none by an empty name"
+            ) from error
     asking = sys._getframe(1).f_globals["__name__"]
     if (norm, asking) not in _told:
         _told.add((norm, asking))

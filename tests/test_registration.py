@@ -45,8 +45,14 @@ def test_other_norms_are_as_before():
     assert isinstance(get_norm("GN", 64), nn.GroupNorm)
     assert get_norm("", 4) is None and get_norm(None, 4) is None
     assert isinstance(get_norm(nn.BatchNorm2d, 4), nn.BatchNorm2d)
-    with pytest.raises(KeyError):
+    with pytest.raises(kn_detectron.InputError, match="the norm 'NoSuchNorm' is unknown"):
         get_norm("NoSuchNorm", 4)
+
+    def broken(channels):
+        raise KeyError("of its own")
+
+    with pytest.raises(KeyError, match="of its own"):
+        get_norm(broken, 4)
 
 
 @pytest.mark.parametrize("groups, channels", [(1, 4), (8, 16), (48, 96)])

@@ -180,6 +180,8 @@ def main():
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs for the config"
     )
     args = parser.parse_args()
+    if not 0 <= args.min_score <= 1:
+        raise InputError(f"--min-score is {args.min_score}: scores are from 0 to 1.")
     photos = find_photos(args.photos)
     output = Path(args.output)
     make_writable(output, "--output")

@@ -57,6 +57,11 @@ def load_config(args):
                 "--norm and --data."
             )
     detection = read_config(args, add_pretraining_config)
+    if detection.PRETRAINING.DATA:
+        raise InputError(
+            f"Config file {args.config_file} is that of a pre-training: give the config of the "
+            "detector that it was made from, and the same options as then."
+        )
     train, _ = open_folders(args.data)
     cfg = classification_config(
         detection,

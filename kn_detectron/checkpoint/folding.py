@@ -250,6 +250,11 @@ def fold_weights(cfg, output):
         raise InputError(
             "There are no weights to fold: set MODEL.WEIGHTS to the checkpoint of a trained model."
         )
+    if os.path.isdir(output):
+        raise InputError(
+            f"{output} is a folder: give the path of the two files, such as "
+            f"{os.path.join(output, 'folded')}."
+        )
     stem = re.sub(r"\.(pth|yaml)$", "", os.path.abspath(output))
     weights, config = stem + ".pth", stem + ".yaml"
     if os.path.exists(weights) and os.path.realpath(weights) == os.path.realpath(cfg.MODEL.WEIGHTS):

@@ -82,13 +82,18 @@ def load_config(args):
         args (argparse.Namespace): of :func:`argument_parser`.
 
     Returns:
-        CfgNode: frozen.
+        CfgNode: frozen. With the config.yaml of a run, --resume and --eval-only go on in its folder,
+        wherever that is now, unless the pairs have another OUTPUT_DIR.
 
     Raises:
         InputError: something in it is wrong.
     """
     cfg = read_config(args)
+    folder = _folder_of_run(args.config_file)
+    if folder and (args.resume or args.eval_only) and "OUTPUT_DIR" not in args.opts[::2]:
+        cfg.OUTPUT_DIR = folder
     if args.dataset:
+        _refuse_datasets(args.opts)
         splits = ("val",) if args.eval_only else ("train", "val")
         *train, val = register_coco_folder(args.dataset, splits)
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), (val,)
@@ -110,6 +115,19 @@ def load_config(args):
     check_requirements(cfg, truths)
     cfg.freeze()
     return cfg
+
+
+def _folder_of_run(config_file):
+    """The folder of a config.yaml with checkpoints beside it, or None."""
+    folder, name = os.path.split(config_file)
+    is_run = name == "config.yaml" and os.path.isfile(os.path.join(folder, "last_checkpoint"))
+    return (folder or ".") if is_run else None
+
+
+def _refuse_datasets(options):
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        if key in options[::2]:
+            raise InputError(f"--dataset sets {key}, and so does a pair: leave one of them out.")
 
 
 def _check_classes(cfg, classes):
@@ -191,6 +209,11 @@ def _merge_file(cfg, path):
         ) from error
     # What detectron2 and yacs raise depends on how the content is wrong.
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if "PRETRAINING" in str(error):
+            raise InputError(
+                f"Config file {path} is that of a pre-training: give the config of the detector, and "
+                f"MODEL.WEIGHTS {os.path.join(os.path.dirname(path), 'backbone.pth')}."
+            ) from error
         raise InputError(
             f"Config file {path} cannot be used ({one_line(error)}): correct or remove the entry"
             f"{_form_that_fits(error)}."
@@ -257,7 +280,7 @@ def _form_that_fits(error):
     if wanted in ("tuple", "list"):
         if given == "str":
             return ", as in \"('my_data',)\" with both kinds of quotes"
-        return ', as in "(100,)" for a single 100'
+        return ', as in "(100,)" for a single 100' if wanted == "tuple" else ', as in "[0.6, 0.9]"'
     return ""
 
 

@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
 from ..checkpoint import KNCheckpointer
 from ..data import register_named_folders
 from .command_line import read_config
@@ -10,7 +12,7 @@ from .command_line import read_config
 __all__ = ["load_run", "trained_weights"]
 
 
-def load_run(folder, options=()):
+def load_run(folder, options=(), extensions=()):
     """Gives the config of a run, ready for a predictor or an evaluation in another script.
 
     ::
@@ -22,12 +24,14 @@ def load_run(folder, options=()):
     Args:
         folder (str): OUTPUT_DIR of the run, wherever it is now, with its config.yaml.
         options (sequence of str): KEY, VALUE, ... that take the place of the run's.
+        extensions (sequence of callable): each adds keys of your own to a config, as
+            :func:`~kn_detectron.add_kn_config` does.
 
     Returns:
         CfgNode: not frozen. MODEL.WEIGHTS is the last checkpoint in the folder if there is one and
-        ``options`` have no other, and MODEL.DEVICE one that torch finds. The datasets of a run with
-        --dataset are registered with the names of their classes, whether their files are there or
-        not.
+        ``options`` have no other, and MODEL.DEVICE one that torch finds. The metadata of its
+        datasets have the names of the classes. Those of a run with --dataset are registered too,
+        whether their files are there or not.
 
     Raises:
         InputError: there is no config.yaml, or it or the options cannot be used.
@@ -35,10 +39,13 @@ def load_run(folder, options=()):
     folder = os.fspath(folder)
     config_file = os.path.join(folder, "config.yaml")
     options = list(options)
-    cfg = read_config(argparse.Namespace(config_file=config_file, opts=options))
+    cfg = read_config(argparse.Namespace(config_file=config_file, opts=options), *extensions)
     cfg.OUTPUT_DIR = folder
     cfg.MODEL.WEIGHTS = trained_weights(config_file, options) or cfg.MODEL.WEIGHTS
     register_named_folders(cfg)
+    for name in cfg.DATASETS.TEST if cfg.DATASETS.CLASS_NAMES else ():
+        if name not in DatasetCatalog.list():  # the script that trained did it
+            MetadataCatalog.get(name).thing_classes = list(cfg.DATASETS.CLASS_NAMES)
     return cfg
 
 

@@ -135,11 +135,22 @@ class Trainer(DefaultTrainer):
 
         Returns:
             LRScheduler
+
+        Raises:
+            InputError: detectron2 has no such scheduler.
         """
         cfg = cfg.clone()
         cfg.defrost()
         cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step != cfg.SOLVER.MAX_ITER)
-        return super().build_lr_scheduler(cfg, optimizer)
+        try:
+            return super().build_lr_scheduler(cfg, optimizer)
+        except ValueError as error:
+            if "Unknown LR scheduler" not in str(error):
+                raise
+            raise InputError(
+                f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}, which detectron2 does "
+                "not have: take WarmupMultiStepLR or WarmupCosineLR."
+            ) from error
 
     def build_hooks(self):
         """Builds the hooks; their order matters and is explained where it does.

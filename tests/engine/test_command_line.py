@@ -140,6 +140,14 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
         ),
         (["MODEL.ANCHOR_GENERATOR.NAME", "Default"], ["'Default', which is not registered"]),
         (["MODEL.PROPOSAL_GENERATOR.NAME", "RPNN"], ["'RPNN', .* \\(is RPN or RRPN meant\\?"]),
+        (
+            ["MODEL.KN.GAIN_ANNEAL", "0.6"],
+            ["GAIN_ANNEAL 0.6 cannot be set", 'as in "\\[0.6, 0.9\\]"'],
+        ),
+        (
+            ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosine"],
+            ["is 'WarmupCosine', which detectron2 does"],
+        ),
         (["DATASETS.TRAIN", "my_data"], ["as in \"\\('my_data',\\)\" with both kinds of quotes"]),
         (
             ["SOLVER.REFERENCE_WORLD_SIZE", "8"],
@@ -162,6 +170,10 @@ def test_bad_options(command, tmp_path, arguments, patterns):
         ("", ["is empty: give a YAML file"]),
         ("VERSION: 2\nMODEL: {KN: {GAIN: 0}}", ["as in 0.0 for 0"]),
         ("VERSION: 2\nSOLVER: {STEPS: 100}", ['as in "\\(100,\\)" for a single 100']),
+        (
+            "VERSION: 2\nPRETRAINING: {DATA: d}",
+            ["is that of a pre-training: .* MODEL.WEIGHTS .*backbone.pth"],
+        ),
         ("_BASE_: nothing.yaml", ["_BASE_ that cannot be read"]),
         ("MODEL: {KN: {GIAN: 1}}\nVERSION: 2", ["MODEL.KN.GIAN"]),
         ("SOLVER: {MAX_ITER: many}\nVERSION: 2", ["many"]),
@@ -417,16 +429,20 @@ def test_the_config_that_a_run_wrote_is_enough(command, own_data, tmp_path):
     assert json.loads((run / "inference/results.json").read_text()) == results
     assert yaml.safe_load((run / "config.yaml").read_text()) == written
 
+    # Wherever the folder is now.
     _forget(own_data)
+    first, run = run, shutil.copytree(run, tmp_path / "moved")
+    shutil.rmtree(first)
     (run / "last_checkpoint").write_text("model_0000000.pth")
     status, out, err = command("--resume", config=run / "config.yaml")
     assert status == 0 and "Starting training from iteration 1" in out, err
     assert json.loads((run / "inference/results.json").read_text()) == results
+    assert not first.exists()
 
     # In another script, from another folder, on a machine without the data.
     _forget(own_data)
     shutil.rmtree(own_data)
-    run = run.rename(tmp_path / "moved")
+    run = run.rename(tmp_path / "moved again")
     cfg = load_run(run)
     predictor = DefaultPredictor(cfg)
     assert predictor.metadata.thing_classes == classes
@@ -437,6 +453,26 @@ def test_the_config_that_a_run_wrote_is_enough(command, own_data, tmp_path):
     assert load_run(run, ["MODEL.WEIGHTS", "other.pth"]).MODEL.WEIGHTS == "other.pth"
     with pytest.raises(InputError, match="MODEL.DEVICE is 'gpu', but must be a device"):
         load_run(run, ["MODEL.DEVICE", "gpu"])
+
+
+def test_a_run_on_a_dataset_that_another_script_registered(plain, tmp_path):
+    """A predictor has the names of its classes from the config."""
+    cfg = tiny.config(tmp_path, "DATASETS.TEST", "('of_a_script',)")
+    cfg.DATASETS.CLASS_NAMES = ["cat", "dog"]
+    cfg.MY_KEY = 1
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    with pytest.raises(InputError, match="MY_KEY"):
+        load_run(tmp_path)
+    found = load_run(tmp_path, extensions=[lambda cfg: setattr(cfg, "MY_KEY", 0)])
+    assert found.MY_KEY == 1
+    assert MetadataCatalog.get("of_a_script").thing_classes == ["cat", "dog"]
+
+
+def test_a_dataset_by_two_names_is_refused(command, own_data, tmp_path):
+    options = ["OUTPUT_DIR", tmp_path / "run", "DATASETS.TEST", "('shapes_val',)"]
+    _assert_one_sentence(
+        command("--dataset", own_data, *options), "sets DATASETS.TEST, and so does"
+    )
 
 
 def test_a_run_that_is_refused_leaves_the_config_of_the_one_before(command, plain, tmp_path):

@@ -77,3 +77,10 @@ def test_says_what_is_wrong_in_a_sentence(folder, process):
     assert last.startswith("error: trained.pth is truncated") and "Traceback" not in err
     left = ["last_checkpoint", "trained.pth", "trained.yaml"]
     assert sorted(os.listdir(folder)) == left
+
+
+def test_a_folder_is_no_name_of_two_files(folder, command):
+    status, _, err = command(
+        "fold_weights", "--config", "trained.yaml", "--output", ".", "MODEL.WEIGHTS", "trained.pth"
+    )
+    assert status == 1 and "error: . is a folder: give the path" in err

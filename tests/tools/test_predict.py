@@ -88,6 +88,7 @@ def test_what_it_refuses(photos, tmp_path, command):
     (run / "config.yaml").write_text(tiny.config(run).dump())
     for arguments, sentence in (
         ((tmp_path / "none.jpg",), "none.jpg does not exist"),
+        ((photos, "--min-score", "70"), "--min-score is 70.0: scores are from 0 to 1"),
         ((tmp_path / "empty",), "empty has no images"),
         ((photos, "--config", config), "give --opts MODEL.WEIGHTS FILE"),
         ((tmp_path / ("long" * 100),), "longlong does not exist"),

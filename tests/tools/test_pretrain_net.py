@@ -10,6 +10,7 @@ import yaml
 from kn_detectron.layers import KN_STATE
 from kn_detectron.networks import build_network
 
+from ..pretraining.conftest import config as classifier_config
 from ..pretraining.conftest import folder, write_images  # noqa: F401
 
 pytestmark = pytest.mark.trains
@@ -120,6 +121,15 @@ def test_output_is_a_folder_inside_the_detectors(
     status, out, err = pretrain("--data", folder, *ARGUMENTS, "--norm", "GN4")
     assert status == 0, err
     assert (tmp_path / "output" / "pretraining_GN4" / "backbone.pth").exists()
+
+
+def test_the_config_of_a_pre_training_is_refused(pretrain, folder, tmp_path):  # noqa: F811
+    config = tmp_path / "config.yaml"
+    config.write_text(classifier_config(folder).dump())
+    result = pretrain("--config", config, "--data", folder, *ARGUMENTS)
+    _assert_one_sentence(
+        result, "config.yaml is that of a pre-training: give the config of the det"
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ..transition import ClosedFormTransition, Transition
 from .about import End
 from .chain import Chain
 from .network import KalmanNetwork, Program
-from .tracing import is_frozen_norm, is_norm, is_of_torch, trace
+from .tracing import is_frozen_norm, is_norm, is_of_tracing, trace
 from .walk import Walk
 
 __all__ = ["convert_kalman_norm"]
@@ -257,7 +257,7 @@ def _place(node: fx.Node, network: nn.Module) -> Tuple[str, str]:
     stack = node.meta.get("nn_module_stack", {})
     path, module = next(reversed(stack.values()), ("", type(network)))
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
-    lines = [f", {file}:{line}" for file, line in lines if not is_of_torch(file)]
+    lines = [f", {file}:{line}" for file, line in lines if not is_of_tracing(file)]
     line = lines[-1] if lines else ""
     return path or "its forward", f"{name} in {module.__name__}{line}"
 

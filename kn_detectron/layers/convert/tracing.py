@@ -17,7 +17,7 @@ from ..introspection import has_hooks
 from ..modes import in_mode
 from .rules import is_ruled
 
-__all__ = ["IN_PLACE", "is_frozen_norm", "is_norm", "is_of_torch", "trace"]
+__all__ = ["IN_PLACE", "is_frozen_norm", "is_norm", "is_of_tracing", "trace"]
 
 # fx.Proxy would record y += x as y = y + x, but y may have other names.
 IN_PLACE = {
@@ -31,9 +31,9 @@ IN_PLACE = {
 }
 
 
-def is_of_torch(file: str) -> bool:
-    """Whether a file is torch's own, and so is not the code of the network."""
-    return file.startswith(str(Path(torch.__file__).parent) + os.sep)
+def is_of_tracing(file: str) -> bool:
+    """Whether a file is torch's own or this one, and so is not the code of the network."""
+    return file == __file__ or file.startswith(str(Path(torch.__file__).parent) + os.sep)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -173,7 +173,7 @@ def _defaults(network: nn.Module) -> dict:
 
 def _line(frames: traceback.StackSummary) -> str:
     """The innermost line of the network's own code."""
-    own = [f for f in frames if f.filename != __file__ and not is_of_torch(f.filename)]
+    own = [frame for frame in frames if not is_of_tracing(frame.filename)]
     return f"{own[-1].filename}:{own[-1].lineno}, {own[-1].line!r}"
 
 
