@@ -7,7 +7,7 @@ prepare_detectron2()
 
 # Registers datasets, released weights, backbones and heads.
 with without_notices():
-    from . import data, model_zoo, modeling  # noqa: E402
+    from . import checkpoint, data, engine, layers, model_zoo, modeling  # noqa: E402
 from .config import add_kn_config, check_config  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .layers import Belief, GroupKalmanNorm2d, KalmanNorm2d  # noqa: E402
@@ -22,7 +22,10 @@ __all__ = [
     "KalmanNorm2d",
     "add_kn_config",
     "check_config",
+    "checkpoint",
     "data",
+    "engine",
+    "layers",
     "model_zoo",
     "modeling",
     "register_norms",

@@ -127,14 +127,7 @@ def detect(mapper, model, path):
     Raises:
         InputError: the photo cannot be read, or is too narrow to be resized.
     """
-    try:
-        image = read_rgb(str(path))
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
-        raise InputError(
-            f"{path} cannot be read ({one_line(error)}): give an intact image file."
-        ) from error
+    image = read_rgb(str(path))
     height, width = image.shape[:2]
     try:
         inputs = mapper({"file_name": str(path)})

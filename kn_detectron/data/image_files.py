@@ -57,12 +57,19 @@ def read_rgb(path):
         np.ndarray: of shape (H, W, 3), uint8.
 
     Raises:
-        ValueError: its pixels have more than 8 bits.
-        Exception: it cannot be read. Decoders raise OSError, SyntaxError, ValueError and others.
+        InputError: it cannot be read, or its pixels have more than 8 bits.
     """
-    with PathManager.open(path, "rb") as file, Image.open(file) as image:
-        _check_depth(image)
-    return detection_utils.read_image(path, "RGB")
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            _check_depth(image)
+        return detection_utils.read_image(path, "RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
+        raise InputError(
+            f"Image {path} cannot be read ({one_line(error)}): expected an intact image file, "
+            "replace it or remove it."
+        ) from error
 
 
 def fault_of_image(path, annotated_size=None):

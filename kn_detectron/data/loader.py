@@ -14,6 +14,7 @@ from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
@@ -137,7 +138,7 @@ class TrainLoader:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self._mapper = mapper
-        self._collate = collate or _as_list
+        self._collate = collate or trivial_batch_collator
         self._repeat_factors = repeat_factors
         self._groups = _aspect_groups(dataset) if aspect_ratio_grouping else None
         # One block of bytes, which worker processes share instead of copying it.
@@ -149,7 +150,7 @@ class TrainLoader:
     def __iter__(self):
         loader = DataLoader(
             _SeededDataset(self._dicts, self._mapper, self.seed, comm.get_rank()),
-            batch_sampler=_Skipping(self._batches, self.start_iter),
+            batch_sampler=itertools.islice(self._batches(), self.start_iter, None),
             num_workers=self.num_workers,
             collate_fn=self._collate,
             # Of its own, or DataLoader would draw from the global generator, and a resumed run
@@ -178,17 +179,6 @@ class TrainLoader:
             if len(batch) == batch_size:
                 yield batch[:]
                 batch.clear()
-
-
-class _Skipping:
-    """The batch sampler: what a function yields, without the first `count` batches."""
-
-    def __init__(self, batches, count):
-        self._batches = batches
-        self._count = count
-
-    def __iter__(self):
-        return itertools.islice(self._batches(), self._count, None)
 
 
 class _SeededDataset(Dataset):
@@ -253,8 +243,3 @@ def _aspect_groups(dataset):
             "DATALOADER.ASPECT_RATIO_GROUPING to False."
         )
     return bytes(0 if d["width"] > d["height"] else 1 for d in dataset)
-
-
-def _as_list(samples):
-    """Makes a batch: detectron2's models take a list of samples of different sizes."""
-    return samples

@@ -275,7 +275,7 @@ class Trainer(DefaultTrainer):
             raise
         except FloatingPointError as error:
             raise InputError(
-                f"The training diverged in iteration {self.iter} ({' '.join(str(error).split())}): "
+                f"The training diverged in iteration {self.iter} ({one_line(error)}): "
                 "start again with a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, or "
                 "SOLVER.CLIP_GRADIENTS.ENABLED True."
             ) from error

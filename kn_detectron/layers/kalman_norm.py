@@ -9,7 +9,7 @@ from .absorb import absorb
 from .belief import Belief
 from .filter import Running, Spec, Vectors, filter_belief, group_belief
 from .introspection import has_hooks
-from .kalman_filter import KN_STATE, OUTSIDE, KalmanFilter, Prior, cast
+from .kalman_filter import KN_STATE, OUTSIDE, KalmanFilter, Prior
 from .normalize import filter_and_normalize
 from .passes import statistics_dtype
 from .sets import Sets
@@ -269,8 +269,7 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
         if channels != self.num_features:
             raise ValueError(f"expected {self.num_features} channels (got a conv to {channels})")
         vectors = self._prior_vectors(prior, statistics_dtype(conv.weight))
-        sets = Sets(1, channels, 1, channels)
-        spec = Spec(sets, self.eps, self.variant == "paper", measures=False)
+        spec = self._spec(x, 1, measures=False)
         if self.observer is not None:
             with torch.no_grad():
                 # Detached, or autocast would reuse the copy that it casts where a gradient flows.

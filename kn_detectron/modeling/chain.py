@@ -28,6 +28,7 @@ __all__ = [
     "ChainConv2d",
     "Feature",
     "Features",
+    "TRAIN_ALL",
     "WithBelief",
     "build_norm",
     "feature_of",
@@ -40,6 +41,13 @@ __all__ = [
     "started",
     "value_of",
 ]
+
+
+# What to do if a part of a model is in evaluation mode and keeps no beliefs for the rest.
+TRAIN_ALL = (
+    "call train() of the whole model, and then eval() of those norms or stages that shall keep their "
+    "statistics"
+)
 
 
 class Feature(NamedTuple):
@@ -62,7 +70,7 @@ class Feature(NamedTuple):
 class WithBelief(str):
     """The name of a feature that is looked up with its belief.
 
-    detectron2's dense detectors look up their features by name and hand a list of them to the head.
+    detectron2's detectors look up their features by name and hand a list of them to the heads.
     For a name of this type :class:`Features` returns a :class:`Feature` if there is a belief. Other
     dicts take it for an ordinary name.
     """
@@ -269,8 +277,7 @@ class ChainConv2d(Conv2d):
             if isinstance(self.norm, KalmanNorm2d) and self.norm.needs_prior:
                 raise InputError(
                     "A KN layer is in training mode, but the backbone, where its chain starts, is "
-                    "in evaluation mode and keeps no beliefs: call train() of the whole model, and "
-                    "then eval() of those norms or stages that shall keep their statistics"
+                    f"in evaluation mode and keeps no beliefs: {TRAIN_ALL}"
                 )
             return super().forward(x)
         y = normalized_convolution(x, self, self.norm, self.chain)

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..layers import Belief
 from ..layers.belief import add, scale
 from .chain import (
+    TRAIN_ALL,
     ChainConfig,
     Feature,
     Features,
@@ -90,9 +91,7 @@ class KNFPN(FPN):
                 raise InputError(
                     f"The chain of the backbone ends before {name}, so the FPN has no belief to "
                     'start from: set MODEL.FPN.NORM to one without priors, such as "GN", or take '
-                    "another feature, or, if only bottom_up is in evaluation mode, call train() of "
-                    "the whole model, and then eval() of those norms or stages that shall keep their "
-                    "statistics"
+                    f"another feature, or, if only bottom_up is in evaluation mode, {TRAIN_ALL}"
                 )
             below = lateral(started(feature, transition))
             fused = below if fused is None else self._fuse(below, fused)

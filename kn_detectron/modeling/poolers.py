@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..layers import Belief
 from ..layers.belief import mixture
-from .chain import ChainConfig, Feature, value_of
+from .chain import TRAIN_ALL, ChainConfig, Feature, value_of
 
 __all__ = ["BeliefPooler"]
 
@@ -60,8 +60,7 @@ class BeliefPooler(ROIPooler):
                     "backbone's features, of which there are none: set MODEL.BACKBONE.NAME "
                     '"build_kn_resnet_fpn_backbone", and MODEL.FPN.NORM to the norm of '
                     'MODEL.RESNETS.NORM or to "", or, if only the backbone is in evaluation mode, '
-                    "call train() of the whole model, and then eval() of those norms or stages "
-                    "that shall keep their statistics"
+                    f"{TRAIN_ALL}"
                 )
             return x
         beliefs = [feature.belief for feature in features]
@@ -69,6 +68,8 @@ class BeliefPooler(ROIPooler):
         return Feature(x, self.chain.transition.start(belief, x))
 
     def _by_region(self, beliefs: List[Belief], boxes: List[Boxes]) -> Belief:
+        if not boxes:  # calibration runs without images
+            return Belief(*(moment[:0] for moment in beliefs[0]))
         level = assign_boxes_to_levels(
             boxes, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
         )

@@ -69,7 +69,9 @@ class _KNBlock(CNNBlockBase):
     chain: ChainConfig
     branch: Tuple[str, ...]  # names of the convolutions of the residual branch
 
-    def _link(self, chain: ChainConfig) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, chain: ChainConfig, **kwargs):
+        norm = functools.partial(build_norm, chain)
+        super().__init__(in_channels, out_channels, norm=norm, **kwargs)
         self.chain = chain
         for name in (*self.branch, "shortcut"):
             conv = getattr(self, name)
@@ -94,21 +96,11 @@ class KNBasicBlock(_KNBlock, BasicBlock):
 
     branch = ("conv1", "conv2")
 
-    def __init__(self, in_channels: int, out_channels: int, *, chain: ChainConfig, **kwargs):
-        norm = functools.partial(build_norm, chain)
-        BasicBlock.__init__(self, in_channels, out_channels, norm=norm, **kwargs)
-        self._link(chain)
-
 
 class KNBottleneckBlock(_KNBlock, BottleneckBlock):
     """The residual block of ResNet-50, 101, 152 and ResNeXt; see detectron2's BottleneckBlock."""
 
     branch = ("conv1", "conv2", "conv3")
-
-    def __init__(self, in_channels: int, out_channels: int, *, chain: ChainConfig, **kwargs):
-        norm = functools.partial(build_norm, chain)
-        BottleneckBlock.__init__(self, in_channels, out_channels, norm=norm, **kwargs)
-        self._link(chain)
 
 
 class KNResNet(ResNet):

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..layers.belief import affine
 from ..layers.introspection import has_hooks
 from .chain import (
+    TRAIN_ALL,
     ChainConfig,
     ChainConv2d,
     Feature,
@@ -149,9 +150,8 @@ class KNRetinaNetHead(RetinaNetHead):
                 "The priors of RetinaNet's towers start from the beliefs about the levels, of which "
                 'there are none: set MODEL.META_ARCHITECTURE "KNRetinaNet", MODEL.BACKBONE.NAME '
                 '"build_kn_retinanet_resnet_fpn_backbone", and MODEL.FPN.NORM to the norm of '
-                'MODEL.RESNETS.NORM or to "", or, if only the backbone is in evaluation mode, call '
-                "train() of the whole model, and then eval() of those norms or stages that shall keep "
-                "their statistics"
+                'MODEL.RESNETS.NORM or to "", or, if only the backbone is in evaluation mode, '
+                f"{TRAIN_ALL}"
             )
         return x
 

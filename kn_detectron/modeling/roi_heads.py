@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..layers import kalman_layers
 from ..layers.belief import Belief, roi_align
-from .chain import ChainConfig, Feature, Features, feature_of, started, value_of
+from .chain import TRAIN_ALL, ChainConfig, Feature, Features, WithBelief, started, value_of
 from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
 from .poolers import BeliefPooler
 from .resnet import make_kn_stage
 
 __all__ = ["KNCascadeROIHeads", "KNRes5ROIHeads", "KNStandardROIHeads"]
+
+
+def _with_beliefs(names: List[str]) -> List[WithBelief]:
+    return [WithBelief(name) for name in names]
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -27,6 +31,11 @@ class KNRes5ROIHeads(Res5ROIHeads):
     The prior of res5 starts from the belief about the backbone's output, which
     :class:`~kn_detectron.modeling.KNResNet` hands on; RoIAlign leaves a belief as it is.
     """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape) -> Dict[str, Any]:
+        options = super().from_config(cfg, input_shape)
+        return dict(options, in_features=_with_beliefs(options["in_features"]))
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> Tuple[nn.Module, int]:
@@ -44,35 +53,21 @@ class KNRes5ROIHeads(Res5ROIHeads):
         return nn.Sequential(*blocks), blocks[-1].out_channels
 
     def _shared_roi_transform(self, features: List, boxes: List[Boxes]) -> Tensor:
-        # The list has what _with_beliefs put into the dict.
         if isinstance(features[0], Tensor):
             if any(norm.needs_prior for norm in kalman_layers(self.res5).values()):
                 raise InputError(
                     "The priors of res5 start from the belief about the backbone's feature, of which "
                     'there is none: set MODEL.BACKBONE.NAME "build_kn_resnet_backbone", or, if only '
-                    "the backbone is in evaluation mode, call train() of the whole model, and then "
-                    "eval() of those norms or stages that shall keep their statistics"
+                    f"the backbone is in evaluation mode, {TRAIN_ALL}"
                 )
             return super()._shared_roi_transform(features, boxes)
         x = self.pooler([value_of(feature) for feature in features], boxes)
         belief = roi_align(features[0].belief, [len(b) for b in boxes])
         return self.res5(started(Feature(x, belief), self.res5[0].chain.transition)).value
 
-    def _with_beliefs(self, features: Dict[str, Tensor]) -> Dict[str, Union[Tensor, Feature]]:
-        """The features that the heads use, with their beliefs; also where they have them already."""
-        return {name: feature_of(features, name) for name in self.in_features}
-
-    def forward(self, images, features: Dict[str, Tensor], proposals, targets=None):
-        """See detectron2's ``ROIHeads.forward``; ``features`` may have beliefs."""
-        return super().forward(images, self._with_beliefs(features), proposals, targets)
-
-    def forward_with_given_boxes(self, features: Dict[str, Tensor], instances):
-        """See detectron2's ``Res5ROIHeads``; ``features`` may have beliefs."""
-        return super().forward_with_given_boxes(self._with_beliefs(features), instances)
-
     def pass_beliefs(self, features: Features) -> None:
         """Runs the chain of res5 on no region, for calibration."""
-        self._shared_roi_transform([feature_of(features, self.in_features[0])], [])
+        self._shared_roi_transform([features[name] for name in self.in_features], [])
 
 
 class _KNPooledHeads:
@@ -87,6 +82,7 @@ class _KNPooledHeads:
         head = options["box_heads"][0] if "box_heads" in options else options["box_head"]
         if isinstance(head, KNFastRCNNConvFCHead):
             options["box_pooler"] = BeliefPooler(options["box_pooler"], head.chain)
+            options["box_in_features"] = _with_beliefs(options["box_in_features"])
         return options
 
     @classmethod
@@ -95,27 +91,18 @@ class _KNPooledHeads:
         head = options.get("mask_head")
         if isinstance(head, KNMaskRCNNConvUpsampleHead):
             options["mask_pooler"] = BeliefPooler(options["mask_pooler"], head.chain)
+            options["mask_in_features"] = _with_beliefs(options["mask_in_features"])
         return options
-
-    def _forward_box(self, features: Dict[str, Tensor], *args):
-        if isinstance(self.box_pooler, BeliefPooler):
-            features = {name: feature_of(features, name) for name in self.box_in_features}
-        return super()._forward_box(features, *args)
-
-    def _forward_mask(self, features: Dict[str, Tensor], instances):
-        if self.mask_on and isinstance(self.mask_pooler, BeliefPooler):
-            features = {name: feature_of(features, name) for name in self.mask_in_features}
-        return super()._forward_mask(features, instances)
 
     def pass_beliefs(self, features: Features) -> None:
         """Runs the chains of the heads on no region, for calibration."""
         if isinstance(self.box_pooler, BeliefPooler):
-            x = self.box_pooler([feature_of(features, name) for name in self.box_in_features], [])
+            x = self.box_pooler([features[name] for name in self.box_in_features], [])
             cascade = isinstance(self.box_head, nn.ModuleList)
             for head in self.box_head if cascade else [self.box_head]:
                 head(x)
         if self.mask_on and isinstance(self.mask_pooler, BeliefPooler):
-            x = self.mask_pooler([feature_of(features, name) for name in self.mask_in_features], [])
+            x = self.mask_pooler([features[name] for name in self.mask_in_features], [])
             self.mask_head.layers(x)
 
 

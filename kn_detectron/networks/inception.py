@@ -4,19 +4,9 @@ from typing import Sequence
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation as _Conv
 
 __all__ = ["InceptionV2", "SmallInception"]
-
-
-class _Conv(nn.Sequential):
-    """Convolution without bias, BatchNorm, ReLU."""
-
-    def __init__(self, c_in: int, c_out: int, size: int, stride: int = 1):
-        super().__init__(
-            nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=False),
-            nn.BatchNorm2d(c_out),
-            nn.ReLU(inplace=True),
-        )
 
 
 class _Branches(nn.ModuleList):

@@ -1,4 +1,4 @@
-"""Pre-training of a detector's ResNet by image classification."""
+"""Pre-training of a detector's ResNet, or of another network, by image classification."""
 
 from .classifier import ImageClassifier, NetworkClassifier
 from .config import DECIDED_KEYS, NORMS, add_pretraining_config, classification_config

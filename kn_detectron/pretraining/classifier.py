@@ -1,4 +1,4 @@
-"""The image classifier around a detector's ResNet."""
+"""Image classifiers around a detector's ResNet, or around another network."""
 
 import torch
 import torch.nn.functional as F

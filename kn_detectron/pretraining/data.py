@@ -65,7 +65,7 @@ def _open(folder, *names):
         return ImageFolder(root)
     except FileNotFoundError as error:  # no class, or one without images
         raise InputError(
-            f"{root} cannot be used ({' '.join(str(error).split()).rstrip('.')}): expected a "
+            f"{root} cannot be used ({one_line(error)}): expected a "
             "folder per class with at least one image in it."
         ) from error
 
@@ -99,16 +99,7 @@ class _ImageMapper:
         self._step = 1 if pixel_format == "RGB" else -1
 
     def __call__(self, sample):
-        path = sample["file_name"]
-        try:
-            image = Image.fromarray(read_rgb(path))
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
-            raise InputError(
-                f"Image {path} cannot be read ({one_line(error)}): expected an intact image file, "
-                "replace it or remove it."
-            ) from error
+        image = Image.fromarray(read_rgb(sample["file_name"]))
         pixels = np.asarray(self._transform(image))
         return pixels[:, :, :: self._step].transpose(2, 0, 1), sample["label"]
 

@@ -6,7 +6,7 @@ __all__ = ["export_backbone"]
 
 
 def export_backbone(state, path, conventions):
-    """Writes the weights of a classifier as those of a detector's ResNet.
+    """Writes the weights of a classifier as those of its backbone, such as a detector's ResNet.
 
     The names have no prefix, so that stem to res4 and res5 find their places in any detector.
 

@@ -67,8 +67,7 @@ def test_features_at_gain_0_are_the_frozen_networks(freeze_at, batch):
         assert relative_error(features["res4"], want) <= 1e-9
         boxes = [Boxes(torch.tensor([[10.0, 10.0, 70.0, 80.0]]))] * batch
         want = frozen.roi_heads._shared_roi_transform([want], boxes)
-        got = model.roi_heads._with_beliefs(features)
-        got = model.roi_heads._shared_roi_transform([got["res4"]], boxes)
+        got = model.roi_heads._shared_roi_transform([feature_of(features, "res4")], boxes)
     assert relative_error(got, want) <= 1e-9
 
 
@@ -221,6 +220,13 @@ def test_layers_that_no_chain_leads_to_are_named():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert set(kalman_layers(model)) - set(predicted_priors(model)) == {"extra"}
+
+
+def test_gkn_in_the_heads_of_an_fpn_gets_priors_without_images():
+    model = build_rcnn(fpn_rcnn_cfg("GKN"))
+    priors = predicted_priors(model)
+    assert set(priors) == set(kalman_layers(model))
+    assert any(name.startswith("roi_heads.mask_head") for name in priors)
 
 
 def test_a_head_between_two_backbones_is_not_reached():

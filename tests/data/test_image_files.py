@@ -67,7 +67,7 @@ def test_more_than_8_bits_are_refused(tmp_path, name, dtype):
     record = {"file_name": name, "width": 30, "height": 20}
     with pytest.raises(InputError, match=f"{name} .*more than 8 bits.* convert them to 8"):
         check_headers([record], str(tmp_path))
-    with pytest.raises(ValueError, match="more than 8 bits"):
+    with pytest.raises(InputError, match="more than 8 bits"):
         read_rgb(str(path))
 
 

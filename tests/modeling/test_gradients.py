@@ -83,8 +83,8 @@ def test_res5_of_regions(norm):
     both = torch.nn.ModuleList([model.backbone.res4[-1].conv3.norm, heads.res5[0]])
 
     def run():
-        features = heads._with_beliefs(model.backbone(x))
-        return number([heads._shared_roi_transform([features["res4"]], boxes)])
+        features = model.backbone(x)
+        return number([heads._shared_roi_transform([feature_of(features, "res4")], boxes)])
 
     assert_gradients_are_right(both, run)
 
@@ -97,7 +97,7 @@ def test_box_and_mask_head(norm):
 
     def run():
         features = model.backbone(x)
-        levels = [feature_of(features, name) for name in heads.box_in_features]
+        levels = [features[name] for name in heads.box_in_features]
         boxes = heads.box_head(heads.box_pooler(levels, boxes_of([[30.0, 60.0], [90.0]])))
         masks = heads.mask_head.layers(heads.mask_pooler(levels, boxes_of([[80.0], [40.0]])))
         return number([boxes, masks])
@@ -127,7 +127,7 @@ def test_a_stage_of_the_cascade_gives_the_features_a_share_of_its_gradient():
 
     def gradients(stage):
         features = model.backbone(images(2, 96).double())
-        levels = [feature_of(features, name) for name in heads.box_in_features]
+        levels = [features[name] for name in heads.box_in_features]
         return torch.autograd.grad(number(stage(levels)), parameters.values(), allow_unused=True)
 
     def shared(levels):

@@ -135,7 +135,7 @@ def test_images_without_ground_truth(norm, heads):
 def test_few_regions(norm, regions):
     model = build_rcnn(fpn_rcnn_cfg(norm))
     heads, features = model.roi_heads, model.backbone(images(1, 96))
-    levels = [Feature(features[name], features.beliefs[name]) for name in heads.box_in_features]
+    levels = [features[name] for name in heads.box_in_features]
     before = [m.clone() for n, m in heads.named_buffers() if n.endswith("running_mean")]
     boxes = boxes_of([[40.0] * regions])
     out = heads.box_head(heads.box_pooler(levels, boxes))

@@ -66,9 +66,9 @@ def test_images_without_ground_truth(norm, variant):
 def test_res5_of_no_regions(norm, variant):
     model = build_rcnn(rcnn_cfg(norm, MODEL__KN__VARIANT=variant))
     heads = model.roi_heads
-    features = heads._with_beliefs(model.backbone(images(2, 96)))
+    features = model.backbone(images(2, 96))
     boxes = [inp["instances"].gt_boxes[:0] for inp in rcnn_inputs()]
-    out = heads._shared_roi_transform([features["res4"]], boxes)
+    out = heads._shared_roi_transform([feature_of(features, "res4")], boxes)
     assert out.shape == (0, 128, 7, 7)
     out.sum().backward()
     for name, p in heads.res5.named_parameters():
@@ -96,9 +96,9 @@ def test_group_beliefs_follow_their_image():
     heads.res5[0].conv1.norm.register_forward_pre_hook(
         lambda module, args, kwargs: given.append(kwargs["prior"].mean), with_kwargs=True
     )
-    features = heads._with_beliefs(model.backbone(images(2, 96)))
+    features = model.backbone(images(2, 96))
     boxes = [inp["instances"].gt_boxes for inp in rcnn_inputs(objects=3)]
-    heads._shared_roi_transform([features["res4"]], [boxes[0][:1], boxes[1]])
+    heads._shared_roi_transform([feature_of(features, "res4")], [boxes[0][:1], boxes[1]])
     rows = given[0]
     assert rows.shape[0] == 4
     assert not torch.equal(rows[0], rows[1])

@@ -234,10 +234,10 @@ def _build_evaluation(group: Group, norm: str, device: torch.device) -> Candidat
     return Candidate(forward, parameters=_count(backbone))
 
 
-def _detector_inputs(shape, objects: int = 8) -> List[dict]:
+def _detector_inputs(shape) -> List[dict]:
     """Images of noise with rectangles as objects, in the form of detectron2's loaders."""
     count, channels, height, width = shape
-    random = np.random.default_rng(0)
+    objects, random = 8, np.random.default_rng(0)
     inputs = []
     for _ in range(count):
         size = random.uniform(0.1, 0.5, (objects, 2)) * (width, height)
@@ -315,7 +315,7 @@ def _predict(group: Group, norm: str, device: torch.device) -> Candidate:
 
     def forward():
         features = model.backbone(images)
-        (name,) = model.roi_heads.in_features
+        (name,) = map(str, model.roi_heads.in_features)
         belief = features.beliefs[name]
         regions = features[name].new_zeros(0, belief.mean.shape[1], 14, 14)
         result = model.roi_heads.res5(Feature(regions, transition.start(belief, regions)))
