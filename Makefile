@@ -32,7 +32,7 @@ demo: venv
 	$(bin)/python tools/demo.py --output output/demo
 
 test: venv
-	$(bin)/python -m pytest tests --ignore=tests/real_coco $(parallel)
+	$(bin)/python -m pytest tests --ignore=tests/real_coco $(parallel) --durations=10
 
 # In two processes: the runs of one file take as long as all the others.
 test-coco: venv

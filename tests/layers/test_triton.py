@@ -259,8 +259,7 @@ def _signature(kernel, given):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [75, 80, 90])
-@pytest.mark.parametrize("variant", ["network", "paper"])
+@pytest.mark.parametrize("variant, capability", [("network", 75), ("network", 90), ("paper", 80)])
 def test_they_compile_for_a_gpu_without_spilling(variant, capability, monkeypatch, tmp_path):
     """Triton's compiler needs no GPU, and takes less than its interpreter does.
 
