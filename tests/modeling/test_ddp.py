@@ -21,8 +21,6 @@ from ..models import (
 )
 from ..ranks import spawn_two, two_ranks
 
-pytestmark = pytest.mark.trains
-
 
 def step(backbone, x, optimizer):
     optimizer.zero_grad()
@@ -49,6 +47,7 @@ def same_step(rank, path, config, gain_scale):
             torch.save(backbone.state_dict(), os.path.join(path, "two.pth"))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("config", [resnet_cfg, fpn_rcnn_cfg], ids=["C4", "FPN"])
 @pytest.mark.parametrize("gain_scale", [0.0, 1.0])
 def test_two_processes_take_the_step_of_one(gain_scale, config, tmp_path):
