@@ -81,8 +81,8 @@ def get_norm(norm, out_channels):
             if norm != (error.args or [None])[0]:
                 raise
             raise InputError(
-                f"the norm {norm!r} is unknown: take one of detectron2's, such as BN, SyncBN, FrozenBN "
-                "or GN, or KN, GKN or GN<n>, or none by an empty name"
+                f"the norm {norm!r} is unknown: take one of detectron2's, such as BN, SyncBN, "
+                "FrozenBN or GN, or KN, GKN or GN<n>, or none by an empty name"
             ) from error
     asking = sys._getframe(1).f_globals["__name__"]
     if (norm, asking) not in _told:

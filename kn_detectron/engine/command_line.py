@@ -33,7 +33,7 @@ from ..errors import InputError, one_line
 from ..files import atomic_write, explained_full_disk
 from .detectron2_keys import check_detectron2_keys
 from .logs import full_disk_told_once
-from .output_dir import make_output_dir
+from .output_dir import folder_of_run, make_output_dir
 from .stopping import STOPPING_SIGNALS, signals_to_take_over
 
 __all__ = [
@@ -82,14 +82,14 @@ def load_config(args):
         args (argparse.Namespace): of :func:`argument_parser`.
 
     Returns:
-        CfgNode: frozen. With the config.yaml of a run, --resume and --eval-only go on in its folder,
-        wherever that is now, unless the pairs have another OUTPUT_DIR.
+        CfgNode: frozen. With the config.yaml of a run, --resume and --eval-only go on in its
+        folder, wherever that is now, unless the pairs have another OUTPUT_DIR.
 
     Raises:
         InputError: something in it is wrong.
     """
     cfg = read_config(args)
-    folder = _folder_of_run(args.config_file)
+    folder = folder_of_run(args.config_file)
     if folder and (args.resume or args.eval_only) and "OUTPUT_DIR" not in args.opts[::2]:
         cfg.OUTPUT_DIR = folder
     if args.dataset:
@@ -115,13 +115,6 @@ def load_config(args):
     check_requirements(cfg, truths)
     cfg.freeze()
     return cfg
-
-
-def _folder_of_run(config_file):
-    """The folder of a config.yaml with checkpoints beside it, or None."""
-    folder, name = os.path.split(config_file)
-    is_run = name == "config.yaml" and os.path.isfile(os.path.join(folder, "last_checkpoint"))
-    return (folder or ".") if is_run else None
 
 
 def _refuse_datasets(options):
@@ -209,10 +202,10 @@ def _merge_file(cfg, path):
         ) from error
     # What detectron2 and yacs raise depends on how the content is wrong.
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        if "PRETRAINING" in str(error):
+        if "Non-existent config key: PRETRAINING" in str(error):
             raise InputError(
-                f"Config file {path} is that of a pre-training: give the config of the detector, and "
-                f"MODEL.WEIGHTS {os.path.join(os.path.dirname(path), 'backbone.pth')}."
+                f"Config file {path} is that of a pre-training: give the config of the detector, "
+                f"and MODEL.WEIGHTS {os.path.join(os.path.dirname(path), 'backbone.pth')}."
             ) from error
         raise InputError(
             f"Config file {path} cannot be used ({one_line(error)}): correct or remove the entry"

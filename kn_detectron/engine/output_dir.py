@@ -3,9 +3,10 @@
 import os
 import tempfile
 
+from ..checkpoint import KNCheckpointer
 from ..errors import InputError
 
-__all__ = ["make_output_dir", "make_writable"]
+__all__ = ["folder_of_run", "make_output_dir", "make_writable"]
 
 # Of the folders that this process has claimed: their descriptors hold the locks until it ends.
 _claimed = {}
@@ -20,6 +21,14 @@ def _leave_claims_to_parent():
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_claims_to_parent)
+
+
+def folder_of_run(config_file):
+    """The folder of a config.yaml with checkpoints beside it, or None for any other config."""
+    folder, name = os.path.split(config_file)
+    folder = folder or "."
+    is_run = name == "config.yaml" and KNCheckpointer(None, folder).has_checkpoint()
+    return folder if is_run else None
 
 
 def make_writable(folder, name):

@@ -8,6 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..checkpoint import KNCheckpointer
 from ..data import register_named_folders
 from .command_line import read_config
+from .output_dir import folder_of_run
 
 __all__ = ["load_run", "trained_weights"]
 
@@ -63,9 +64,7 @@ def trained_weights(config_file, options):
         None.
     """
     given = dict(zip(options[::2], options[1::2])).get("MODEL.WEIGHTS")
-    if given is not None or os.path.basename(config_file) != "config.yaml":
+    folder = folder_of_run(config_file)
+    if given is not None or folder is None:
         return given
-    checkpointer = KNCheckpointer(None, os.path.dirname(config_file) or ".")
-    if not checkpointer.has_checkpoint():
-        return None
-    return checkpointer.get_checkpoint_file()
+    return KNCheckpointer(None, folder).get_checkpoint_file()

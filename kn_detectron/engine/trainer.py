@@ -148,8 +148,8 @@ class Trainer(DefaultTrainer):
             if "Unknown LR scheduler" not in str(error):
                 raise
             raise InputError(
-                f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}, which detectron2 does "
-                "not have: take WarmupMultiStepLR or WarmupCosineLR."
+                f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}, which detectron2 "
+                "does not have: take WarmupMultiStepLR or WarmupCosineLR."
             ) from error
 
     def build_hooks(self):

@@ -45,8 +45,8 @@ __all__ = [
 
 # What to do if a part of a model is in evaluation mode and keeps no beliefs for the rest.
 TRAIN_ALL = (
-    "call train() of the whole model, and then eval() of those norms or stages that shall keep their "
-    "statistics"
+    "call train() of the whole model, and then eval() of those norms or stages that shall keep "
+    "their statistics"
 )
 
 

@@ -65,8 +65,8 @@ def _open(folder, *names):
         return ImageFolder(root)
     except FileNotFoundError as error:  # no class, or one without images
         raise InputError(
-            f"{root} cannot be used ({one_line(error)}): expected a "
-            "folder per class with at least one image in it."
+            f"{root} cannot be used ({one_line(error)}): expected a folder per class with at least "
+            "one image in it."
         ) from error
 
 

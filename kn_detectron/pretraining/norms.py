@@ -1,4 +1,4 @@
-"""Baselines of the paper: Batch Renormalization, and weight normalization that starts without data."""
+"""Baselines of the paper: Batch Renormalization, weight normalization that starts without data."""
 
 import math
 from typing import Callable, Optional

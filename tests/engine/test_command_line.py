@@ -146,7 +146,7 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
         ),
         (
             ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosine"],
-            ["is 'WarmupCosine', which detectron2 does"],
+            ["is 'WarmupCosine', which detectron2 does not have"],
         ),
         (["DATASETS.TRAIN", "my_data"], ["as in \"\\('my_data',\\)\" with both kinds of quotes"]),
         (

@@ -61,7 +61,7 @@ def _sharing(node: fx.Node, network: nn.Module) -> Optional[str]:
         named = type(module).__name__ in _PERHAPS_VIEW_NAMES
         return "perhaps" if named or isinstance(module, _PERHAPS_VIEW_MODULES) else None
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = node.target in (*IN_PLACE.values(), operator.setitem)
+    in_place = node.target in (*IN_PLACE, operator.setitem)
     in_place |= bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
     if in_place or (name.endswith("_") and not name.endswith("__")):
         return "changes"

@@ -5,16 +5,11 @@ from typing import Any, Dict, Optional, Tuple
 
 from torch import fx
 
+from .tracing import IN_PLACE
+
 __all__ = ["Sizes"]
 
 _ARITHMETIC = (operator.getitem, operator.floordiv, operator.mul, operator.add, operator.sub)
-
-_OUT_OF_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
 
 
 class Sizes:
@@ -50,7 +45,7 @@ class Sizes:
         elif node.op == "call_function" and node.target is getattr:
             self._values[node] = self._attribute(node.args[1], channels)
         elif node.op == "call_function" and all(x in self for x in node.all_input_nodes):
-            node.target = _OUT_OF_PLACE.get(node.target, node.target)
+            node.target = IN_PLACE.get(node.target, node.target)
             args = fx.node.map_arg(node.args, self._values.get)
             known = node.target in _ARITHMETIC and None not in args
             self._values[node] = node.target(*args) if known else None

@@ -19,15 +19,16 @@ from .rules import is_ruled
 
 __all__ = ["IN_PLACE", "is_frozen_norm", "is_norm", "is_of_tracing", "trace"]
 
-# fx.Proxy would record y += x as y = y + x, but y may have other names.
+# Operators in place, and what each is for numbers. fx.Proxy would record y += x as y = y + x, but y
+# may have other names.
 IN_PLACE = {
-    "__iadd__": operator.iadd,
-    "__isub__": operator.isub,
-    "__imul__": operator.imul,
-    "__itruediv__": operator.itruediv,
-    "__ifloordiv__": operator.ifloordiv,
-    "__imod__": operator.imod,
-    "__ipow__": operator.ipow,
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
 }
 
 
@@ -57,8 +58,8 @@ class _Proxy(fx.Proxy):
     """Records operators in place as such."""
 
 
-for _name, _function in IN_PLACE.items():
-    setattr(_Proxy, _name, _recorded(_function))
+for _function in IN_PLACE:
+    setattr(_Proxy, f"__{_function.__name__}__", _recorded(_function))
 
 
 class _Unrecorded(Exception):
@@ -202,15 +203,15 @@ def trace(network: nn.Module, training: bool) -> fx.Graph:
                 graph = _Tracer().trace(network, defaults or None)
         except _Unrecorded as error:
             raise InputError(
-                f"{type(network).__name__} cannot be converted to KN, because torch.fx does not see "
-                f"all that it does: {error}."
+                f"{type(network).__name__} cannot be converted to KN, because torch.fx does not "
+                f"see all that it does: {error}."
             ) from error
         except Exception as error:  # forward gets proxies, with which anything may fail
             frames = traceback.extract_tb(error.__traceback__)
             raise InputError(
                 f"{type(network).__name__} cannot be traced by torch.fx, which the conversion to "
-                f"KN needs: {_line(frames)} ({one_line(error)}). Move code that depends on the values or "
-                "sizes of the input out of forward, or convert parts of the network without it."
+                f"KN needs: {_line(frames)} ({one_line(error)}). Move code that depends on the "
+                "values or sizes of the input out of forward, or convert parts of the network without it."
             ) from error
     if not next(iter(reversed(graph.nodes))).all_input_nodes:
         raise InputError(

@@ -97,6 +97,12 @@ def sizes_in_place(x):
     return x[:, half:channels]
 
 
+def sizes_divided_in_place(x):
+    half = x.shape[1]
+    half //= 2
+    return x[:, half:]
+
+
 def in_place_by_name(x):
     y = x
     F.relu(input=x, inplace=True)
@@ -164,6 +170,7 @@ EXACT = {
     "groups and back": lambda x: x.view(x.size(0), 4, -1, x.size(2), x.size(3)).flatten(1, 2),
     "in place under another name": in_place_under_another_name,
     "sizes change in place too": sizes_in_place,
+    "sizes are divided in place": sizes_divided_in_place,
     "crop": lambda x: x[..., 1:-1, 1:-1],
     "dtype": lambda x: x.float().double(),
     # Arguments by name, as torch takes them.
