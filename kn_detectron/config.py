@@ -12,6 +12,9 @@ __all__ = ["add_kn_config", "check_config"]
 
 PREDICTIONS = ("closed_form", "monte_carlo")
 
+# Of ImageNet's pixels in 0..255, blue, green and red.
+IMAGE_STD = (57.375, 57.120, 58.395)
+
 
 def add_kn_config(cfg: CN) -> None:
     """Adds the node ``MODEL.KN`` and ``DATASETS.CLASS_NAMES``, with defaults, to a detectron2 config.
@@ -49,7 +52,7 @@ def add_kn_config(cfg: CN) -> None:
     kn.PRIOR_GRADIENT = True
     # Standard deviation of the pixels of the training images, in 0..255 and the channel order of
     # PIXEL_MEAN: the belief about the image, where the chain starts. The default is ImageNet's.
-    kn.IMAGE_STD = [57.375, 57.120, 58.395]
+    kn.IMAGE_STD = list(IMAGE_STD)
     # Inference with "moving" averages (the paper's Option A), or with the filtered statistics of
     # the "batch" at hand (Option B). GKN has no moving averages and always uses the latter.
     kn.EVAL_STATISTICS = "moving"

@@ -4,7 +4,7 @@ from .calibration import calibrate, fit_process_noise
 from .checkpointer import KNCheckpointer
 from .conventions import Conventions
 from .conversion import convert_weights
-from .folding import fold, fold_network, fold_weights
+from .folding import fold, fold_into, fold_network, fold_weights
 from .sources import Weights, read_weights
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "convert_weights",
     "fit_process_noise",
     "fold",
+    "fold_into",
     "fold_network",
     "fold_weights",
     "read_weights",

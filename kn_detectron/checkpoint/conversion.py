@@ -7,13 +7,11 @@ the architecture is read off the tensors.
 import dataclasses
 import logging
 import os
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
-import torch
-from detectron2.config import get_cfg
 from torch import Tensor
 
-from ..config import add_kn_config
+from ..config import IMAGE_STD
 from ..errors import InputError, one_line
 from ..files import fetch
 from ..layers import KN_STATE
@@ -125,9 +123,9 @@ class _Resnet:
 def _convert(
     resnet: _Resnet, weights: Weights, path: str, norm: str, variant: str
 ) -> Dict[str, Tensor]:
-    image_var = _image_var(weights)
+    image_std = _image_std(weights)
     try:
-        model = resnet_of(resnet.tensors, norm, variant, image_var)
+        model = resnet_of(resnet.tensors, norm, variant, image_std)
     except (AssertionError, IndexError, KeyError, ValueError, ZeroDivisionError) as error:
         reason = one_line(error) + (" is missing" if isinstance(error, KeyError) else "")
         raise InputError(
@@ -140,7 +138,7 @@ def _convert(
     fitted = {n for n in found.missing if leaf(n) in KN_STATE and leaf(n) not in GAINS}
     if norm != "KN":  # nothing else can be fitted
         fitted = set()
-    if image_var is None:
+    if image_std is None:
         stem = {name for name in fitted if name.startswith("stem.")}
         if stem:
             _logger.info(
@@ -157,14 +155,10 @@ def _convert(
     return state
 
 
-def _image_var(weights: Weights) -> Optional[Tensor]:
-    """The variance of normalised images, as a config has it by default; None if it is not known."""
+def _image_std(weights: Weights) -> Optional[List[float]]:
+    """The deviation of normalised images, as a config has it by default; None if it is not known."""
     pixel_std = weights.conventions.pixel_std
-    cfg = get_cfg()
-    add_kn_config(cfg)
-    image_std = torch.tensor(cfg.MODEL.KN.IMAGE_STD)
-    if pixel_std is None or len(pixel_std) != len(image_std):
+    if pixel_std is None or len(pixel_std) != len(IMAGE_STD):
         return None
-    if weights.conventions.pixel_format == "RGB":
-        image_std = image_std.flip(0)
-    return (image_std / torch.tensor(pixel_std)).square()
+    image_std = IMAGE_STD[::-1] if weights.conventions.pixel_format == "RGB" else IMAGE_STD
+    return [image / pixel for image, pixel in zip(image_std, pixel_std)]

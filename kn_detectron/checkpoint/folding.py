@@ -28,7 +28,7 @@ from .checkpointer import KNCheckpointer
 from .conventions import CHECKPOINT_KEY, Conventions
 from .matching import leaf, match
 
-__all__ = ["fold", "fold_network", "fold_weights", "stock_config"]
+__all__ = ["fold", "fold_into", "fold_network", "fold_weights", "stock_config"]
 
 _STOCK_NAMES = {
     "build_kn_resnet_backbone": "build_resnet_backbone",
@@ -145,13 +145,29 @@ def fold(cfg, model):
             statistics cannot either, nor GroupNorm with another eps), or is of another config.
     """
     stock_cfg = stock_config(cfg)
+    return stock_cfg, fold_into(model, build_model(stock_cfg))
+
+
+def fold_into(model, stock):
+    """Folds a KN model into detectron2's own, as where a lazy config builds both.
+
+    Args:
+        model (nn.Module): the KN model, trained. It stays as it is.
+        stock (nn.Module): the same model with FrozenBatchNorm2d in the place of KN.
+
+    Returns:
+        nn.Module: ``stock``, which now gives the detections of ``model``, in evaluation mode.
+
+    Raises:
+        InputError: a layer cannot be folded (GKN, statistics of the batch, no running statistics,
+            GroupNorm with another eps), or ``stock`` is another model.
+    """
     _check_statistics(model)
     # A plain dict: with the version number of BatchNorm's state an older FrozenBatchNorm2d would
     # take the state for one of its own first versions, and subtract eps from the variances.
     state = {
         name: value for name, value in model.state_dict().items() if leaf(name) not in KN_STATE
     }
-    stock = build_model(stock_cfg)
     found = match(stock.state_dict(), state)
     if found.missing or found.misshapen or found.unused:
         raise InputError(
@@ -159,7 +175,7 @@ def fold(cfg, model):
         )
     _carry_eps(model, stock, state)
     stock.load_state_dict(state, strict=False)
-    return stock_cfg, stock.eval()
+    return stock.eval()
 
 
 def _carry_eps(model, stock, state):
@@ -185,6 +201,14 @@ def _carry_eps(model, stock, state):
 
 def _check_statistics(model):
     for name, layer in model.named_modules():
+        of_batch = getattr(layer, "eval_statistics", None) == "batch"
+        # Without a prior GKN is GroupNorm, which stays.
+        of_image = isinstance(layer, GroupKalmanNorm2d) and not layer.is_head
+        if of_batch or of_image:
+            raise InputError(
+                f"{name} takes its statistics from the images at hand, which no constant can "
+                'replace: fold models with KN and eval_statistics="moving".'
+            )
         if isinstance(layer, KalmanNorm2d) and not layer.track_running_stats:
             raise InputError(
                 f"{name} has no running statistics to fold: train it with track_running_stats=True."
@@ -212,14 +236,6 @@ def fold_network(network):
             "DistributedDataParallel its .module), or fold a detector with fold(cfg, model)."
         )
     _check_statistics(network)
-    for name, layer in network.named_modules():
-        if isinstance(layer, GroupKalmanNorm2d) or (
-            isinstance(layer, KalmanNorm2d) and layer.eval_statistics == "batch"
-        ):
-            raise InputError(
-                f"{name} takes its statistics from the images at hand, which no constant can "
-                'replace: fold networks with KN and eval_statistics="moving".'
-            )
     return network.restored().eval()
 
 

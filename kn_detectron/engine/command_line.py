@@ -184,8 +184,8 @@ def _merge_file(cfg, path):
         raise InputError(f"Config file {path} {what}: give the path of a YAML file.")
     if path.endswith(".py"):
         raise InputError(
-            f"Config file {path} is Python, as detectron2's LazyConfig: give a YAML file, or build "
-            "the model in a script of your own."
+            f"Config file {path} is Python, as detectron2's LazyConfig: give a YAML file, or train it "
+            "with detectron2's lazyconfig_train_net.py (docs/config.md, LazyConfig)."
         )
     if not Path(path).read_bytes().strip():
         raise InputError(f"Config file {path} is empty: give a YAML file with keys of the config.")

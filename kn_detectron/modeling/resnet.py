@@ -5,7 +5,7 @@ added.
 """
 
 import functools
-from typing import Tuple, Union
+from typing import Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -109,16 +109,17 @@ class KNResNet(ResNet):
     Args:
         stem: a :class:`KNBasicStem`.
         stages: lists of :class:`KNBasicBlock` or :class:`KNBottleneckBlock`.
-        image_var: variance of the normalised image per channel, shape (C,).
+        image_std: standard deviation of the normalised images, one number per channel.
         chain: what the layers of ``stem`` and ``stages`` were built with.
         num_classes, out_features, freeze_at: as in detectron2's ResNet.
     """
 
-    def __init__(self, stem, stages, *, image_var: Tensor, chain: ChainConfig, **kwargs):
+    def __init__(self, stem, stages, *, image_std: Sequence[float], chain: ChainConfig, **kwargs):
         super().__init__(stem, stages, **kwargs)
         self.chain = chain
         # It belongs to the config and not to the weights, so it is not in the checkpoint.
-        self.register_buffer("image_var", image_var.float(), persistent=False)
+        image_var = torch.tensor([float(std) for std in image_std]).square()
+        self.register_buffer("image_var", image_var, persistent=False)
 
     def forward(self, x: Tensor) -> Features:
         """
@@ -243,11 +244,10 @@ def build_kn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> KNResNet:
         dilation = resnets.RES5_DILATION if stage == 3 else 1
         first_stride = 1 if stage == 0 or dilation == 2 else 2
         stages.append(make_kn_stage(cfg, stage, num_blocks, chain, first_stride, dilation))
-    image_std = normalized_image_std(cfg)
     return KNResNet(
         stem,
         stages,
-        image_var=image_std.square(),
+        image_std=normalized_image_std(cfg),
         chain=chain,
         out_features=resnets.OUT_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,

@@ -1,8 +1,8 @@
 """ROI heads that continue the chain of the backbone, or of the FPN."""
 
-from typing import Any, Dict, List, Tuple, Union
+from typing import List, Tuple, Union
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.modeling.roi_heads.cascade_rcnn import _ScaleGradient
@@ -32,10 +32,15 @@ class KNRes5ROIHeads(Res5ROIHeads):
     :class:`~kn_detectron.modeling.KNResNet` hands on; RoIAlign leaves a belief as it is.
     """
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape) -> Dict[str, Any]:
-        options = super().from_config(cfg, input_shape)
-        return dict(options, in_features=_with_beliefs(options["in_features"]))
+    @configurable
+    def __init__(self, *, in_features: List[str], **kwargs):
+        """
+        Args:
+            in_features: the name of the feature that regions are pooled from.
+            kwargs: as in ``Res5ROIHeads``, with a ``res5`` of
+                :class:`~kn_detectron.modeling.KNBottleneckBlock`.
+        """
+        super().__init__(in_features=_with_beliefs(in_features), **kwargs)
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> Tuple[nn.Module, int]:
@@ -76,23 +81,22 @@ class _KNPooledHeads:
     Other box and mask heads get what detectron2 gives them.
     """
 
-    @classmethod
-    def _init_box_head(cls, cfg: CfgNode, input_shape) -> Dict[str, Any]:
-        options = super()._init_box_head(cfg, input_shape)
-        head = options["box_heads"][0] if "box_heads" in options else options["box_head"]
-        if isinstance(head, KNFastRCNNConvFCHead):
-            options["box_pooler"] = BeliefPooler(options["box_pooler"], head.chain)
-            options["box_in_features"] = _with_beliefs(options["box_in_features"])
-        return options
-
-    @classmethod
-    def _init_mask_head(cls, cfg: CfgNode, input_shape) -> Dict[str, Any]:
-        options = super()._init_mask_head(cfg, input_shape)
-        head = options.get("mask_head")
-        if isinstance(head, KNMaskRCNNConvUpsampleHead):
-            options["mask_pooler"] = BeliefPooler(options["mask_pooler"], head.chain)
-            options["mask_in_features"] = _with_beliefs(options["mask_in_features"])
-        return options
+    @configurable
+    def __init__(self, **kwargs):
+        """
+        Args:
+            kwargs: as in detectron2's heads.
+        """
+        super().__init__(**kwargs)
+        cascade = isinstance(self.box_head, nn.ModuleList)
+        box_head = self.box_head[0] if cascade else self.box_head
+        if isinstance(box_head, KNFastRCNNConvFCHead):
+            self.box_pooler = BeliefPooler(self.box_pooler, box_head.chain)
+            self.box_in_features = _with_beliefs(self.box_in_features)
+        mask_head = getattr(self, "mask_head", None)
+        if isinstance(mask_head, KNMaskRCNNConvUpsampleHead):
+            self.mask_pooler = BeliefPooler(self.mask_pooler, mask_head.chain)
+            self.mask_in_features = _with_beliefs(self.mask_in_features)
 
     def pass_beliefs(self, features: Features) -> None:
         """Runs the chains of the heads on no region, for calibration."""

@@ -176,7 +176,7 @@ def test_classification_network():
         backbone.stem,
         [list(stage) for stage in backbone.stages],
         num_classes=10,
-        image_var=backbone.image_var,
+        image_std=backbone.image_var.sqrt(),
         chain=backbone.chain,
     )
     assert set(net(images())) == {"linear"} and net.eval()(images())["linear"].shape == (2, 10)
