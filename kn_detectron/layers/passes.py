@@ -165,7 +165,7 @@ def batch_norm_gradient(
     x: Tensor,
     mean: Tensor,
     invstd: Tensor,
-    weight: Tensor,
+    weight: Optional[Tensor],
     sum_dy: Tensor,
     sum_dy_xmu: Tensor,
     count: Tensor,
@@ -177,6 +177,7 @@ def batch_norm_gradient(
     it, which reads dy and x once and writes dx once.
 
     Args:
+        weight: None for 1.
         count: n, an int32 tensor of one element.
     """
     if x.is_cuda:
@@ -184,6 +185,6 @@ def batch_norm_gradient(
         return torch.batch_norm_backward_elemt(
             _like(dy, x), x, mean, invstd, weight, sum_dy, sum_dy_xmu, count
         )
-    scale = weight * invstd
+    scale = invstd if weight is None else weight * invstd
     d_mean, d_var = -scale * sum_dy, -0.5 * scale * invstd.square() * sum_dy_xmu
     return input_gradient(dy, x, scale, mean, d_mean, d_var, int(count))

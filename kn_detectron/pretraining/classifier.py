@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
-from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..errors import InputError
@@ -26,6 +25,7 @@ class ImageClassifier(nn.Module):
 
     Attributes:
         input_format (str): order of the channels that it expects, "BGR" or "RGB".
+        batch_top1 (Tensor or None): top-1 of the last batch of the training, in percent.
     """
 
     def __init__(self, cfg):
@@ -38,6 +38,7 @@ class ImageClassifier(nn.Module):
         """
         super().__init__()
         self.input_format = cfg.INPUT.FORMAT
+        self.batch_top1 = None
         self._build(cfg)
         for name, values in (("mean", cfg.MODEL.PIXEL_MEAN), ("std", cfg.MODEL.PIXEL_STD)):
             values = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
@@ -69,7 +70,7 @@ class ImageClassifier(nn.Module):
         Returns:
             Tensor: shape (N, classes).
         """
-        images = images.to(self.device, non_blocking=True)
+        images = images.to(self.device)
         return self._scores((images - self.pixel_mean) / self.pixel_std)
 
     def forward(self, batch):
@@ -96,9 +97,9 @@ class ImageClassifier(nn.Module):
                 "larger --image-size, or more images per process by --batch-size or "
                 "--norm-batch-size."
             ) from error
-        labels = batch["label"].to(self.device, non_blocking=True)
-        top1 = (logits.detach().argmax(1) == labels).float().mean()
-        get_event_storage().put_scalar("batch_top1", 100 * top1.item())
+        labels = batch["label"].to(self.device)
+        # A tensor, since reading it here would wait for a GPU before the backward pass is launched.
+        self.batch_top1 = 100 * (logits.detach().argmax(1) == labels).float().mean()
         return {"loss_cls": F.cross_entropy(logits, labels)}
 
 

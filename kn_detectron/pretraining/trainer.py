@@ -3,6 +3,7 @@
 import logging
 import os
 
+from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
@@ -40,6 +41,10 @@ class ClassificationTrainer(Trainer):
             whose = f"the weights of {network}" if network else "for MODEL.WEIGHTS of a detector"
             _logger.info("Wrote %s, %s.", path, whose)
         return results
+
+    def build_hooks(self):
+        """The hooks of :class:`~kn_detectron.engine.Trainer`, and in front of them the accuracy."""
+        return [_StoreAccuracy(), *super().build_hooks()]
 
     def build_writers(self):
         """The writers of detectron2, and one for what they leave out."""
@@ -87,6 +92,14 @@ class ClassificationTrainer(Trainer):
         if comm.is_main_process():
             write_results(cfg, results)
         return results
+
+
+class _StoreAccuracy(HookBase):
+    """Stores the top-1 of each batch in percent as ``batch_top1``."""
+
+    def after_step(self):
+        top1 = unwrapped(self.trainer.model).batch_top1
+        self.trainer.storage.put_scalar("batch_top1", top1.item())
 
 
 class _ProgressPrinter(EventWriter):

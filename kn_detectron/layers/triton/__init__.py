@@ -55,6 +55,8 @@ def fastest(operation, *arguments):
         return operation
     if any(t.dtype != torch.float32 for t in tensors if t.is_floating_point()):
         return operation
+    if any(t.device != first.device for t in tensors):
+        return operation  # which says so; a kernel would read what is not there
     kernels = _kernels()
     if kernels is None:
         return operation

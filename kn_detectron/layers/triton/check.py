@@ -58,23 +58,35 @@ class _Numbers:
         return Belief(self(1, channels), self(1, channels, low=0.5, high=2.0))
 
 
+def _size(kind: int, least: int) -> int:
+    """The smallest size of a kind (:func:`.kernels.kind_of_size`) that is not below ``least``."""
+    if kind == 0:
+        return 1
+    return next(n for n in range(least, least + 33) if math.gcd(n, 16) == kind)
+
+
 def _rectify(operation, variant, numbers: _Numbers) -> List[Tensor]:
-    mean, var = numbers(1, 500, low=-8.0, high=8.0), numbers(1, 500, low=0.5, high=2.0)
-    d_out = numbers(1, 500), numbers(1, 500, low=0.0)
+    size = _size(*variant, 500)
+    mean, var = numbers(1, size, low=-8.0, high=8.0), numbers(1, size, low=0.5, high=2.0)
+    d_out = numbers(1, size), numbers(1, size, low=0.0)
     moments, saved = operation.forward(mean, var)
     return [*moments, *operation.backward(*saved, *d_out)]
 
 
 def _convolve(operation, variant, numbers: _Numbers) -> List[Tensor]:
-    (taps,) = variant
-    belief, weight = numbers.belief(19), numbers(37, 19, taps, 1)
-    d_out = numbers(1, 37), numbers(1, 37, low=0.0)
+    taps, outputs, inputs = variant
+    outputs, inputs = _size(outputs, 37), _size(inputs, 19)
+    belief, weight = numbers.belief(inputs), numbers(outputs, inputs, taps, 1)
+    d_out = numbers(1, outputs), numbers(1, outputs, low=0.0)
     return [*operation.forward(*belief, weight), *operation.backward(*belief, weight, *d_out)]
 
 
 def _filter(operation, variant, numbers: _Numbers) -> List[Tensor]:
-    paper, has_process_model, measures, tracks, block = variant
+    paper, has_process_model, has_scale, measures, tracks, block, is_aligned = variant
+    # Some threads have no channel, if a size of that kind allows it.
     channels, images, pixels = max(block - block // 4, 1), 2, (2, 3)
+    if is_aligned != (channels % 16 == 0):
+        channels = block if is_aligned else channels - 1
     count = images * math.prod(pixels)
     spec = Spec(Sets(images, channels, 1, channels), 1e-5, paper, measures)
     offset, log_scale = numbers(channels), numbers(channels, high=0.5)
@@ -85,8 +97,8 @@ def _filter(operation, variant, numbers: _Numbers) -> List[Tensor]:
         mean_offset=offset if has_process_model and not paper else None,
         log_var_scale=log_scale if has_process_model and not paper else None,
         process_noise=offset if has_process_model and paper else None,
-        weight=numbers(channels, low=0.5),
-        bias=numbers(channels, high=0.5),
+        weight=numbers(channels, low=0.5) if has_scale else None,
+        bias=numbers(channels, high=0.5) if has_scale else None,
     )
     # Torch's operators give gradients only for tensors that require them.
     vectors = Vectors(*(t if t is None else t.requires_grad_() for t in vectors))
@@ -95,7 +107,7 @@ def _filter(operation, variant, numbers: _Numbers) -> List[Tensor]:
         measured = Belief(numbers(1, channels, high=2.0), numbers(1, channels, low=0.4, high=3.0))
     running = None
     if tracks != "no":
-        batches = torch.ones((), dtype=torch.long, device=vectors.weight.device)
+        batches = torch.ones((), dtype=torch.long, device=offset.device)
         statistics = numbers(channels), numbers(channels, low=0.5)
         running = Running(*statistics, batches, None if tracks == "cumulative" else 0.1)
     sums, d_belief = (numbers(channels), numbers(channels, low=0.0)), numbers.belief(channels)

@@ -8,6 +8,7 @@ fits the call.
 """
 
 import functools
+import math
 from typing import Callable, Optional, Tuple
 
 import torch
@@ -27,10 +28,23 @@ _BLOCK = 1024  # channels for each program of the ReLU's kernels
 _ROWS, _COLUMNS = 4, 256  # the part of a filter that a program of _predict_forward reads at once
 _BACK_ROWS, _BACK_COLUMNS, _BACK_WARPS = 256, 16, 8  # the same for _predict_backward
 
-# The kernels of a filter hold all channels of a layer in registers.
-LARGEST_CHANNELS = 4096
+# The kernels of a filter hold all channels of a layer in registers. These do not last for 4096 on
+# every GPU.
+LARGEST_CHANNELS = 2048
 
 _GATE_LIMIT = tl.constexpr(GATE_LIMIT)
+
+
+ALIGNED = 16
+
+
+def kind_of_size(size: int) -> int:
+    """What of a size changes the compiled form of a kernel: 0 for a size of 1, else gcd(size, 16).
+
+    Triton compiles a kernel anew for sizes that are multiples of 16, and for those of 1. A size times
+    the taps of a filter is a multiple of 16 or not whatever the rest of the size is.
+    """
+    return 0 if size == 1 else math.gcd(size, ALIGNED)
 
 
 def _on_their_device(launch: Callable) -> Callable:
@@ -52,7 +66,9 @@ def _rectified(m, v):
     error of 4e-7 in float32.
     """
     std = tl.sqrt(v)
-    z = tl.minimum(tl.abs(m) / tl.maximum(std * 1.4142135623730951, 1.1754943508222875e-38), 28.0)
+    # tl.minimum and tl.maximum would hide a mean that is NaN.
+    z = tl.abs(m) / tl.maximum(std * 1.4142135623730951, 1.1754943508222875e-38)
+    z = tl.where(z > 28.0, 28.0, z)
     t = 2.0 / (2.0 + z)
     p = -0.859972963 + t * 0.178717211
     p = 1.56556114 + t * p
@@ -69,8 +85,9 @@ def _rectified(m, v):
     tail = 0.5 * bell * mills
     cdf = tl.where(m < 0, tail, 1.0 - tail)
     cdf_of_minus = tl.where(m < 0, 1.0 - tail, tail)
-    mean = tl.maximum(m, 0.0) + std * h
-    var = v * tl.maximum(cdf - h * (h + 1.4142135623730951 * z), 0.0)
+    mean = tl.where(m < 0, 0.0, m) + std * h
+    share = cdf - h * (h + 1.4142135623730951 * z)
+    var = v * tl.where(share < 0.0, 0.0, share)
     slope = tl.where(
         v > 1.1754943508222875e-38,
         bell * 0.3989422804014327 / tl.maximum(std, 1.1754943508222875e-38),
@@ -108,8 +125,8 @@ class Rectify:
 
     @staticmethod
     def variant(mean: Tensor, var: Tensor) -> Optional[Tuple]:
-        """One variant fits every shape."""
-        return ()
+        """The size as Triton sees it."""
+        return (kind_of_size(mean.numel()),)
 
     @staticmethod
     @_on_their_device
@@ -208,8 +225,10 @@ class Convolve:
 
     @staticmethod
     def variant(mean: Tensor, var: Tensor, weight: Tensor, groups: int) -> Optional[Tuple]:
-        """The number of taps, if the beliefs have one row and the convolution has no groups."""
-        return (weight[0, 0].numel(),) if groups == 1 and mean.shape[0] == 1 else None
+        """Taps, outputs and inputs, if the beliefs have one row and there are no groups."""
+        if groups > 1 or mean.shape[0] > 1:
+            return None
+        return weight.shape[2:].numel(), *(kind_of_size(size) for size in weight.shape[:2])
 
     @staticmethod
     @_on_their_device
@@ -218,7 +237,7 @@ class Convolve:
     ) -> Tuple[Tensor, Tensor]:
         """The moments behind the convolution, shape (1, C_out)."""
         mean, var, weight = mean.contiguous(), var.contiguous(), weight.contiguous()
-        outputs, inputs, taps = weight.shape[0], weight.shape[1], weight[0, 0].numel()
+        outputs, inputs, taps = weight.shape[0], weight.shape[1], weight.shape[2:].numel()
         out_mean, out_var = mean.new_empty(1, outputs), var.new_empty(1, outputs)
         _predict_forward[(triton.cdiv(outputs, _ROWS),)](
             *(mean, var, weight, out_mean, out_var, outputs, inputs * taps),
@@ -240,7 +259,7 @@ class Convolve:
     ) -> Tuple[Tensor, Tensor, Tensor]:
         """The gradients of :meth:`forward`."""
         given = [v.contiguous() for v in (mean, var, weight, d_out_mean, d_out_var)]
-        outputs, inputs, taps = weight.shape[0], weight.shape[1], weight[0, 0].numel()
+        outputs, inputs, taps = weight.shape[0], weight.shape[1], weight.shape[2:].numel()
         d_mean, d_var, d_weight = (torch.empty_like(v) for v in given[:3])
         taps_2 = triton.next_power_of_2(taps)
         channels = max(_BACK_COLUMNS // taps_2, 1)
@@ -343,6 +362,7 @@ def _filter_forward(
     MEASURES: tl.constexpr,
     TRACKS: tl.constexpr,
     CUMULATIVE: tl.constexpr,
+    AFFINE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.arange(0, BLOCK)
@@ -365,8 +385,10 @@ def _filter_forward(
         PROCESS,
         MEASURES,
     )
-    w = tl.load(weight + i, mask=inside, other=0.0)
-    b = tl.load(bias + i, mask=inside, other=0.0)
+    w, b = tl.full((BLOCK,), 1.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
+    if AFFINE:
+        w = tl.load(weight + i, mask=inside, other=0.0)
+        b = tl.load(bias + i, mask=inside, other=0.0)
     tl.store(mean + i, m, mask=inside)
     tl.store(scale + i, w * invstd, mask=inside)
     if PAPER:
@@ -398,7 +420,8 @@ def _filter_forward(
         tl.store(running_var + i, new_v, mask=inside)
 
 
-@triton.jit
+# The number of pixels, which differs from image to image, is only handed on.
+@triton.jit(do_not_specialize=["count"])
 def _filter_backward(
     prior_mean,
     prior_var,
@@ -433,6 +456,7 @@ def _filter_backward(
     PAPER: tl.constexpr,
     PROCESS: tl.constexpr,
     MEASURES: tl.constexpr,
+    AFFINE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.arange(0, BLOCK)
@@ -455,7 +479,9 @@ def _filter_backward(
         PROCESS,
         MEASURES,
     )
-    w = tl.load(weight + i, mask=inside, other=0.0)
+    w = tl.full((BLOCK,), 1.0, tl.float32)
+    if AFFINE:
+        w = tl.load(weight + i, mask=inside, other=0.0)
     s_dy = tl.load(sum_dy + i, mask=inside, other=0.0)
     s_dy_xmu = tl.load(sum_dy_xmu + i, mask=inside, other=0.0)
     b_m = tl.load(d_belief_mean + i, mask=inside, other=0.0)
@@ -471,8 +497,9 @@ def _filter_backward(
     else:
         g_w += 2.0 * w * b_v
         g_b += b_m
-    tl.store(d_weight + i, g_w, mask=inside)
-    tl.store(d_bias + i, g_b, mask=inside)
+    if AFFINE:
+        tl.store(d_weight + i, g_w, mask=inside)
+        tl.store(d_bias + i, g_b, mask=inside)
 
     g_q = tl.zeros((BLOCK,), tl.float32)
     if MEASURES:
@@ -521,15 +548,16 @@ class Filter:
     def variant(
         v: Vectors, measured: Optional[Belief], spec: Spec, running: Optional[Running], count: int
     ) -> Optional[Tuple]:
-        """The kind of layer, if it has BatchNorm's sets, a prior of one row, scale and shift."""
+        """The kind of layer, if it has BatchNorm's sets and a prior of one row."""
         sets = spec.sets
-        fits = sets.is_batch and v.prior_mean is not None and v.weight is not None
+        fits = sets.is_batch and v.prior_mean is not None
         if not fits or v.prior_mean.shape[0] > 1 or sets.channels > LARGEST_CHANNELS:
             return None
         has_process_model = v.mean_offset is not None or v.process_noise is not None
         tracks = "no" if running is None else "cumulative" if running.momentum is None else "yes"
         block = triton.next_power_of_2(sets.channels)
-        return spec.paper, has_process_model, spec.measures, tracks, block
+        has_scale, is_aligned = v.weight is not None, kind_of_size(sets.channels) == ALIGNED
+        return spec.paper, has_process_model, has_scale, spec.measures, tracks, block, is_aligned
 
     @staticmethod
     def _arguments(v: Vectors, measured: Optional[Belief], spec: Spec):
@@ -541,6 +569,7 @@ class Filter:
             PAPER=spec.paper,
             PROCESS=v.mean_offset is not None or v.process_noise is not None,
             MEASURES=spec.measures,
+            AFFINE=v.weight is not None,
             BLOCK=block,
             # A thread has 4 channels, which stay in registers.
             num_warps=min(max(block // 128, 4), 32),
@@ -558,8 +587,9 @@ class Filter:
         """
         pointers, switches = Filter._arguments(v, measured, spec)
         channels = spec.sets.channels
-        mean, scale = v.weight.new_empty(2, channels).unbind()
-        belief = Belief(v.weight.new_empty(1, channels), v.weight.new_empty(1, channels))
+        new = v.prior_mean.new_empty
+        mean, scale = new(channels), new(channels)
+        belief = Belief(new(1, channels), new(1, channels))
         unused = pointers[0], pointers[0], pointers[0], 0.0
         *statistics, momentum = unused if running is None else running
         _filter_forward[(1,)](
@@ -588,12 +618,12 @@ class Filter:
         d_vectors = Vectors(*(None if t is None else torch.empty_like(t) for t in v))
         d_vectors = d_vectors._replace(gain_scale=None)
         written = [
-            v.weight if t is None else t
+            v.prior_mean if t is None else t
             for name, t in zip(Vectors._fields, d_vectors)
             if name != "gain_scale"
         ]
-        factor, of_mean, of_var = v.weight.new_empty(3, spec.sets.channels).unbind()
-        count_of_pass = torch.empty(1, dtype=torch.int32, device=v.weight.device)
+        factor, of_mean, of_var = (v.prior_mean.new_empty(spec.sets.channels) for _ in range(3))
+        count_of_pass = torch.empty(1, dtype=torch.int32, device=v.prior_mean.device)
         _filter_backward[(1,)](
             *(*pointers, *sums, *(d.contiguous() for d in d_belief), *written),
             *(factor, of_mean, of_var, count_of_pass, spec.sets.channels, spec.eps, count),
