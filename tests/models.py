@@ -1,5 +1,8 @@
 """Small real models and inputs for the tests, through detectron2's configs."""
 
+from pathlib import Path
+
+import detectron2
 import numpy as np
 import torch
 from detectron2.config import get_cfg
@@ -8,6 +11,13 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 
 import kn_detectron
+
+
+def detectron2_configs():
+    """The folder of detectron2's own configs."""
+    package = Path(detectron2.__file__).parent
+    configs = package / "model_zoo" / "configs"
+    return configs if configs.is_dir() else package.parent / "configs"  # of a clone, not installed
 
 
 def resnet_cfg(norm="KN", **overrides):

@@ -10,7 +10,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import detectron2
 import pytest
 from detectron2.config import get_cfg
 from detectron2.model_zoo import model_zoo
@@ -22,6 +21,7 @@ from kn_detectron.layers import kalman_layers
 from kn_detectron.pretraining import add_pretraining_config
 
 from .documents import NAMES, ROOT, blocks, commands, prose, read
+from .models import detectron2_configs
 
 
 def anchors(name):
@@ -166,12 +166,6 @@ def python_blocks():
         for block in blocks(name)
         if block.language == "python" and _PREDICT not in block.code
     ]
-
-
-def detectron2_configs():
-    package = Path(detectron2.__file__).parent
-    configs = package / "model_zoo" / "configs"
-    return configs if configs.is_dir() else package.parent / "configs"  # of a clone, not installed
 
 
 def write_readme_config(folder):
