@@ -52,6 +52,8 @@ NOTICES = (
     (r"torch\.meshgrid", r"torch\.functional"),
     (r"Creating a tensor from a list of numpy\.ndarrays", r"detectron2\.structures\.boxes"),
     (r"The given NumPy array is not writable", r"detectron2\.data\.detection_utils"),
+    (r"`broadcast_buffers` is deprecated", r"detectron2\.engine\.defaults"),
+    (r"`torch\.cuda\.amp\.", r"detectron2\.engine\.train_loop"),
 )
 
 # torch forgets an operator when the Library that defined it is gone, so this one is kept.

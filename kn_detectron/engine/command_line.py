@@ -318,7 +318,8 @@ def _on_rank(main, cfg, args):
 
 def _on_one_of_several_ranks(main, cfg, args, sentences):
     try:
-        _on_rank(main, cfg, args)
+        with without_notices():
+            _on_rank(main, cfg, args)
     except InputError as error:
         # Before this process ends: what the others then fail of is no cause, but may be seen first.
         Path(sentences, str(comm.get_rank())).write_text(str(error), encoding="utf-8")

@@ -277,7 +277,8 @@ def _build_step(group: Group, norm: str, device: torch.device) -> Candidate:
     if group.dtype == "float16":
         if device.type == "cpu":
             raise NotRun("float16 needs gradient scaling, which detectron2 has for GPUs only")
-        scaler = torch.amp.GradScaler("cuda")
+        # With the usual scale the first gradients may overflow, and steps that are timed be skipped.
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
 
     def forward():
         torch.manual_seed(0)
