@@ -153,7 +153,8 @@ def fold_into(model, stock):
 
     Args:
         model (nn.Module): the KN model, trained. It stays as it is.
-        stock (nn.Module): the same model with FrozenBatchNorm2d in the place of KN.
+        stock (nn.Module): the same model with BatchNorm, frozen or not, in the place of KN. In the
+            towers of RetinaNet that is detectron2's "BN", which has statistics for each level.
 
     Returns:
         nn.Module: ``stock``, which now gives the detections of ``model``, in evaluation mode.

@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import torch
@@ -279,6 +280,86 @@ def test_a_function_that_builds_batch_norm_is_replaced():
     assert any("box_head" in name for name in names)
 
 
+def batch_norm(channels, momentum):
+    return nn.BatchNorm2d(channels, momentum=momentum)
+
+
+def batch_norm_of(momentum):
+    return functools.partial(nn.BatchNorm2d, momentum=momentum)
+
+
+def test_a_call_that_makes_such_a_function_is_replaced():
+    names = kalman_layers(built(with_kalman_norm(fpn(head_norm=L(batch_norm_of)(momentum=0.01)))))
+    assert any("box_head" in name for name in names)
+
+
+class OwnHeads(roi_heads.StandardROIHeads):
+    pass
+
+
+def _c4_with_a_norm_in_the_mask_head():
+    config = c4()
+    config.roi_heads.mask_head.update(conv_dims=[16, 16], conv_norm="BN")
+    return config
+
+
+def _fpn_with_heads_of_ones_own():
+    config = fpn(head_norm="BN")
+    config.roi_heads["_target_"] = OwnHeads
+    return config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        _c4_with_a_norm_in_the_mask_head,
+        _fpn_with_heads_of_ones_own,
+        lambda: fpn(fpn_norm="GN8", head_norm="BN"),
+    ],
+    ids=["c4", "own heads", "other pyramid"],
+)
+def test_heads_that_would_get_no_prior_keep_their_norm(config, caplog):
+    model = built(with_kalman_norm(config(), gain=0.0, learn_gain=False))
+    assert "roi_heads.mask_head keeps its norm" in caplog.text
+    norms = [m for m in model.roi_heads.mask_head.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and not kalman_layers(model.roi_heads.mask_head)
+    losses = train_step(model, rcnn_inputs())
+    assert all(torch.tensor(loss).isfinite() for loss in losses.values())
+
+
+def test_groups_that_fit_the_head_only_stay():
+    config = fpn(head_norm=lambda channels: nn.GroupNorm(16, channels))  # 16 of 16 channels
+    assert all("head" not in name for name in kalman_layers(built(with_kalman_norm(config))))
+
+
+def test_norms_that_refer_to_each_other():
+    config = fpn("BN", fpn_norm="BN", head_norm="BN")
+    config.backbone.bottom_up.stages.norm = "${..stem.norm}"
+    config.backbone.norm = "${.bottom_up.stages.norm}"
+    config.roi_heads.box_head.conv_norm = "${...backbone.norm}"
+    config.roi_heads.mask_head.conv_norm = "${..box_head.conv_norm}"
+    names = list(kalman_layers(built(with_kalman_norm(config))))
+    for part in ("stem", "res5", "fpn_output2", "box_head", "mask_head"):
+        assert any(part in name for name in names), part
+
+
+def test_a_config_that_must_not_be_changed_is_copied():
+    config = c4()
+    OmegaConf.set_struct(config, True)
+    OmegaConf.set_readonly(config, True)
+    assert len(kalman_layers(built(with_kalman_norm(config)))) > 0
+
+
+def test_the_deviation_is_in_the_order_of_the_channels():
+    config = c4()
+    config.pixel_std = [2.0, 1.0, 1.0]
+    bgr, rgb = with_kalman_norm(config), copy.deepcopy(config)
+    rgb.input_format = "RGB"
+    rgb = with_kalman_norm(rgb)
+    assert list(bgr.backbone.image_std) == [57.375 / 2, 57.12, 58.395]
+    assert list(rgb.backbone.image_std) == [58.395 / 2, 57.12, 57.375]
+
+
 def test_towers_of_retinanet():
     model = built(with_kalman_norm(retinanet()))
     assert type(model) is KNRetinaNet
@@ -365,6 +446,16 @@ def _with_deformable_blocks():
     return config
 
 
+class OwnStem(theirs.BasicStem):
+    pass
+
+
+def _with_a_stem_of_ones_own():
+    config = c4()
+    config.backbone.stem["_target_"] = OwnStem
+    return config
+
+
 def _with_two_resnets():
     config = c4()
     config.second = resnet("BN", 18, ["res2"])
@@ -384,7 +475,12 @@ def _with_two_resnets():
         ),
         (_with_two_resnets, {}, InputError, "has 2 of detectron2's ResNets"),
         (_with_deformable_blocks, {}, InputError, "backbone.stages.block_class is Deform"),
-        (c4, dict(image_std=[57.0]), InputError, "image_std has 1 values"),
+        (_with_a_stem_of_ones_own, {}, InputError, "backbone.stem is .*OwnStem"),
+        (lambda: with_kalman_norm(c4()), {}, InputError, "has Kalman Normalization already"),
+        (c4, dict(image_std=[57.0]), InputError, "image_std is .57.0., .* as pixel_std has: 3"),
+        (c4, dict(image_std=[57.0, 0.0, 57.0]), InputError, "positive numbers"),
+        (c4, dict(transition="monte_carlo"), ValueError, "build_transition"),
+        (c4, dict(norm="GKN", num_groups=0), ValueError, "num_groups"),
         (c4, dict(norm="BN"), ValueError, "'KN' or 'GKN'"),
         (c4, dict(gain=1.5), ValueError, "gain"),
         (c4, dict(gian=0.5), TypeError, "gian"),

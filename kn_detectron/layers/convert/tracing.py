@@ -62,15 +62,6 @@ for _function in IN_PLACE:
     setattr(_Proxy, f"__{_function.__name__}__", _recorded(_function))
 
 
-class _Images(_Proxy):
-    """The first input, of which it is known that its shape is (N, C, H, W)."""
-
-    ndim = 4
-
-    def dim(self):
-        return self.ndim
-
-
 class _Unrecorded(Exception):
     """Forward does something that is no node of the graph, and would be lost."""
 
@@ -143,8 +134,7 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """See :class:`torch.fx.Tracer`."""
-        is_first = len(self.graph.nodes) == 1 and node.op == "placeholder"
-        return (_Images if is_first else _Proxy)(node, self)
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """See :class:`torch.fx.Tracer`."""

@@ -213,14 +213,3 @@ def test_another_value_of_an_argument_with_a_default_is_a_sentence():
     converted = convert_kalman_norm(Optional())
     with pytest.raises(InputError, match="both has been specialized.*convert a subclass"):
         converted(_batch(), both=True)
-
-
-def test_that_the_input_is_a_batch_of_images_is_known():
-    class Asserting(_Two):
-        def forward(self, x):
-            assert x.dim() == 4 and x.ndim == 4, f"an input of shape {x.shape}"
-            return super().forward(x)
-
-    network = trained(Asserting(lambda network, x: x)).eval()
-    wanted = network(images())
-    torch.testing.assert_close(convert_kalman_norm(network).eval()(images()), wanted)
