@@ -8,12 +8,14 @@ from typing import Callable, Dict, Iterable, List
 import torch
 import tqdm
 
+import kn_detectron
 from kn_detectron.errors import InputError
 from kn_detectron.files import atomic_write
 
 __all__ = ["read_results", "run_all", "run_apart", "write_result"]
 
 _NAME = "result.json"
+_TOOLS = Path(__file__).parents[1]
 
 
 def run_all(folders: Iterable[Path], do: Callable[[Path], None]) -> None:
@@ -22,7 +24,16 @@ def run_all(folders: Iterable[Path], do: Callable[[Path], None]) -> None:
     Args:
         folders: the folders of the runs.
         do: does the run of a folder, and calls :func:`write_result` at its end.
+
+    Raises:
+        InputError: the package is not that of this checkout, whose commit the results name.
     """
+    package, checkout = (Path(file).resolve().parent for file in (kn_detectron.__file__, _TOOLS))
+    if package.parent != checkout:
+        raise InputError(
+            f"kn_detectron is imported from {package}, but the results would name the commit of "
+            f"{checkout}: set PYTHONPATH to {checkout}."
+        )
     folders = list(folders)
     to_do = [folder for folder in folders if not (folder / _NAME).is_file()]
     print(f"{len(folders)} runs, of which {len(folders) - len(to_do)} are done.", flush=True)

@@ -12,6 +12,7 @@ from evidence.runs import read_results, run_all, run_apart, write_result
 from torch import nn
 from torch.nn import functional as F
 
+import kn_detectron
 from kn_detectron import InputError
 from kn_detectron.data import ShapesSpec, generate_shapes
 from kn_detectron.model_zoo import get_config, released_weights
@@ -168,6 +169,12 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     assert "3 runs, of which 1 are done" in capsys.readouterr().out
     result = json.loads((folders[2] / "result.json").read_text())
     assert result["of"] == "c" and result["results"] == {"top1": None}
+
+
+def test_the_package_is_that_of_the_commit_which_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(kn_detectron, "__file__", str(tmp_path / "kn_detectron" / "__init__.py"))
+    with pytest.raises(InputError, match=f"from {tmp_path}/kn_detectron, .*: set PYTHONPATH to"):
+        run_all([], None)
 
 
 def test_a_run_that_fails_says_where_it_is_told_why(tmp_path):
