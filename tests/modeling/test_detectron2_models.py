@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.structures import BitMasks, Keypoints
+from detectron2.structures import Keypoints
 
 import kn_detectron
 from kn_detectron.checkpoint import KNCheckpointer
@@ -72,8 +72,6 @@ def outputs(model, given):
                 yield from tensors(part)
         elif hasattr(value, "tensor"):
             yield value.tensor
-        elif isinstance(value, BitMasks):
-            yield value.tensor.float()
         elif isinstance(value, (list, tuple)):
             for part in value:
                 yield from tensors(part)

@@ -10,6 +10,7 @@ from ...errors import one_line
 from ..belief import Belief
 from ..filter import Running, Spec, Vectors
 from ..sets import Sets
+from .kernels import ALIGNED, kind_of_size
 
 __all__ = ["disagreement"]
 
@@ -59,10 +60,8 @@ class _Numbers:
 
 
 def _size(kind: int, least: int) -> int:
-    """The smallest size of a kind (:func:`.kernels.kind_of_size`) that is not below ``least``."""
-    if kind == 0:
-        return 1
-    return next(n for n in range(least, least + 33) if math.gcd(n, 16) == kind)
+    """The smallest size of a kind that is not below ``least``, or 1 if only that is of the kind."""
+    return next(n for n in (1, *range(least, least + 32)) if kind_of_size(n) == kind)
 
 
 def _rectify(operation, variant, numbers: _Numbers) -> List[Tensor]:
@@ -85,7 +84,7 @@ def _filter(operation, variant, numbers: _Numbers) -> List[Tensor]:
     paper, has_process_model, has_scale, measures, tracks, block, is_aligned = variant
     # Some threads have no channel, if a size of that kind allows it.
     channels, images, pixels = max(block - block // 4, 1), 2, (2, 3)
-    if is_aligned != (channels % 16 == 0):
+    if is_aligned != (kind_of_size(channels) == ALIGNED):
         channels = block if is_aligned else channels - 1
     count = images * math.prod(pixels)
     spec = Spec(Sets(images, channels, 1, channels), 1e-5, paper, measures)
