@@ -153,7 +153,7 @@ def fold_into(model, stock):
 
     Args:
         model (nn.Module): the KN model, trained. It stays as it is.
-        stock (nn.Module): the same model with BatchNorm, frozen or not, in the place of KN. In the
+        stock (nn.Module): the same model with BatchNorm, frozen or not, in place of KN. In the
             towers of RetinaNet that is detectron2's "BN", which has statistics for each level.
 
     Returns:

@@ -55,7 +55,7 @@ def class_names(cfg: CfgNode) -> List[str]:
 
 
 def coco_results(instances: Instances, file_name: str, classes: List[str]) -> List[Dict]:
-    """Detections in the form of COCO's results, with names in the place of ids.
+    """Detections in the form of COCO's results, with names in place of ids.
 
     Args:
         instances: of one image, on the CPU.

@@ -49,7 +49,7 @@ def add_pretraining_config(cfg: CfgNode) -> None:
     cfg.PRETRAINING = node = CfgNode()
     # Folder of images in ImageNet's layout: train/<class>/ and val/<class>/ (or test/<class>/).
     node.DATA = ""
-    # A network to train in the place of the config's ResNet, by the name that build_network takes.
+    # A network to train in place of the config's ResNet, by the name that build_network takes.
     node.NETWORK = ""
     # What there is in train/.
     node.NUM_CLASSES = 1000
@@ -113,7 +113,7 @@ def classification_config(
         lr: learning rate; None is 0.1 per 256 images.
         weight_decay: for all parameters except those of the norms.
         image_size: side in pixels of the square that the model sees.
-        network: trained in the place of the ResNet, with the same norms and pixels; see
+        network: trained in place of the ResNet, with the same norms and pixels; see
             :func:`~kn_detectron.networks.build_network`.
 
     Returns:

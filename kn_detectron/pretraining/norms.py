@@ -116,7 +116,7 @@ def replace_batch_norms(module: nn.Module, build: Callable[[nn.BatchNorm2d], nn.
 
 
 def apply_weight_norm(network: nn.Module) -> None:
-    """Weight normalization (Salimans & Kingma, 2016) of a ResNet, in the place of its BatchNorms.
+    """Weight normalization (Salimans & Kingma, 2016) of a ResNet, in place of its BatchNorms.
 
     Each filter becomes g v / |v| with g and v learned, and gets a bias. The start of g needs no
     data and keeps variances about the same from layer to layer. It is 1 for the stem, whose images

@@ -27,7 +27,7 @@ class ClassificationTrainer(Trainer):
     """:class:`~kn_detectron.engine.Trainer` on the images and the model of the pre-training.
 
     At the end OUTPUT_DIR/backbone.pth has the weights for MODEL.WEIGHTS of a detector, or the
-    weights of the network that was trained in the place of its ResNet.
+    weights of the network that was trained in place of its ResNet.
     """
 
     def train(self):

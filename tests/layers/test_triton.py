@@ -217,7 +217,7 @@ def test_layers_with_the_passes_of_a_gpu(case, dtype, memory_format):
 
 
 class Launches(TorchDispatchMode):
-    """Counts torch's operations, and in the place of what a function does the launches it makes."""
+    """Counts torch's operations, and in place of what a function does the launches it makes."""
 
     def __init__(self, monkeypatch):
         super().__init__()
