@@ -187,7 +187,7 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
             parameter = getattr(self, name, None)
             if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():
                 nothing = 0.0 * parameter.sum()
-                bias = nothing.expand(self.num_features) if bias is None else bias + nothing
+                bias = nothing.repeat(self.num_features) if bias is None else bias + nothing
         return bias
 
     def _running_vectors(self, x: Tensor) -> Vectors:

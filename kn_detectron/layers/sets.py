@@ -56,16 +56,20 @@ class Sets(NamedTuple):
         return v.view(self.rows, per_row, self.groups, per_group)
 
     def repeat(self, v: Tensor) -> Tensor:
-        """Repeats a vector over C for the channels of the unfolded features."""
-        return v if self.is_batch else v.repeat(self.images)
+        """Repeats a vector over C for the channels of the unfolded features. The result is dense."""
+        return v.contiguous() if self.is_batch else v.repeat(self.images)
 
     def spread(self, v: Tensor) -> Tensor:
-        """Statistics (rows, groups) or (1, groups) as a vector over the unfolded channels."""
+        """Statistics (rows, groups) or (1, groups) as a vector over the unfolded channels.
+
+        The result is dense: torch's kernels for channels_last take the address of a vector, and
+        read one number after the other from there, whatever its strides are.
+        """
         if self.is_batch:
-            return v.view(-1)
+            return v.contiguous().view(-1)
         per_row, per_group = self.images // max(self.rows, 1), self.channels // self.groups
         shape = self.rows, per_row, self.groups, per_group
-        return v[:, None, :, None].expand(shape).reshape(-1)
+        return v[:, None, :, None].expand(shape).contiguous().view(-1)
 
     def run(
         self, a_pass: Callable, features: Sequence[Tensor], vectors: Sequence = ()

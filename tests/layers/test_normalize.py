@@ -57,6 +57,33 @@ def test_the_node_is_what_autograd_makes_of_its_parts(memory_format, rows, group
     assert results[0][0].is_contiguous(memory_format=memory_format)
 
 
+def strided(t):
+    """The same numbers with others between them."""
+    return t if t is None else torch.stack([t, torch.full_like(t, 1e6)], -1)[..., 0]
+
+
+@FORMATS
+@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("measures", [True, False])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_no_more_is_read_of_a_vector_than_its_numbers(memory_format, images, measures, groups):
+    """One group, or a prior that is no block of memory: kernels that ignore strides must not see it."""
+    rows = images if groups == 1 else 1
+    x = features(torch.float32, memory_format, shape=(images, 6, 3, 5)).requires_grad_()
+    v = layer_vectors(6, rows if measures else 1)
+    # Without a process model the prior itself is the posterior where nothing is measured.
+    v = v._replace(mean_offset=None, log_var_scale=None)
+    v = Vectors(*(t if t is None else strided(t.detach().float()).requires_grad_() for t in v))
+    spec = Spec(Sets(images, 6, rows if measures else 1, groups), 1e-5, False, measures)
+    leaves = [x, *(t for t in v if t is not None)]
+    results = []
+    for function in (filter_and_normalize, lambda *args: _composed(*args, None)):
+        y, _ = function(x, v, spec)
+        results.append([y, *torch.autograd.grad(y.sigmoid().sum(), leaves, materialize_grads=True)])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     # Many values per channel: the share of each in the gradient of the statistics is tiny.

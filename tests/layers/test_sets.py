@@ -11,7 +11,7 @@ from .inputs import features
 from .test_passes import DTYPES, FORMATS
 
 LAYOUTS = pytest.mark.parametrize(
-    "rows, groups", [(1, 6), (2, 6), (4, 6), (4, 2), (4, 3), (1, 2), (2, 1)]
+    "rows, groups", [(1, 6), (2, 6), (4, 6), (4, 2), (4, 3), (4, 1), (1, 2), (2, 1), (1, 1)]
 )
 
 
@@ -36,6 +36,15 @@ def test_spread_gives_each_channel_of_each_image_the_number_of_its_set(rows, gro
         for image in range(4)
     ]
     assert got.view(-1, 6).tolist() == (want[:1] if (rows, groups) == (1, 6) else want)
+
+
+@LAYOUTS
+def test_spread_is_dense_whatever_it_gets(rows, groups):
+    # torch's kernels for channels_last read vectors at their address, without regard to strides.
+    numbers = torch.arange(2.0 * rows * groups).view(rows, groups, 2)[..., 0]
+    got = Sets(4, 6, rows, groups).spread(numbers)
+    assert got.is_contiguous()
+    assert torch.equal(got, Sets(4, 6, rows, groups).spread(numbers.contiguous()))
 
 
 def test_one_row_may_stand_for_all():
