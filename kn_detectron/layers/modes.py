@@ -20,5 +20,7 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
         network.train(training)
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, mode in modes:  # a module comes before those in it
+            if module.training != mode:
+                # Not the flag alone: train() may do more, as torchvision's feature extractors do.
+                module.train(mode)

@@ -12,7 +12,7 @@ from ..belief import Belief
 from ..introspection import has_hooks
 from ..kalman_norm import KalmanNorm2d
 from ..passes import pooled_moments, statistics_dtype
-from ..transition import ClosedFormTransition, Transition
+from ..transition import ClosedFormTransition, Source, Transition
 
 __all__ = ["Chain", "ConvArguments"]
 
@@ -32,15 +32,13 @@ class Chain(nn.Module):
     """Carries beliefs from norm to norm. The generated code calls its methods.
 
     A belief has the shape of its feature without height and width: (1, C) or (N, C), with one more
-    dimension if the code has split the channels into groups. Evaluation with moving statistics
-    needs no beliefs. :meth:`start` then returns None, and all methods pass None on.
+    dimension if the code has split the channels into groups.
 
     Args:
         image_mean, image_std: mean and standard deviation of the images that the network gets, C
             numbers each.
         transition: how a belief crosses activations and convolutions.
         variant: the variant of the layers, ``"network"`` or ``"paper"``.
-        in_evaluation: whether the layers need priors in evaluation too.
 
     Raises:
         InputError: mean and standard deviation are about different numbers of channels.
@@ -52,7 +50,6 @@ class Chain(nn.Module):
         image_std: Sequence[float],
         transition: Transition,
         variant: str,
-        in_evaluation: bool,
     ):
         super().__init__()
         if len(image_mean) != len(image_std):
@@ -62,36 +59,27 @@ class Chain(nn.Module):
             )
         self.transition = transition
         self.variant = variant
-        self.in_evaluation = in_evaluation
         # They belong to the data and not to the weights, so they are not in the checkpoint.
         mean, std = (torch.as_tensor(v, dtype=torch.float32)[None] for v in (image_mean, image_std))
         self.register_buffer("image_mean", mean, persistent=False)
         self.register_buffer("image_var", std.square(), persistent=False)
 
     def in_closed_form(self) -> "Chain":
-        """A copy for calibration, which always computes beliefs, and without sampling."""
+        """A copy that does not sample, for calibration."""
         chain = copy.copy(self)
         chain.transition = ClosedFormTransition()
-        chain.in_evaluation = True
         return chain
 
-    @property
-    def is_on(self) -> bool:
-        """Whether beliefs are computed."""
-        return self.training or self.in_evaluation
-
-    def start(self) -> Optional[Belief]:
+    def start(self) -> Belief:
         """The belief about the images."""
-        if not self.is_on:
-            return None
         dtype = statistics_dtype(self.image_var)
         return Belief(self.image_mean.to(dtype), self.image_var.to(dtype))
 
-    def frozen(self, norm: nn.Module) -> Optional[Belief]:
+    def frozen(self, norm: nn.Module) -> Belief:
         """The belief behind a frozen BatchNorm: its running statistics are the posterior."""
-        return closed_form.frozen(norm, self.variant) if self.is_on else None
+        return closed_form.frozen(norm, self.variant)
 
-    def behind_head(self, belief: Optional[Belief], norm: nn.Module) -> Optional[Belief]:
+    def behind_head(self, belief: Optional[Belief], norm: nn.Module) -> Belief:
         """The belief behind the head of a chain.
 
         A head in evaluation returns none if its network is in training. It then counts as frozen.
@@ -102,15 +90,13 @@ class Chain(nn.Module):
         """The features of an empty batch."""
         return self.image_var.new_zeros(0, channels, 1, 1)
 
-    def of_batch(self, belief: Optional[Belief]) -> Optional[Belief]:
+    def of_batch(self, belief: Belief) -> Belief:
         """The belief about all images together, for a KN in a network that has GKN too."""
-        if belief is None:
-            return None
         return Belief(*(v[None] for v in pooled_moments(*belief, 0)))
 
     def conv_norm(
-        self, x: Tensor, conv: nn.Module, norm: nn.Module, prior: Optional[Belief]
-    ) -> Tuple[Tensor, Optional[Belief]]:
+        self, x: Tensor, conv: nn.Module, norm: nn.Module, prior: Belief
+    ) -> Tuple[Tensor, Belief]:
         """A convolution and its norm, which are one convolution if nothing is measured."""
         is_plain = type(conv).forward is nn.Conv2d.forward and not has_hooks(conv)
         if is_plain and isinstance(norm, KalmanNorm2d) and norm.can_be_absorbed(x, prior):
@@ -119,49 +105,45 @@ class Chain(nn.Module):
 
     # Through the transition.
 
-    def source(self, belief: Optional[Belief], x: Tensor):
+    def source(self, belief: Belief, x: Tensor) -> Source:
         """The transition's source for the belief about x, if no activation made x."""
-        return None if belief is None else self.transition.start(belief, x)
+        return self.transition.start(belief, x)
 
-    def activation(self, belief: Optional[Belief], x: Tensor, name: str, *parameters):
+    def activation(self, belief: Belief, x: Tensor, name: str, *parameters) -> Source:
         """The transition's source behind the activation that made x."""
-        if belief is None:
-            return None
         return self.transition.activation(belief, x, name, *parameters)
 
-    def moments(self, source) -> Optional[Belief]:
+    def moments(self, source: Source) -> Belief:
         """The belief that a source stands for."""
-        return None if source is None else self.transition.moments(source)
+        return self.transition.moments(source)
 
-    def conv(self, source, conv: nn.Module) -> Optional[Belief]:
+    def conv(self, source: Source, conv: nn.Module) -> Belief:
         """The belief behind a convolution, given as a module."""
-        return None if source is None else self.transition.conv(source, conv)
+        return self.transition.conv(source, conv)
 
-    def conv2d(self, source, *arguments) -> Optional[Belief]:
+    def conv2d(self, source: Source, *arguments) -> Belief:
         """The belief behind a convolution, given by its arguments."""
         return self.conv(source, ConvArguments(*arguments))
 
     # The same for every transition.
 
-    def add(self, a: Optional[Belief], b: Optional[Belief]) -> Optional[Belief]:
+    def add(self, a: Belief, b: Belief) -> Belief:
         """The belief behind a sum of two features, which are taken to be independent."""
-        return None if a is None or b is None else closed_form.add(a, b)
+        return closed_form.add(a, b)
 
-    def scale(self, belief: Optional[Belief], factor) -> Optional[Belief]:
+    def scale(self, belief: Belief, factor) -> Belief:
         """The belief behind a product with a number, or with a tensor of one value per channel."""
-        return None if belief is None else closed_form.scale(belief, self._constant(factor))
+        return closed_form.scale(belief, self._constant(factor))
 
-    def shift(self, belief: Optional[Belief], offset) -> Optional[Belief]:
+    def shift(self, belief: Belief, offset) -> Belief:
         """The belief behind a sum with a number, or with a tensor of one value per channel."""
-        if belief is None:
-            return None
         return belief._replace(mean=belief.mean + self._constant(offset))
 
-    def divide(self, belief: Optional[Belief], divisor) -> Optional[Belief]:
+    def divide(self, belief: Belief, divisor) -> Belief:
         """The belief behind a division by what :meth:`scale` multiplies by."""
         return self.scale(belief, 1.0 / divisor)
 
-    def subtract(self, belief: Optional[Belief], offset) -> Optional[Belief]:
+    def subtract(self, belief: Belief, offset) -> Belief:
         """The belief behind a subtraction of what :meth:`shift` adds."""
         return self.shift(belief, -offset)
 
@@ -172,29 +154,23 @@ class Chain(nn.Module):
             return value[..., 0, 0]
         return value
 
-    def cat(self, beliefs: Sequence[Optional[Belief]]) -> Optional[Belief]:
+    def cat(self, beliefs: Sequence[Belief]) -> Belief:
         """The belief behind a concatenation of channels."""
-        if any(belief is None for belief in beliefs):
-            return None
         rows = max(belief.mean.shape[0] for belief in beliefs)
         return Belief(*(torch.cat([v.expand(rows, -1) for v in vs], 1) for vs in zip(*beliefs)))
 
-    def pad(self, belief: Optional[Belief], channels: Sequence[int]) -> Optional[Belief]:
+    def pad(self, belief: Belief, channels: Sequence[int]) -> Belief:
         """The belief behind a padding with channels of zeros before and after the others."""
-        if belief is None:
-            return None
         return Belief(*(nn.functional.pad(v, tuple(channels)) for v in belief))
 
-    def index(self, belief: Optional[Belief], index: tuple) -> Optional[Belief]:
+    def index(self, belief: Belief, index: tuple) -> Belief:
         """The belief behind a selection of channels."""
-        return None if belief is None else Belief(*(v[index] for v in belief))
+        return Belief(*(v[index] for v in belief))
 
-    def reshape(self, belief: Optional[Belief], channels: Sequence[int]) -> Optional[Belief]:
+    def reshape(self, belief: Belief, channels: Sequence[int]) -> Belief:
         """The belief behind a split of the channels into groups, or behind a merge."""
-        if belief is None:
-            return None
         return Belief(*(v.reshape(v.shape[0], *channels) for v in belief))
 
-    def permute(self, belief: Optional[Belief], order: Sequence[int]) -> Optional[Belief]:
+    def permute(self, belief: Belief, order: Sequence[int]) -> Belief:
         """The belief behind a new order of the dimensions between batch and height."""
-        return None if belief is None else Belief(*(v.permute(order) for v in belief))
+        return Belief(*(v.permute(order) for v in belief))

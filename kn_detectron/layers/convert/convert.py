@@ -51,8 +51,9 @@ def convert_kalman_norm(
     too. If the statistics are not the initial ones, the priors of KN are calibrated to them at once
     (network variant only).
 
-    Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` it works in place: the result has the
-    modules of ``network``, whose norms are replaced. Use the result and not ``network``.
+    Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` it works in place: the result shares
+    its modules with ``network``, and the norms among them are replaced. Use the result and not
+    ``network``.
 
     Args:
         network: has BatchNorm2d, SyncBatchNorm or GroupNorm, and a forward function that torch.fx
@@ -68,7 +69,7 @@ def convert_kalman_norm(
             :class:`~kn_detectron.layers.MonteCarloTransition`.
         return_beliefs: whether forward returns its output and the beliefs about it, in the same
             form: a Belief for a feature, or None if nothing is known about it or no beliefs are
-            computed.
+            computed, as in evaluation with moving statistics.
 
     Returns:
         KalmanNetwork: its ``state_dict`` has the entries of ``network`` and those of KN.
@@ -83,9 +84,6 @@ def convert_kalman_norm(
     graphs = {mode: trace(network, mode == "training") for mode in ("training", "evaluation")}
     walks = {mode: Walk(network, graph, channels) for mode, graph in graphs.items()}
     ends = _heads(walks.values())
-    for walk in walks.values():
-        walk.finish(set(ends), return_beliefs)
-
     options = dict(
         learn_gain=learn_gain,
         variant=variant,
@@ -99,13 +97,12 @@ def convert_kalman_norm(
     }
     grouped = any(isinstance(norm, nn.GroupNorm) for norm in norms.values())
     untracked = not all(getattr(norm, "track_running_stats", True) for norm in norms.values())
-    chain = Chain(
-        image_mean,
-        image_std,
-        transition,
-        variant,
-        in_evaluation=grouped or eval_statistics == "batch" or untracked,
-    )
+    walks["training"].finish(set(ends), return_beliefs)
+    if grouped or untracked or eval_statistics == "batch":
+        walks["evaluation"].finish(set(ends), return_beliefs)
+    else:
+        walks["evaluation"].drop_beliefs(return_beliefs)
+    chain = Chain(image_mean, image_std, transition, variant)
     tensors = itertools.chain(network.parameters(), network.buffers())
     chain.to(next(tensors, torch.empty(0)).device)
     beliefs = walks["training"].beliefs_alone()

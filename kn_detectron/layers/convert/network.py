@@ -63,11 +63,12 @@ def _import(name: str, value: Any) -> str:
 class KalmanNetwork(nn.Module):
     """A network that :func:`~.convert_kalman_norm` made.
 
-    It has the modules, parameters and attributes of the original under the same names. Its norms
-    are KN or GKN, and it has one more module. Its ``forward`` is generated code, which passes
-    beliefs along with the features and calls the innermost modules one by one. The ``forward``
-    functions and hooks of the modules around them would pass no beliefs, and are not called. For the
-    same reason it has no other method of the original's class, nor is it an instance of that class.
+    It has the modules, parameters and mode of the original, and its attributes unless it was a
+    torch.fx.GraphModule. Its norms are KN or GKN, and it has one more module. Its ``forward`` is
+    generated code, which passes beliefs along with the features and calls the innermost modules one
+    by one. The ``forward`` functions and hooks of the modules around them would pass no beliefs, and
+    are not called. For the same reason it has no other method of the original's class, nor is it an
+    instance of that class.
 
     Attributes:
         kalman_chain (Chain): the additional module, without parameters, which computes the beliefs.
@@ -77,6 +78,7 @@ class KalmanNetwork(nn.Module):
         super().__init__()
         if isinstance(network, fx.GraphModule):  # its attributes include its graph and its code
             self._original = None
+            self.training = network.training
             for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
                 setattr(self, kind, getattr(network, kind))
         else:
@@ -85,7 +87,7 @@ class KalmanNetwork(nn.Module):
             self._compiled_call_impl = None  # it would call the original
         self._programs = programs
         self._norms: Dict[str, nn.Module] = {}
-        self.add_module(CHAIN, chain)
+        self.add_module(CHAIN, chain.train(self.training))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -101,7 +103,10 @@ class KalmanNetwork(nn.Module):
 
     @property
     def code(self) -> str:
-        """The Python code of :meth:`forward` in the present mode."""
+        """The Python code of :meth:`forward` in the present mode.
+
+        In evaluation with moving statistics it is the original's, without beliefs.
+        """
         return self._program.source
 
     @property
@@ -132,11 +137,11 @@ class KalmanNetwork(nn.Module):
         except ValueError as error:
             norms = [self.get_submodule(name) for name in self._norms]
             lacks_prior = any(getattr(norm, "needs_prior", False) for norm in norms)
-            if lacks_prior and not getattr(self, CHAIN).is_on:
+            if lacks_prior and CHAIN not in self.code:
                 raise InputError(
                     "A KN layer is in training mode, but its network is in evaluation mode and "
                     "keeps no beliefs: call train() of the whole network, and then eval() of those "
-                    "norms that shall keep their statistics"
+                    "norms that should keep their statistics"
                 ) from error
             raise
 

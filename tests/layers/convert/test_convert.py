@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 from kn_detectron import InputError
@@ -71,13 +72,38 @@ def test_checkpoints_of_the_original_load(original, converted):
 
 def test_in_evaluation_it_is_the_original_to_the_bit_and_computes_no_belief(original, converted):
     original.eval()
+    assert "kalman_chain" in converted.train().code
     converted.eval()
-    outputs = []
-    for layer in kalman_layers(converted).values():
-        layer.register_forward_hook(lambda layer, args, output: outputs.append(output[1]))
     with torch.no_grad():
         assert torch.equal(converted(images()), original(images()))
-    assert outputs == [None] * len(kalman_layers(converted)) != []
+    assert "kalman_chain" not in converted.code and "prior" not in converted.code
+
+
+class DropsOut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return {"y": F.dropout(self.norm(self.conv(x)).relu(), 0.5, self.training)}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("is_graph", [True, False])
+def test_it_stays_in_the_mode_of_the_network(training, is_graph):
+    network = DropsOut()
+    if is_graph:
+        network = create_feature_extractor(network, {"dropout": "y"})
+    network.train(training)
+    want = network(images())["y"]
+    converted = convert_kalman_norm(network, return_beliefs=True)
+    assert {module.training for module in converted.modules()} == {training}
+    y, beliefs = converted(images())
+    if training:
+        assert not torch.equal(y["y"], converted(images())[0]["y"])
+    else:
+        assert torch.equal(y["y"], want)
+        assert beliefs == {"y": None}
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -767,9 +793,8 @@ def test_norms_that_are_called_by_name(training):
     torch.testing.assert_close(converted(x), want(x))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_conversion_to_sync_batch_norm_is_a_sentence(converted, training):
-    replaced = nn.SyncBatchNorm.convert_sync_batchnorm(converted).train(training)
+def test_conversion_to_sync_batch_norm_is_a_sentence(converted):
+    replaced = nn.SyncBatchNorm.convert_sync_batchnorm(converted).train()
     with pytest.raises(TypeError, match="a SyncBatchNorm stands .*convert_sync_batchnorm must not"):
         replaced(images())
 
