@@ -90,8 +90,8 @@ def prepare_detectron2():
     ):
         stand_ins["pkg_resources"] = _module("pkg_resources", resource_filename=_resource_filename)
 
-    # The importing modules keep their stand-ins. Nobody else finds them, so that who asks whether
-    # the real module is there, as detectron2's environment report does, gets the truth.
+    # The importing modules keep their stand-ins. Nobody else finds them, so that code that asks
+    # whether the real module is there, as detectron2's environment report does, gets the truth.
     with _importable(stand_ins), without_notices():
         if "detectron2._C" in stand_ins:
             importlib.import_module("detectron2.layers")

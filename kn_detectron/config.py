@@ -5,7 +5,7 @@ from typing import Any, Callable, Tuple
 from detectron2.config import CfgNode as CN
 
 from .errors import InputError
-from .layers.kalman_filter import VARIANTS
+from .layers.mixin import VARIANTS
 from .layers.kalman_norm import EVAL_STATISTICS
 
 __all__ = ["add_kn_config", "check_config"]

@@ -19,7 +19,7 @@ import sys
 from kn_detectron.checkpoint import convert_weights
 from kn_detectron.checkpoint.conversion import NORMS
 from kn_detectron.engine.command_line import run
-from kn_detectron.layers.kalman_filter import VARIANTS
+from kn_detectron.layers.mixin import VARIANTS
 
 from detectron2.utils.logger import setup_logger  # isort: skip  # made importable by kn_detectron
 

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..layers import Belief, ClosedFormTransition, KalmanNetwork, KalmanNorm2d, kalman_layers
 from ..layers.calibration import fit_prior, is_exact, is_fresh, on_priors
 from ..layers.gain import logit_of
-from ..layers.kalman_filter import INITIAL_PROCESS_NOISE
+from ..layers.mixin import INITIAL_PROCESS_NOISE
 from ..layers.modes import in_mode
 from ..modeling import (
     KNFPN,

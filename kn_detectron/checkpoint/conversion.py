@@ -16,7 +16,7 @@ from ..errors import InputError, one_line
 from ..files import fetch
 from ..layers import KN_STATE
 from ..layers.gain import GAINS
-from ..layers.kalman_filter import VARIANTS
+from ..layers.mixin import VARIANTS
 from .architecture import resnet_of
 from .loading import load_weights
 from .matching import RESNET_STAGE, leaf

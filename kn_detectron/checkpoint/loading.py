@@ -79,7 +79,7 @@ def _aligned(weights, model, name):
     bare = {without_wrappers(key): value for key, value in model_state.items()}
     if len(bare) < len(model_state):  # what looks like a wrapper is none
         return _aligned_with(weights, model_state, name)
-    # Of a wrapper and what it wraps the latter comes last, and has the parameters.
+    # The wrapped module comes after its wrapper, and has the parameters.
     names = [module for module, _ in model.named_modules()] + list(model_state)
     wrapped = {without_wrappers(key): key for key in names}
     return renamed(_aligned_with(weights, bare, name), lambda key: wrapped.get(key, key))

@@ -116,7 +116,7 @@ def essential_names(model, with_statistics):
 
     That is a ResNet of detectron2, or a network of another library.
 
-    Not what Kalman Normalization adds, which no BatchNorm checkpoint has.
+    What Kalman Normalization adds is left out: no BatchNorm checkpoint has it.
 
     Args:
         model (nn.Module): detector or backbone.

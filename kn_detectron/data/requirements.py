@@ -196,7 +196,7 @@ def _check_segmentation_heads(cfg, truths):
     if truth is not None:
         raise InputError(
             f"MODEL.META_ARCHITECTURE {model} needs semantic segmentations, which COCO's instances "
-            f"in {truth.json_file} have not: name a dataset that is registered with them, or give "
+            f"in {truth.json_file} do not have: name a dataset that is registered with them, or give "
             "a model that needs none, as GeneralizedRCNN."
         )
 

@@ -1,7 +1,7 @@
 """Checks keys of detectron2's that it would refuse late, and without naming them."""
 
 import difflib
-from functools import reduce
+from operator import attrgetter
 
 import torch
 from detectron2.modeling import (
@@ -33,6 +33,9 @@ _REGISTRIES = {
     "MODEL.ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
     "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
 }
+
+# What detectron2 looks for before it asks the registry.
+_UNREGISTERED = {"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals"}
 
 
 def _is_device(name):
@@ -72,13 +75,9 @@ def check_detectron2_keys(cfg):
     Raises:
         InputError: naming the key, the value it has and what it takes.
     """
-
-    def value_of(key):
-        return reduce(getattr, key.split("."), cfg)
-
     for key, registry in _REGISTRIES.items():
-        name = value_of(key)
-        if name in registry or (name == "" and "_HEAD." in key):
+        name = attrgetter(key)(cfg)
+        if name in registry or name == _UNREGISTERED.get(key) or (name == "" and "_HEAD." in key):
             continue
         near = difflib.get_close_matches(name, [known for known, _ in registry])
         hint = f" (is {' or '.join(near)} meant?)" if near else ""
@@ -87,5 +86,6 @@ def check_detectron2_keys(cfg):
             "that registers it."
         )
     for key, (accepts, wanted) in _RULES.items():
-        if not accepts(value_of(key)):
-            raise InputError(f"{key} is {value_of(key)!r}, but must be {wanted}.")
+        value = attrgetter(key)(cfg)
+        if not accepts(value):
+            raise InputError(f"{key} is {value!r}, but must be {wanted}.")

@@ -105,7 +105,7 @@ class GainAnneal(HookBase):
         return max((layer.gain_scale.item() for layer in layers), default=1.0)
 
     def _calibrate(self):
-        average_running_statistics(self.trainer.model)  # or the ranks' weights would part
+        average_running_statistics(self.trainer.model)  # or the ranks' weights would diverge
         model = unwrapped(self.trainer.model)
         layers = kalman_layers(model)
         names = [name for name, layer in layers.items() if layer.training and is_exact(layer)]

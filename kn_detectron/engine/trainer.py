@@ -131,7 +131,7 @@ class Trainer(DefaultTrainer):
     def build_lr_scheduler(cls, cfg, optimizer):
         """Builds detectron2's scheduler, without a step at the very end.
 
-        It changes nothing, and detectron2 0.4 refuses it. Of later ones detectron2 warns.
+        Such a step has no effect, and detectron2 0.4 refuses it. For later steps detectron2 warns.
 
         Returns:
             LRScheduler
@@ -338,8 +338,8 @@ class Trainer(DefaultTrainer):
         except (KeyError, ValueError) as error:
             raise InputError(
                 f"The checkpoint in {self.cfg.OUTPUT_DIR} is not of a run like this one "
-                f"({one_line(error)}{describe_changes(before, plain(self.cfg))}): resume with the config and the "
-                "detectron2 it was started with, or give the checkpoint as MODEL.WEIGHTS of a new "
+                f"({one_line(error)}{describe_changes(before, plain(self.cfg))}): resume with the config "
+                "and the detectron2 it was started with, or give the checkpoint as MODEL.WEIGHTS of a new "
                 "run."
             ) from error
         if self.iter < self.max_iter:  # otherwise nothing is left to train, and no rate is defined
@@ -362,7 +362,7 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg):
         """Builds the training loader, whose stream of batches can begin at any iteration.
 
-        An own one with another mapper is
+        To use a mapper of your own, return
         ``kn_detectron.data.build_train_loader(cfg, mapper=mapper)``.
 
         Returns:

@@ -2,7 +2,7 @@
 
 from .belief import Belief
 from .convert import KalmanNetwork, convert_kalman_norm
-from .kalman_filter import KN_STATE
+from .mixin import KN_STATE
 from .kalman_norm import (
     GroupKalmanNorm2d,
     KalmanNorm2d,

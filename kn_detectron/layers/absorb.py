@@ -5,7 +5,7 @@ filters are scaled. It makes no pass over the features for the norm, and keeps n
 pass. What remains is the arithmetic on vectors, and a scaled copy of the filters.
 """
 
-from typing import NamedTuple, Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +17,15 @@ from .introspection import is_traced
 from .normalize import Filter, scale_of
 from .triton import fastest
 
-__all__ = ["Absorbed", "absorb"]
+__all__ = ["absorb"]
 
 # The number of values in a set is not read where nothing is measured.
 _COUNT = 1
 
 
-class Absorbed(NamedTuple):
-    """The convolution that a convolution and its norm amount to.
-
-    Attributes:
-        weight, bias: its parameters, like those of the convolution.
-        belief: the belief to pass on.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    belief: Belief
-
-
-def absorb(conv: nn.Conv2d, v: Vectors, spec: Spec, running: Optional[Running] = None) -> Absorbed:
+def absorb(
+    conv: nn.Conv2d, v: Vectors, spec: Spec, running: Optional[Running] = None
+) -> Tuple[Tensor, Tensor, Belief]:
     """The parameters of a convolution that normalises its output with the posterior (ours).
 
     With the posterior (mu, Sigma), scale = gamma / sqrt(Sigma + eps), and W and c of the
@@ -49,10 +38,13 @@ def absorb(conv: nn.Conv2d, v: Vectors, spec: Spec, running: Optional[Running] =
         v: the vectors of a layer with a prior of one row, in the dtype of the statistics.
         spec: the settings of its filter, which measures nothing.
         running: the moving statistics to be updated, or None.
+
+    Returns:
+        W', c' and the belief to pass on.
     """
     compute = _composed if is_traced(conv.weight) else _Absorb.apply
     weight, bias, *belief = compute(conv.weight, conv.bias, spec, running, *v)
-    return Absorbed(weight, bias, Belief(*belief))
+    return weight, bias, Belief(*belief)
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:

@@ -90,8 +90,8 @@ class Gain(nn.Module):
         """Multiplies the gain by ``scale`` in [0, 1], for annealing. At 0 nothing is measured.
 
         The scale is in the state_dict, so the gain of an annealed model stays annealed in its
-        checkpoints. A head has no gain and ignores the scale. Of several processes each has to call
-        this: a buffer that DistributedDataParallel copies from another one goes unnoticed.
+        checkpoints. A head has no gain and ignores the scale. With several processes each has to
+        call this: a scale that DistributedDataParallel copies into the buffer goes unnoticed.
         """
         if not 0.0 <= scale <= 1.0:
             raise ValueError(f"the scale of a gain lies between 0 and 1, not {scale}")

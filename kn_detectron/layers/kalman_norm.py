@@ -9,7 +9,7 @@ from .absorb import absorb
 from .belief import Belief
 from .filter import Running, Spec, Vectors, filter_belief, group_belief
 from .introspection import has_hooks
-from .kalman_filter import KN_STATE, OUTSIDE, KalmanFilter, Prior
+from .mixin import KN_STATE, OUTSIDE, KalmanNormMixin, Prior
 from .normalize import filter_and_normalize
 from .passes import statistics_dtype
 from .sets import Sets
@@ -27,7 +27,7 @@ __all__ = [
 EVAL_STATISTICS = ("moving", "batch")
 
 
-class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
+class KalmanNorm2d(KalmanNormMixin, nn.BatchNorm2d):
     r"""Kalman Normalization of a batch of feature maps (Sec. 3.2, Eq. 7).
 
     BatchNorm measures a layer's mean and variance on the images at hand. This layer also takes a
@@ -302,7 +302,7 @@ class KalmanNorm2d(KalmanFilter, nn.BatchNorm2d):
         return _innovation(self._processed(prior, statistics_dtype(x)), sets, x, self.eps)
 
 
-class GroupKalmanNorm2d(KalmanFilter, nn.GroupNorm):
+class GroupKalmanNorm2d(KalmanNormMixin, nn.GroupNorm):
     r"""Group Kalman Normalization (Sec. 3.3, Eq. 8): Eq. 7 on GroupNorm's statistics.
 
     The measurement is the mean and biased variance of each image and group of channels. The prior,
@@ -439,7 +439,7 @@ def kalman_layers(module: nn.Module) -> Dict[str, Union[KalmanNorm2d, GroupKalma
     return {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(layer, KalmanFilter) and not layer.is_head
+        if isinstance(layer, KalmanNormMixin) and not layer.is_head
     }
 
 

@@ -1,8 +1,9 @@
 """Transitions: they carry the belief about the features of one layer to the next layer.
 
 A transition has no state, so the blocks of a network share one. Between two normalised layers the
-prior is ``transition.conv(transition.relu(belief, x), conv)``. The inner call returns a *source*,
-which is a belief or a feature map sampled from it. Several convolutions can read the same source.
+prior is ``transition.conv(transition.activation(belief, x, "relu"), conv)``. The inner call returns
+a *source*, which is a belief or a feature map sampled from it. Several convolutions can read the
+same source.
 """
 
 from typing import Union
@@ -30,12 +31,14 @@ class ClosedFormTransition:
         """The source if there is no activation in between, as behind the image."""
         return belief
 
-    def relu(self, belief: Belief, x: Tensor) -> Belief:
-        """The source behind the ReLU that made the features ``x``."""
-        return closed_form.relu(belief)
-
     def activation(self, belief: Belief, x: Tensor, name: str, *parameters) -> Belief:
-        """The source behind any of :data:`~kn_detectron.layers.activations.ACTIVATIONS`."""
+        """The source behind the activation that made the features ``x``.
+
+        Args:
+            belief: about the features in front of it.
+            name: a key of :data:`~kn_detectron.layers.activations.ACTIVATIONS`.
+            parameters: of the activation, in the order that they have there.
+        """
         return ACTIVATIONS[name].moments(belief, *parameters)
 
     def conv(self, source: Belief, conv: nn.Conv2d) -> Belief:
@@ -70,10 +73,6 @@ class MonteCarloTransition:
         mean, std = belief.mean, belief.var.clamp_min(torch.finfo(belief.var.dtype).tiny).sqrt()
         noise = torch.randn(*mean.shape, height, width, device=mean.device, dtype=mean.dtype)
         return mean[:, :, None, None] + std[:, :, None, None] * noise
-
-    def relu(self, belief: Belief, x: Tensor) -> Tensor:
-        """Samples a feature map from the belief and rectifies it."""
-        return self.start(belief, x).relu()
 
     def activation(self, belief: Belief, x: Tensor, name: str, *parameters) -> Tensor:
         """Samples a feature map from the belief and applies an activation."""

@@ -45,7 +45,7 @@ __all__ = [
 
 # What to do if a part of a model is in evaluation mode and keeps no beliefs for the rest.
 TRAIN_ALL = (
-    "call train() of the whole model, and then eval() of those norms or stages that shall keep "
+    "call train() of the whole model, and then eval() of those norms or stages that should keep "
     "their statistics"
 )
 
@@ -315,8 +315,8 @@ def normalized(x: Tensor, prior: Optional[Belief], norm: nn.Module, chain: Chain
 
     Args:
         x: the feature map.
-        prior: the predicted belief about it. It may be None for a FrozenBatchNorm2d and for the
-            head of a chain.
+        prior: the predicted belief about it; None for a FrozenBatchNorm2d and for the head of a
+            chain.
         norm: KN, GKN or FrozenBatchNorm2d.
         chain: the settings of the chain.
 
@@ -326,7 +326,7 @@ def normalized(x: Tensor, prior: Optional[Belief], norm: nn.Module, chain: Chain
     if isinstance(norm, FrozenBatchNorm2d):
         return Feature(norm(x), frozen(norm, chain.variant))
     check_takes_prior(norm)
-    y, belief = norm(x, prior=None if norm.is_head else prior)
+    y, belief = norm(x, prior=prior)
     return Feature(y, frozen(norm, chain.variant) if belief is None else belief)
 
 
@@ -361,7 +361,7 @@ def started(x: Feature, transition: Transition) -> Feature:
 def rectified(x: Feature, transition: Transition) -> Feature:
     """Applies a ReLU to a feature, in place, and to its belief."""
     value = F.relu_(x.value)
-    return Feature(value, transition.relu(x.belief, value))
+    return Feature(value, transition.activation(x.belief, value, "relu"))
 
 
 def residual_sum(x: Feature, shortcut: Feature, transition: Transition) -> Feature:

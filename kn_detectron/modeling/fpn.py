@@ -128,7 +128,7 @@ class KNFPN(FPN):
             return []
         transition = self.chain.transition
         p6 = transition.conv(transition.start(below.belief, below.value), self.top_block.p6)
-        p7 = transition.conv(transition.relu(p6, values[0]), self.top_block.p7)
+        p7 = transition.conv(transition.activation(p6, values[0], "relu"), self.top_block.p7)
         return [p6, p7]
 
 

@@ -77,7 +77,7 @@ class _KNHead:
 class KNFastRCNNConvFCHead(_KNHead, FastRCNNConvFCHead):
     """detectron2's ``FastRCNNConvFCHead`` with Kalman Normalization in its convolutions.
 
-    It belongs into :class:`~kn_detectron.modeling.KNStandardROIHeads` or
+    Use it in :class:`~kn_detectron.modeling.KNStandardROIHeads` or
     :class:`~kn_detectron.modeling.KNCascadeROIHeads`, which give it the belief about its regions.
     """
 
@@ -92,7 +92,7 @@ class KNFastRCNNConvFCHead(_KNHead, FastRCNNConvFCHead):
 class KNMaskRCNNConvUpsampleHead(_KNHead, MaskRCNNConvUpsampleHead):
     """detectron2's ``MaskRCNNConvUpsampleHead`` with Kalman Normalization in its convolutions.
 
-    It belongs into :class:`~kn_detectron.modeling.KNStandardROIHeads` or
+    Use it in :class:`~kn_detectron.modeling.KNStandardROIHeads` or
     :class:`~kn_detectron.modeling.KNCascadeROIHeads`, which give it the belief about its regions.
     """
 

@@ -1,6 +1,6 @@
 """Backbones from networks of torchvision and timm, with Kalman Normalization or BatchNorm."""
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -106,16 +106,21 @@ class PlainNetwork(_Network):
 
     def __init__(self, network: nn.Module, shapes: Dict[str, ShapeSpec], frozen: bool):
         super().__init__(network, shapes)
-        self._frozen = [m for m in network.modules() if isinstance(m, _BatchNorm)] if frozen else []
-        for norm in self._frozen:
-            norm.requires_grad_(False)
+        self._is_frozen = frozen
+        if frozen:
+            for norm in self._norms():
+                norm.requires_grad_(False)
         self.train()
+
+    def _norms(self) -> Iterator[nn.Module]:
+        return (module for module in self.network.modules() if isinstance(module, _BatchNorm))
 
     def train(self, mode: bool = True) -> "PlainNetwork":
         """Sets the mode of the modules. Frozen norms stay in evaluation mode."""
         super().train(mode)
-        for norm in self._frozen:
-            norm.eval()
+        if self._is_frozen:
+            for norm in self._norms():  # found anew: they may have been replaced
+                norm.eval()
         return self
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:

@@ -90,7 +90,7 @@ class LevelNorms(nn.ModuleList):
 class KNRetinaNetHead(RetinaNetHead):
     """detectron2's ``RetinaNetHead`` with Kalman Normalization in its two towers.
 
-    It belongs into :class:`KNRetinaNet`, which gives it the beliefs about the levels.
+    Use it in :class:`KNRetinaNet`, which gives it the beliefs about the levels.
     """
 
     @configurable

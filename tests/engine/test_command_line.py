@@ -1,5 +1,6 @@
 """tools/train_net.py: what it takes, what it refuses, and what it prints."""
 
+import argparse
 import json
 import re
 import shutil
@@ -17,8 +18,9 @@ from kn_detectron import InputError
 from kn_detectron.checkpoint import fold_weights
 from kn_detectron.data import CATEGORIES, register_named_folders
 from kn_detectron.engine import load_run, trained_weights
-from kn_detectron.engine.command_line import argument_parser, load_config, run
+from kn_detectron.engine.command_line import argument_parser, load_config, read_config, run
 
+from ..models import detectron2_configs
 from . import tiny
 
 _TWELVE = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
@@ -47,6 +49,13 @@ def _assert_one_sentence(result, *patterns):
     assert sentence.startswith("error: ") and err.count("error: ") == 1
     for pattern in patterns:
         assert re.search(pattern, sentence), sentence
+
+
+def test_detectron2s_own_configs_are_read():
+    configs = [path for path in detectron2_configs().rglob("*.yaml") if "Base-" not in path.name]
+    for path in configs:
+        assert read_config(argparse.Namespace(config_file=str(path), opts=[])).MODEL.DEVICE == "cpu"
+    assert len(configs) > 60
 
 
 @pytest.mark.parametrize("flag", ["--config", "--config-file"])

@@ -51,7 +51,7 @@ def test_paper_variant_is_the_released_code():
     y, belief = norms[0](convs[0](images), prior=None)
     for conv, norm in zip(convs[1:], norms[1:]):
         y = y.relu()
-        prior = transition.conv(transition.relu(belief, y), conv)
+        prior = transition.conv(transition.activation(belief, y, "relu"), conv)
         y, belief = norm(conv(y), prior=prior)
 
     def conv2d(x, conv):

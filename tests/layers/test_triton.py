@@ -90,7 +90,7 @@ def test_relu():
     var = (torch.linspace(-2, 2, 1201, device=DEVICE)[None].exp() ** 3).requires_grad_()
     results = []
     for leaves in ([mean, var], doubled([mean, var])):
-        out = ClosedFormTransition().relu(Belief(*leaves), leaves[0])
+        out = ClosedFormTransition().activation(Belief(*leaves), leaves[0], "relu")
         grads = torch.autograd.grad(out.mean.sum() + 3 * out.var.sum(), leaves)
         results.append([*out, *grads])
     for got, want in zip(*results):
@@ -100,7 +100,7 @@ def test_relu():
 @kernels
 def test_relu_of_what_is_not_a_number():
     mean = torch.tensor([[float("nan"), 1.0]], device=DEVICE)
-    out = ClosedFormTransition().relu(Belief(mean, torch.ones_like(mean)), mean)
+    out = ClosedFormTransition().activation(Belief(mean, torch.ones_like(mean)), mean, "relu")
     assert out.mean.isnan().tolist() == out.var.isnan().tolist() == [[True, False]]
 
 
@@ -157,7 +157,7 @@ def test_tensors_on_several_devices_have_no_kernels(unchecked):
 def test_relu_where_nothing_varies():
     mean = torch.tensor([[-1.0, 0.0, 2.0]], device=DEVICE, requires_grad=True)
     var = torch.zeros(1, 3, device=DEVICE, requires_grad=True)
-    out = ClosedFormTransition().relu(Belief(mean, var), mean)
+    out = ClosedFormTransition().activation(Belief(mean, var), mean, "relu")
     assert out.mean.tolist() == [[0, 0, 2]] and not out.var.any()
     grads = torch.autograd.grad(out.mean.sum() + out.var.sum(), [mean, var])
     assert grads[0].tolist()[0] == pytest.approx([0, 0.5, 1], abs=1e-6)
@@ -270,7 +270,7 @@ def test_launches_per_layer(variant, monkeypatch):
     def network(normalised):
         y, belief = x, start
         for conv, norm in zip(convs, norms):
-            source = transition.relu(belief, y) if normalised else None
+            source = transition.activation(belief, y, "relu") if normalised else None
             y = nn.functional.conv2d(y.relu(), conv.weight)
             if normalised:
                 y, belief = norm(y, prior=transition.conv(source, conv))
@@ -446,7 +446,7 @@ def test_a_first_call_in_a_checkpointed_block_is_checked_too(unchecked, caplog):
     prior = Belief(*(v.to(DEVICE) for v in prior_of(3)))
 
     def block(x):
-        about = ClosedFormTransition().relu(prior, x)
+        about = ClosedFormTransition().activation(prior, x, "relu")
         return norm(conv(x.relu()), prior=ClosedFormTransition().conv(about, conv))[0]
 
     x, gradients = torch.randn(2, 3, 4, 4, device=DEVICE), []

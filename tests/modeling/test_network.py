@@ -140,6 +140,15 @@ def test_the_networks_own_batch_norm_to_compare_with(tmp_path, norm):
     assert all(moved) if norm == "BN" else not any(moved)
 
 
+def test_frozen_batch_norm_stays_frozen_when_others_replace_it(tmp_path):
+    _, path = trained_mobilenet(tmp_path)
+    options = dict(MODEL__RESNETS__NORM="FrozenBN", MODEL__KN__NETWORK_WEIGHTS=path)
+    backbone = build_backbone(network_cfg(**options))
+    backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone).train()
+    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert norms and not any(norm.training for norm in norms)
+
+
 FPN = dict(
     MODEL__BACKBONE__NAME="build_kn_network_fpn_backbone",
     MODEL__KN__NETWORK="mobilenet_v2",

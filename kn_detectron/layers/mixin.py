@@ -12,7 +12,7 @@ from .gain import GAINS, Gain
 __all__ = [
     "INITIAL_PROCESS_NOISE",
     "KN_STATE",
-    "KalmanFilter",
+    "KalmanNormMixin",
     "OUTSIDE",
     "Prior",
     "VARIANTS",
@@ -39,7 +39,7 @@ OUTSIDE = _OutsideAChain()
 Prior = Union[Belief, None, _OutsideAChain]
 
 
-class KalmanFilter(Gain):
+class KalmanNormMixin(Gain):
     """What the batch and the group version of the norm share.
 
     It is a mixin for a norm of torch.
