@@ -69,6 +69,9 @@ def find_photos(paths):
                     f"Folder {path} has no images: give one with {', '.join(sorted(_SUFFIXES))}."
                 )
             photos += inside
+            left_out = len(list(path.iterdir())) - len(inside)
+            if left_out:
+                print(f"{path} has {left_out} more files or folders, which are left out.")
         elif os.path.isfile(path):
             photos.append(path)
         else:

@@ -264,12 +264,13 @@ def _choose_device(cfg, options, num_gpus):
 
 def _form_that_fits(error):
     """How to write a value of the type that yacs names in its error about a type."""
-    types = re.search(r"Type mismatch \(<class '(\w+)'> vs. <class '(\w+)'>\)", str(error))
+    pattern = r"Type mismatch \(<class '(\w+)'> vs. <class '(\w+)'>\) with values \(.* vs. (.*)\)"
+    types = re.search(pattern, str(error), re.DOTALL)
     if types is None:
         return ""
-    wanted, given = types.groups()
+    wanted, given, value = types.groups()
     if (wanted, given) == ("float", "int"):
-        return ", as in 0.0 for 0"
+        return f", as in {value}.0 for {value}"
     if wanted in ("tuple", "list"):
         if given == "str":
             return ", as in \"('my_data',)\" with both kinds of quotes"

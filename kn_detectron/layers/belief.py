@@ -44,6 +44,7 @@ __all__ = [
     "max_pool2d",
     "mixture",
     "normalized",
+    "product",
     "relu",
     "roi_align",
     "scale",
@@ -263,6 +264,18 @@ def conv2d(
 def add(a: Belief, b: Belief) -> Belief:
     """The belief about a sum of two feature maps held to be independent (released code)."""
     return Belief(a.mean + b.mean, a.var + b.var)
+
+
+def product(a: Belief, b: Belief) -> Belief:
+    """The belief about a product of two feature maps held to be independent (ours).
+
+    ::
+
+        mean = mean_a mean_b        var = var_a var_b + var_a mean_b^2 + mean_a^2 var_b
+    """
+    # In this order each factor keeps its sign: no difference of large numbers.
+    var = a.var * (b.var + b.mean.square()) + a.mean.square() * b.var
+    return Belief(a.mean * b.mean, var)
 
 
 def scale(belief: Belief, factor: Union[float, Tensor]) -> Belief:

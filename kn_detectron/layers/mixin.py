@@ -48,9 +48,12 @@ class KalmanNormMixin(Gain):
         observer: if not None, it is called with the two results of ``innovation`` in each forward
             pass that has a prior and images. Unlike a hook it does not keep a convolution from
             absorbing the layer. What is measured for it is not kept for the backward pass.
+        loaded_statistics_only: whether the weights that were loaded last had running statistics and
+            nothing of the filter, so that its priors are those of other weights.
     """
 
     observer: Optional[Callable[[Tensor, Tensor], None]] = None
+    loaded_statistics_only: bool = False
 
     def _init_filter(
         self,
@@ -158,9 +161,11 @@ class KalmanNormMixin(Gain):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         own = [name for name in KN_STATE if getattr(self, name, None) is not None]
-        if not any(prefix + name in state_dict for name in own):
+        without_filter = not any(prefix + name in state_dict for name in own)
+        if without_filter:
             # The checkpoint is BatchNorm's or GroupNorm's: the filter keeps its values.
             state_dict.update({prefix + name: getattr(self, name).detach() for name in own})
+        self.loaded_statistics_only = without_filter and prefix + "running_var" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -115,6 +115,7 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
         (["MODEL.KN.GIAN", "0.1"], ["MODEL.KN.GIAN"]),
         (["MODEL.KN.GAIN", "1.5"], ["MODEL.KN.GAIN is 1.5"]),
         (["MODEL.KN.GAIN", "0"], ["MODEL.KN.GAIN 0 cannot be set", "as in 0.0 for 0"]),
+        (["MODEL.KN.GAIN", "2"], ["MODEL.KN.GAIN 2 cannot be set", "as in 2.0 for 2"]),
         (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER many"]),
         (["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "half a pair"]),
         (["SOLVER.MAX_ITER", "3", "--eval-only"], ["--eval-only", "before"]),

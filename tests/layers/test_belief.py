@@ -143,6 +143,12 @@ def test_sum_against_monte_carlo():
     assert_within_sampling_error(B.add(a, b), x)
 
 
+def test_product_against_monte_carlo():
+    a, b = random_belief(1, 4, seed=1), random_belief(1, 4, seed=2)
+    y = sample(a, 4, 200, 200, seed=3) * sample(b, 4, 200, 200, seed=4)
+    assert_within_sampling_error(B.product(a, b), y)
+
+
 def test_scale_against_monte_carlo():
     b = random_belief(1, 3)
     assert_within_sampling_error(B.scale(b, -0.5), -0.5 * sample(b, 4096, 16, 16))

@@ -41,6 +41,15 @@ def test_a_folder_is_drawn_and_written_down(photos, tmp_path, command):
     )
 
 
+def test_what_is_left_out_of_a_folder_is_counted(photos, tmp_path, command):
+    folder = tmp_path / "mixed"
+    shutil.copytree(photos, folder / "more")
+    shutil.copy(next(photos.iterdir()), folder)
+    (folder / "notes.txt").touch()
+    status, out, _ = command("predict", folder, "--output", tmp_path / "found")
+    assert status == 0 and f"{folder} has 2 more files or folders, which are left out." in out
+
+
 def test_a_run_is_enough(photos, tmp_path, plain, command):  # noqa: F811
     folder, _ = plain
     (folder / "config.yaml").write_text(tiny.config(folder).dump())

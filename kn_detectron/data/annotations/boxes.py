@@ -19,9 +19,9 @@ def check_boxes(objects, image_sizes, report):
 
     Raises:
         InputError: a box is not, and its object has no mask to take a box from; or the boxes are
-            corners.
+            corners, or fractions of the images.
     """
-    corners = _Corners()
+    corners, reach = _Corners(), 0.0
     for index, annotation in objects:
         size = image_sizes[annotation["image_id"]]
         if not _is_box(annotation.get("bbox")):
@@ -52,6 +52,16 @@ def check_boxes(objects, image_sizes, report):
                 index,
             )
         corners.look_at(annotation["bbox"], size, index)
+        reach = max(reach, x + width, y + height)
+    if 0 < reach <= 1:
+        first, annotation = objects[0]
+        raise report.fault(
+            "has boxes that all lie in the first pixel of their images, as fractions do, the first",
+            "write pixels: multiply by width and height of the image",
+            "annotations",
+            annotation,
+            first,
+        )
     if corners.are_certain():
         raise report.fault(
             f"has boxes [left, top, right, bottom]: {corners.outside} of them stick out of their "

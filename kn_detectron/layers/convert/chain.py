@@ -41,7 +41,8 @@ class Chain(nn.Module):
         variant: the variant of the layers, ``"network"`` or ``"paper"``.
 
     Raises:
-        InputError: mean and standard deviation are about different numbers of channels.
+        InputError: mean and standard deviation are about different numbers of channels, or a
+            standard deviation is not positive.
     """
 
     def __init__(
@@ -59,6 +60,11 @@ class Chain(nn.Module):
             )
         self.transition = transition
         self.variant = variant
+        if not all(number > 0 for number in image_std):
+            raise InputError(
+                f"image_std is {list(image_std)}: give positive numbers, one for each channel of the "
+                "images."
+            )
         # They belong to the data and not to the weights, so they are not in the checkpoint.
         mean, std = (torch.as_tensor(v, dtype=torch.float32)[None] for v in (image_mean, image_std))
         self.register_buffer("image_mean", mean, persistent=False)
@@ -130,6 +136,10 @@ class Chain(nn.Module):
     def add(self, a: Belief, b: Belief) -> Belief:
         """The belief behind a sum of two features, which are taken to be independent."""
         return closed_form.add(a, b)
+
+    def product(self, a: Belief, b: Belief) -> Belief:
+        """The belief behind a product of two features, which are taken to be independent."""
+        return closed_form.product(a, b)
 
     def scale(self, belief: Belief, factor) -> Belief:
         """The belief behind a product with a number, or with a tensor of one value per channel."""

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from ...errors import InputError
-from ..calibration import fit_prior, is_exact, is_fresh, on_priors
 from ..introspection import has_hooks
 from ..kalman_norm import GroupKalmanNorm2d, KalmanNorm2d, kalman_layers
 from ..transition import ClosedFormTransition, Transition
@@ -43,13 +42,13 @@ def convert_kalman_norm(
 
     torch.fx traces the network. Beside each operation that makes a feature goes an operation that
     makes the belief about this feature. The rules in :mod:`~kn_detectron.layers.convert.rules` know
-    convolutions, activations, sums, concatenations, pooling and more. If there is no rule, as for
-    the product of two features in a squeeze-excitation block, the chain ends. The next norm is then
-    the head of a new chain, which is BatchNorm (GroupNorm). One warning lists these places.
+    convolutions, activations, sums, products, concatenations, pooling and more. If there is no rule,
+    as for attention, the chain ends. The next norm is then the head of a new chain, which is
+    BatchNorm (GroupNorm) and measures at gain 0 too. One warning lists these places.
 
     Statistics, scale and shift are taken over. Where these are frozen, gain and process model are
     too. If the statistics are not the initial ones, the priors of KN are calibrated to them at once
-    (network variant only).
+    (network variant only), and so they are when weights of the original are loaded later.
 
     Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` it works in place: the result shares
     its modules with ``network``, and the norms among them are replaced. Use the result and not
@@ -120,7 +119,7 @@ def convert_kalman_norm(
         converted.put_norm(name, layer)
     left = {name: end for walk in walks.values() for name, end in walk.left.items()}
     _warn({**ends, **left}, len({*norms, *left}), network)
-    _calibrate(converted)
+    converted.fit_priors(kalman_layers(converted))
     return converted
 
 
@@ -238,8 +237,8 @@ def _warn(ends: Dict[str, End], norms: int, network: nn.Module) -> None:
         for what, where in places.items()
     ]
     logger.warning(
-        "%d of the %d norms have no prior and work as BatchNorm (GroupNorm for GKN), because the "
-        "chain of beliefs ends in front of them:\n  %s",
+        "%d of the %d norms have no prior and work as BatchNorm (GroupNorm for GKN), which measures "
+        "whatever the gain is, because the chain of beliefs ends in front of them:\n  %s",
         without_prior,
         norms,
         "\n  ".join(lines),
@@ -257,14 +256,3 @@ def _place(node: fx.Node, network: nn.Module) -> Tuple[str, str]:
     lines = [f", {file}:{line}" for file, line in lines if not is_of_tracing(file)]
     line = lines[-1] if lines else ""
     return path or "its forward", f"{name} in {module.__name__}{line}"
-
-
-def _calibrate(network: KalmanNetwork) -> None:
-    layers = {
-        name: layer
-        for name, layer in kalman_layers(network).items()
-        if is_exact(layer) and not is_fresh(layer)
-    }
-    if layers:
-        with on_priors(layers, lambda name, prior: fit_prior(layers[name], prior)):
-            network.pass_beliefs()

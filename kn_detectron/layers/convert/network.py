@@ -5,6 +5,7 @@ import itertools
 import linecache
 import re
 import weakref
+from collections import OrderedDict
 from types import ModuleType
 from typing import Any, Dict
 
@@ -12,7 +13,8 @@ import torch
 from torch import fx, nn
 
 from ...errors import InputError, one_line
-from ..kalman_norm import check_takes_prior
+from ..calibration import fit_prior, is_exact, is_fresh, on_priors
+from ..kalman_norm import check_takes_prior, kalman_layers
 from ..modes import in_mode
 from .chain import Chain
 from .walk import CHAIN
@@ -70,6 +72,9 @@ class KalmanNetwork(nn.Module):
     are not called. For the same reason it has no other method of the original's class, nor is it an
     instance of that class.
 
+    If it is given weights with running statistics and without a filter, as of the original, the
+    priors are calibrated to the statistics.
+
     Attributes:
         kalman_chain (Chain): the additional module, without parameters, which computes the beliefs.
     """
@@ -88,6 +93,8 @@ class KalmanNetwork(nn.Module):
         self._programs = programs
         self._norms: Dict[str, nn.Module] = {}
         self.add_module(CHAIN, chain.train(self.training))
+        self._load_state_dict_post_hooks = OrderedDict(self._load_state_dict_post_hooks)
+        self.register_load_state_dict_post_hook(_calibrate_to_what_was_loaded)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -157,6 +164,15 @@ class KalmanNetwork(nn.Module):
         with in_mode(self, training=True):
             return self._programs["beliefs"](self, getattr(self, CHAIN).in_closed_form())
 
+    def fit_priors(self, layers: Dict[str, nn.Module]) -> None:
+        """Calibrates layers whose statistics are not the initial ones, as far as they can be."""
+        layers = {
+            name: layer for name, layer in layers.items() if is_exact(layer) and not is_fresh(layer)
+        }
+        if layers:
+            with on_priors(layers, lambda name, prior: fit_prior(layers[name], prior)):
+                self.pass_beliefs()
+
     def put_norm(self, name: str, layer: nn.Module) -> None:
         """Replaces a norm, wherever it is used, by a Kalman layer, which takes over its tensors."""
         norm = self.get_submodule(name)
@@ -195,7 +211,17 @@ class KalmanNetwork(nn.Module):
         network = self._original.__new__(self._original)
         network.__dict__.update(copied.__dict__)
         del network._original, network._programs, network._norms, network._modules[CHAIN]
+        network._load_state_dict_post_hooks = OrderedDict(
+            (key, hook)
+            for key, hook in network._load_state_dict_post_hooks.items()
+            if hook is not _calibrate_to_what_was_loaded
+        )
         return network
+
+
+def _calibrate_to_what_was_loaded(network: KalmanNetwork, incompatible_keys) -> None:
+    layers = kalman_layers(network)
+    network.fit_priors({n: layer for n, layer in layers.items() if layer.loaded_statistics_only})
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:

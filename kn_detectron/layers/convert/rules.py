@@ -173,8 +173,13 @@ def _multiply(walk, x, other) -> About:
     about = walk.about(x)
     if walk.is_constant(other):
         return _by_constant(walk, "scale", about, other)
-    walk.about(other)
-    raise End("it is the product of two features")
+    # As in squeeze and excitation. Both may have other sizes in height and width.
+    gate = walk.about(other)
+    if about is gate:
+        raise End("it is the product of a feature with itself")
+    if about.channels != gate.channels:
+        raise End("it multiplies features of different numbers of channels")
+    return walk.make(about.channels, "product", walk.belief(about), walk.belief(gate))
 
 
 def _divide(walk, x, other, rounding_mode=None) -> About:

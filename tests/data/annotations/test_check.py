@@ -502,6 +502,18 @@ def test_many_corners_for_sizes_are_refused(tiny, tmp_path):
         check_dataset("tiny", tmp_path / "run")
 
 
+def test_boxes_in_fractions_of_the_image_are_refused(tiny, tmp_path):
+    content = sound_content()
+    for entry in content["annotations"]:
+        entry["bbox"] = [0.25, 0.1, 0.5, 0.9]
+    tiny.write(content)
+    with pytest.raises(InputError, match="all lie in the first pixel .* in entry 0 .*: multiply"):
+        check_dataset("tiny", tmp_path / "run")
+    content["annotations"][0]["bbox"] = [4, 5, 10, 10]  # one object may be as small
+    tiny.write(content)
+    check_dataset("tiny", tmp_path / "run")
+
+
 def test_keypoints_that_are_learned(tiny, tmp_path, kn_log):
     content = sound_content()
     for entry in content["annotations"]:

@@ -60,14 +60,29 @@ def test_it_works_in_place_on_the_very_parameters(original):
     assert converted.block is original.block and converted.note == "kept"
 
 
-def test_checkpoints_of_the_original_load(original, converted):
-    fresh = convert_kalman_norm(Branchy())
-    assert not fresh.load_state_dict(original.state_dict()).unexpected_keys
-    for name, layer in kalman_layers(fresh).items():
-        assert torch.equal(layer.running_var, original.get_submodule(name).running_var)
-    calibrate(fresh)
-    for got, want in zip(fresh.state_dict().values(), converted.state_dict().values()):
+@pytest.mark.parametrize("of", ["a fresh network", "a trained one", "a part of another"])
+def test_checkpoints_of_the_original_load_and_are_calibrated_to(original, converted, of):
+    loaded = convert_kalman_norm(Branchy() if of == "a fresh network" else trained(Branchy()))
+    loaded = copy.deepcopy(loaded)  # as a copy, it still does it
+    if of == "a part of another":
+        nn.Sequential(loaded).load_state_dict(nn.Sequential(original).state_dict())
+    else:
+        assert not loaded.load_state_dict(original.state_dict()).unexpected_keys
+    for got, want in zip(loaded.state_dict().values(), converted.state_dict().values()):
         assert torch.equal(got, want)
+
+
+def test_weights_with_a_filter_are_not_calibrated_to(converted):
+    state = copy.deepcopy(converted.state_dict())
+    state["last.1.mean_offset"] += 1.0
+    converted.load_state_dict(state)
+    assert torch.equal(converted.last[1].mean_offset, state["last.1.mean_offset"])
+
+
+def test_the_restored_network_loads_as_any_other(original, converted):
+    restored = converted.restored()
+    assert not restored._load_state_dict_post_hooks and not original._load_state_dict_post_hooks
+    restored.load_state_dict(original.state_dict())
 
 
 def test_in_evaluation_it_is_the_original_to_the_bit_and_computes_no_belief(original, converted):
@@ -762,6 +777,8 @@ def test_a_head_that_is_called_twice_may_be_frozen():
 def test_mean_and_deviation_are_about_the_same_channels():
     with pytest.raises(InputError, match="image_mean has 1 numbers and image_std has 3"):
         convert_kalman_norm(Branchy(), image_mean=[0.5])
+    with pytest.raises(InputError, match=r"image_std is \[0.0, 1.0, 1.0\]: give positive numbers"):
+        convert_kalman_norm(Branchy(), image_std=[0.0, 1.0, 1.0])
 
 
 def test_a_norm_under_two_names_is_replaced_under_both():

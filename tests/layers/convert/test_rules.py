@@ -156,6 +156,7 @@ EXACT = {
     ),
     "sum with itself": lambda x: x + x,
     "sum of independent features": half_plus_half,
+    "product of independent features": lambda x: x[:, :4] * x[:, 4:].sigmoid(),
     "channels of zeros": lambda x: F.pad(x[:, :4], (0, 0, 0, 0, 0, 4))
     + F.pad(x[:, 4:], (0, 0, 0, 0, 4, 0)),
     "chunks": halves,
@@ -284,14 +285,15 @@ class Drop(nn.Module):
 
 
 class Gate(nn.Module):
-    """Squeeze and excitation."""
+    """Attention to channels."""
 
     def __init__(self):
         super().__init__()
         self.fc = nn.Conv2d(CHANNELS, CHANNELS, 1)
 
     def forward(self, x):
-        gate = self.fc(x.mean((2, 3), keepdim=True)).sigmoid()
+        gate = self.fc(x.mean((2, 3), keepdim=True))
+        gate = gate.softmax(1)
         return x * gate
 
 
@@ -316,7 +318,9 @@ class Doubling(nn.ReLU):
 
 
 ENDS = {
-    "it is the product of two features": Gate(),
+    "it is the product of a feature with itself": lambda x: x * x,
+    "it multiplies features of different numbers of channels": lambda x: x * x[:, :1],
+    "there is no rule for it (": Gate(),
     "there is no rule for it": Opaque(),
     "it concatenates along another dimension": lambda x: torch.cat([x, x], 0),
     "it pads channels with values other than 0": lambda x: F.pad(x, (0, 0, 0, 0, 0, 2), value=1.0),
@@ -422,10 +426,10 @@ def test_the_warning_names_module_and_line_once(caplog):
     convert_kalman_norm(nn.Sequential(*three).double())
     (record,) = caplog.records
     message = record.getMessage()
-    assert message.count("mul in Gate") == 1 and "(at 0.operation and 2 more)" in message
+    assert message.count("softmax in Gate") == 1 and "(at 0.operation and 2 more)" in message
     line = int(message.split(f"{__file__}:")[1].split(":")[0])
     with open(__file__) as file:
-        assert file.read().splitlines()[line - 1].strip() == "return x * gate"
+        assert file.read().splitlines()[line - 1].strip() == "gate = gate.softmax(1)"
 
 
 def test_what_comes_behind_the_last_norm_ends_no_chain(caplog):

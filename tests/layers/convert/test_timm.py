@@ -10,17 +10,20 @@ from .networks import images, relative_error, trained
 from .test_networks import check
 
 NETWORKS = {
-    "tf_efficientnet_lite0": (49, 0),  # padding of TensorFlow, norms with activation
-    "resnet50": (53, 0),
-    "mobilenetv2_050": (52, 0),
-    "repvgg_a0": (61, 0),  # norms behind a sum
-    "resnetv2_50": (49, 0),  # norms in front of convolutions
+    "tf_efficientnet_lite0": 49,  # padding of TensorFlow, norms with activation
+    "resnet50": 53,
+    "mobilenetv2_050": 52,
+    "efficientnet_b0": 49,  # squeeze and excitation, as in the next two
+    "mobilenetv3_small_050": 34,
+    "regnety_002": 44,
+    "repvgg_a0": 61,  # norms behind a sum
+    "resnetv2_50": 49,  # norms in front of convolutions
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_at_gain_0_it_is_the_frozen_network(name, caplog):
-    check(lambda: timm.create_model(name), *NETWORKS[name], 32, caplog)
+    check(lambda: timm.create_model(name), NETWORKS[name], 32, caplog)
 
 
 def test_folding_gives_its_norms_with_activation_back():
