@@ -72,6 +72,20 @@ def test_checkpoints_of_the_original_load_and_are_calibrated_to(original, conver
         assert torch.equal(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("kind", ["KN", "Option B", "GKN"])
+def test_export(kind):
+    network = Branchy(lambda channels: nn.GroupNorm(2, channels)) if kind == "GKN" else Branchy()
+    options = dict(eval_statistics="batch") if kind == "Option B" else {}
+    converted = convert_kalman_norm(trained(network), **options).eval()
+    x = images()
+    want = converted(x)
+    torch.testing.assert_close(torch.export.export(converted, (x,)).module()(x), want)
+    if kind == "KN":
+        torch.testing.assert_close(torch.jit.trace(converted, x)(x), want)
+        torch.testing.assert_close(torch.jit.script(fold_network(converted))(x), want)
+
+
 def test_weights_with_a_filter_are_not_calibrated_to(converted):
     state = copy.deepcopy(converted.state_dict())
     state["last.1.mean_offset"] += 1.0

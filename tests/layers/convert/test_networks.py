@@ -20,7 +20,6 @@ NETWORKS = {
     "resnet18": (models.resnet18, 20, 32),
     "resnet50": (models.resnet50, 53, 32),
     "resnext50": (models.resnext50_32x4d, 53, 32),
-    "wide_resnet50": (models.wide_resnet50_2, 53, 32),
     "googlenet": (lambda: models.googlenet(init_weights=False), 59, 64),
     "googlenet of other pixels": (
         lambda: models.googlenet(init_weights=False, aux_logits=False, transform_input=True),

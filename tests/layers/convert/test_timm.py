@@ -13,9 +13,7 @@ NETWORKS = {
     "tf_efficientnet_lite0": 49,  # padding of TensorFlow, norms with activation
     "resnet50": 53,
     "mobilenetv2_050": 52,
-    "efficientnet_b0": 49,  # squeeze and excitation, as in the next two
-    "mobilenetv3_small_050": 34,
-    "regnety_002": 44,
+    "efficientnet_b0": 49,  # squeeze and excitation
     "repvgg_a0": 61,  # norms behind a sum
     "resnetv2_50": 49,  # norms in front of convolutions
 }
