@@ -9,6 +9,7 @@ import logging
 import os
 from typing import Dict, List, Optional
 
+import torch
 from torch import Tensor
 
 from ..config import IMAGE_STD
@@ -65,8 +66,16 @@ def convert_weights(
     if norm != "same":
         state = _with_norm(weights, source, norm, variant)
     if half:
-        state = {name: t.half() if t.dim() > 1 else t for name, t in state.items()}
+        state = {name: _halved(t) for name, t in state.items()}
     write_weights(target, state, weights.conventions, weights.matching_heuristics)
+
+
+def _halved(t: Tensor) -> Tensor:
+    """A filter in float16; any other tensor, or one whose values float16 does not have, as it is."""
+    if t.dim() < 2 or not t.is_floating_point():
+        return t
+    half = t.half()
+    return half if torch.equal(half.isfinite(), t.isfinite()) else t
 
 
 def _with_norm(weights: Weights, path: str, norm: str, variant: str) -> Dict[str, Tensor]:

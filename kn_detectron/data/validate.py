@@ -5,6 +5,7 @@ dataset is registered anew with this copy. So the loaders, COCO's evaluation and
 of the dataset read the same annotations in every process. The file of the user is left alone.
 """
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -99,8 +100,9 @@ def check_dataset(name, output_dir, uses=Uses(), open_images=False):
                 # Without other characters than ASCII, whatever the locale of the reader is.
                 file.write(json.dumps(content).encode("ascii"))
         _logger.warning("%s is left as it is: %s is used instead.", json_file, mended)
-    elif os.path.exists(mended):
-        os.unlink(mended)
+    else:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(mended)
     _use(name, mended if report.is_mended else json_file, stamp)
     return truth
 

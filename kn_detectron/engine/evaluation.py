@@ -88,7 +88,7 @@ def build_coco_evaluator(cfg, dataset_name, output_folder=None):
     Returns:
         FullCOCOEvaluator: it writes the detections to <output_folder>/<dataset>. For a dataset
         that is named by the path of its images, as with --dataset, <dataset> is the last two parts
-        of that path.
+        of that path, or more where DATASETS.TEST has another one with the same.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     is_panoptic = cfg.MODEL.META_ARCHITECTURE == "PanopticFPN"
@@ -103,7 +103,12 @@ def build_coco_evaluator(cfg, dataset_name, output_folder=None):
     # user's images.
     place = dataset_name
     if os.path.isabs(dataset_name):
-        place = "_".join(dataset_name.split(os.sep)[-2:])
+        parts = dataset_name.split(os.sep)
+        others = [name.split(os.sep) for name in cfg.DATASETS.TEST if name != dataset_name]
+        count = 2
+        while count < len(parts) and any(parts[-count:] == other[-count:] for other in others):
+            count += 1
+        place = "_".join(parts[-count:])
     tasks = ["bbox"]
     if cfg.MODEL.MASK_ON:
         tasks.append("segm")

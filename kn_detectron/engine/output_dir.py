@@ -73,6 +73,11 @@ def make_output_dir(cfg, args):
         InputError: it cannot be created or written to, or another run has it.
     """
     folder = cfg.OUTPUT_DIR
+    if "?" in folder:
+        raise InputError(
+            f"OUTPUT_DIR {folder} has a question mark, behind which detectron2 reads no further when "
+            "it loads a checkpoint: give another folder."
+        )
     make_writable(folder, "OUTPUT_DIR")
     if args.machine_rank == 0 and os.name == "posix":  # elsewhere a folder cannot be opened
         _claim(folder)

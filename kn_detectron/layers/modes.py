@@ -24,3 +24,5 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
             if module.training != mode:
                 # Not the flag alone: train() may do more, as torchvision's feature extractors do.
                 module.train(mode)
+        for module, mode in modes:  # one that has two parents may have followed the other one
+            module.training = mode

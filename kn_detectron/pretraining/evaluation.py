@@ -37,13 +37,17 @@ def online_statistics(backbone):
         backbone.train()  # the blocks of a ResNet pass beliefs by their mode, and drop nothing
     else:
         # Any other module may drop features by its mode.
-        for module in backbone.modules():
-            if isinstance(module, (_BatchNorm, Chain)):
-                module.training = True
+        for norm in norms:
+            norm.training = True
+    chains = [m for m in backbone.modules() if isinstance(m, Chain) and not m.in_evaluation]
+    for chain in chains:
+        chain.in_evaluation = True
     try:
         yield
     finally:
         backbone.eval()
+        for chain in chains:
+            chain.in_evaluation = False
         for norm in tracking:
             norm.track_running_stats = True
 

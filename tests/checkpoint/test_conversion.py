@@ -114,6 +114,15 @@ def test_filters_in_half_precision(tmp_path, kn_detector):
         assert torch.equal(state[name], tensor.half() if tensor.dim() > 1 else tensor), name
 
 
+def test_what_float16_cannot_hold_stays_as_it_is(tmp_path):
+    source, target = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
+    state = {"index": torch.arange(2040, 2060).view(4, 5), "large": torch.tensor([[1.0, 1e5]])}
+    torch.save(state, source)
+    convert_weights(source, target, "same", half=True)
+    for name, tensor in _content(target)["model"].items():
+        assert tensor.dtype == state[name].dtype and torch.equal(tensor, state[name])
+
+
 def test_a_fpn_detector(tmp_path):
     source = randomize(build_backbone(resnet_cfg("BN", **FPN)))
     state = {f"backbone.{n}": v for n, v in source.state_dict().items()}

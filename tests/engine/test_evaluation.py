@@ -1,6 +1,7 @@
 """The evaluator of a dataset, and that a dataset with a measure of its own is warned of."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -38,6 +39,20 @@ def test_another_measure_than_cocos_is_warned_of(datasets, tmp_path, kn_log, kin
         metadata.evaluator_type = before
     warned = "shapes_val has the evaluator type 'pascal_voc', and is evaluated with COCO's AP"
     assert (warned in kn_log.text) == (kind != "coco")
+
+
+def test_datasets_named_by_paths_with_one_end_have_folders_of_their_own(datasets, tmp_path):
+    cfg = tiny.config(tmp_path)
+    cfg.defrost()
+    cfg.DATASETS.TEST = names = ["/a/data/val", "/b/data/val", "/c/other/val"]
+    for name in names:
+        MetadataCatalog.get(name).set(json_file=MetadataCatalog.get("shapes_val").json_file)
+    try:
+        folders = [build_coco_evaluator(cfg, name)._output_dir for name in names]
+    finally:
+        for name in names:
+            MetadataCatalog.remove(name)
+    assert [os.path.basename(f) for f in folders] == ["a_data_val", "b_data_val", "other_val"]
 
 
 def test_panoptic_models_are_warned_of(datasets, tmp_path, kn_log):

@@ -19,6 +19,12 @@ from . import tiny
 ARGS = argument_parser().parse_args([])
 
 
+def test_a_folder_that_detectron2_could_not_resume_from(tmp_path):
+    with pytest.raises(InputError, match="^OUTPUT_DIR .*/what[?] has a question mark, .*: give"):
+        make_output_dir(tiny.config(tmp_path / "what?"), ARGS)
+    assert not (tmp_path / "what?").exists()
+
+
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     folder = tmp_path
     if os.geteuid() == 0:  # may write wherever a file system lets files be made

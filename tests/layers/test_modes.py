@@ -17,6 +17,15 @@ def test_every_module_gets_the_mode_and_comes_back(training):
     assert [module.training for module in network.modules()] == [True, False, True]
 
 
+def test_a_norm_with_two_parents_comes_back():
+    norm = nn.BatchNorm2d(2)
+    network = nn.Sequential(nn.Sequential(norm), nn.Sequential(norm))
+    network[1].training = False
+    with in_mode(network, False):
+        pass
+    assert norm.training and not network[1].training
+
+
 class OnlyInTraining(nn.Module):
     def forward(self, x):
         return x + 1 if self.training else x

@@ -78,7 +78,9 @@ def check_ids(objects, report):
     taken, without = set(), []
     for index, annotation in objects:
         found = annotation.get("id")
-        if type(found) is int and found > 0 and found not in taken:
+        # pycocotools makes a float of it.
+        usable = type(found) is int and found > 0 and as_whole(found) is not None
+        if usable and found not in taken:
             taken.add(found)
         else:
             without.append((index, annotation))

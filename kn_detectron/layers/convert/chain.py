@@ -39,6 +39,8 @@ class Chain(nn.Module):
             numbers each.
         transition: how a belief crosses activations and convolutions.
         variant: the variant of the layers, ``"network"`` or ``"paper"``.
+        in_evaluation: whether the layers need priors in evaluation too. In the network in which the
+            chain is, it may be changed at any time.
 
     Raises:
         InputError: mean and standard deviation are about different numbers of channels, or a
@@ -51,6 +53,7 @@ class Chain(nn.Module):
         image_std: Sequence[float],
         transition: Transition,
         variant: str,
+        in_evaluation: bool,
     ):
         super().__init__()
         if len(image_mean) != len(image_std):
@@ -60,6 +63,7 @@ class Chain(nn.Module):
             )
         self.transition = transition
         self.variant = variant
+        self.in_evaluation = in_evaluation
         if not all(number > 0 for number in image_std):
             raise InputError(
                 f"image_std is {list(image_std)}: give positive numbers, one for each channel of the "

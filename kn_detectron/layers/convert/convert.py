@@ -1,5 +1,6 @@
 """From any network with BatchNorm or GroupNorm to one with Kalman Normalization."""
 
+import copy
 import itertools
 import logging
 import re
@@ -80,9 +81,13 @@ def convert_kalman_norm(
     """
     _check(network)
     channels = len(image_std) if variant == "network" else None
-    graphs = {mode: trace(network, mode == "training") for mode in ("training", "evaluation")}
+    graphs = {"training": trace(network, True), "online": trace(network, False)}
+    plain = _returning_no_beliefs(graphs["online"], return_beliefs)
     walks = {mode: Walk(network, graph, channels) for mode, graph in graphs.items()}
     ends = _heads(walks.values())
+    for walk in walks.values():
+        walk.finish(set(ends), return_beliefs)
+
     options = dict(
         learn_gain=learn_gain,
         variant=variant,
@@ -96,17 +101,13 @@ def convert_kalman_norm(
     }
     grouped = any(isinstance(norm, nn.GroupNorm) for norm in norms.values())
     untracked = not all(getattr(norm, "track_running_stats", True) for norm in norms.values())
-    walks["training"].finish(set(ends), return_beliefs)
-    if grouped or untracked or eval_statistics == "batch":
-        walks["evaluation"].finish(set(ends), return_beliefs)
-    else:
-        walks["evaluation"].drop_beliefs(return_beliefs)
-    chain = Chain(image_mean, image_std, transition, variant)
+    in_evaluation = grouped or untracked or eval_statistics == "batch"
+    chain = Chain(image_mean, image_std, transition, variant, in_evaluation)
     tensors = itertools.chain(network.parameters(), network.buffers())
     chain.to(next(tensors, torch.empty(0)).device)
     beliefs = walks["training"].beliefs_alone()
     walks["training"].join_convolutions()
-    graphs = {**graphs, "beliefs": beliefs}
+    graphs = {**graphs, "moving": plain, "beliefs": beliefs}
     programs = {mode: Program.of_graph(graph) for mode, graph in graphs.items()}
     layers = {
         name: _layer(
@@ -121,6 +122,16 @@ def convert_kalman_norm(
     _warn({**ends, **left}, len({*norms, *left}), network)
     converted.fit_priors(kalman_layers(converted))
     return converted
+
+
+def _returning_no_beliefs(graph: fx.Graph, return_beliefs: bool) -> fx.Graph:
+    """A copy of a graph, for norms that need no priors. It returns None for each belief."""
+    graph = copy.deepcopy(graph)
+    if return_beliefs:
+        output = next(iter(reversed(graph.nodes)))
+        nothing = fx.node.map_arg(output.args[0], lambda _: None)
+        output.args = ((output.args[0], nothing),)
+    return graph
 
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)

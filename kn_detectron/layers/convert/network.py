@@ -118,7 +118,9 @@ class KalmanNetwork(nn.Module):
 
     @property
     def _program(self) -> Program:
-        return self._programs["training" if self.training else "evaluation"]
+        if self.training:
+            return self._programs["training"]
+        return self._programs["online" if getattr(self, CHAIN).in_evaluation else "moving"]
 
     def forward(self, *args, **kwargs):
         """Computes what the original's ``forward`` computes, with Kalman Normalization.

@@ -174,23 +174,6 @@ class Walk:
             output.args = ((output.args[0], self._beliefs),)
         _remove_unused(self.graph, self.own)
 
-    def drop_beliefs(self, return_beliefs: bool) -> None:
-        """Gives the graph back as it was, for norms that need no priors.
-
-        Args:
-            return_beliefs: whether None is returned, with the output, for each feature in it.
-        """
-        for call in self.norms:
-            (y,) = (user for user in call.node.users if user not in self.own)
-            y.replace_all_uses_with(call.node)
-            self.graph.erase_node(y)
-            call.node.kwargs = {}
-        if return_beliefs:
-            output = next(iter(reversed(self.graph.nodes)))
-            nothing = fx.node.map_arg(output.args[0], lambda _: None)
-            output.args = ((output.args[0], nothing),)
-        _remove_unused(self.graph, self.own)
-
     def _put_behind_head(self, call: NormCall) -> None:
         belief = self._here = call.about.belief
         norm = self._add("get_attr", call.node.target)

@@ -111,6 +111,11 @@ MENDED = {
         "id of an object",
         ("annotations", 0, "id", 6),
     ),
+    "an annotation id is too large": (
+        of_object(1, id=10**400),
+        "the id of an object is not a positive number of its own, and it gets one, in 1",
+        ("annotations", 1, "id", 6),
+    ),
     "annotation ids are text": (
         of_all("annotations", lambda entry: entry.update(id=f"a{entry['id']}")),
         "id of an object .* in 5 of",
