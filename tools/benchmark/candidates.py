@@ -348,7 +348,7 @@ def _build_curve(group: Group, name: str, device: torch.device) -> Candidate:
     leaves = [conv.weight, *(v.requires_grad_() for v in belief)]
 
     def forward():
-        return transition.conv(transition.relu(belief, x), conv)
+        return transition.conv(transition.activation(belief, x, "relu"), conv)
 
     def backward(prior):
         return torch.autograd.grad(list(prior), leaves, [torch.ones_like(v) for v in prior])
