@@ -5,8 +5,8 @@ from typing import Any, Callable, Tuple
 from detectron2.config import CfgNode as CN
 
 from .errors import InputError
-from .layers.mixin import VARIANTS
 from .layers.kalman_norm import EVAL_STATISTICS
+from .layers.mixin import VARIANTS
 
 __all__ = ["add_kn_config", "check_config"]
 

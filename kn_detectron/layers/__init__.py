@@ -2,7 +2,6 @@
 
 from .belief import Belief
 from .convert import KalmanNetwork, convert_kalman_norm
-from .mixin import KN_STATE
 from .kalman_norm import (
     GroupKalmanNorm2d,
     KalmanNorm2d,
@@ -10,6 +9,7 @@ from .kalman_norm import (
     set_gain_scale,
     set_norm_batch_size,
 )
+from .mixin import KN_STATE
 from .transition import ClosedFormTransition, MonteCarloTransition, build_transition
 
 __all__ = [

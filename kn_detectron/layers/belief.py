@@ -273,7 +273,7 @@ def product(a: Belief, b: Belief) -> Belief:
 
         mean = mean_a mean_b        var = var_a var_b + var_a mean_b^2 + mean_a^2 var_b
     """
-    # In this order each factor keeps its sign: no difference of large numbers.
+    # No difference of large numbers: all terms are positive.
     var = a.var * (b.var + b.mean.square()) + a.mean.square() * b.var
     return Belief(a.mean * b.mean, var)
 

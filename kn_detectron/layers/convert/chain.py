@@ -39,8 +39,7 @@ class Chain(nn.Module):
             numbers each.
         transition: how a belief crosses activations and convolutions.
         variant: the variant of the layers, ``"network"`` or ``"paper"``.
-        in_evaluation: whether the layers need priors in evaluation too. In the network in which the
-            chain is, it may be changed at any time.
+        in_evaluation: whether the layers need priors in evaluation too. It may be changed later.
 
     Raises:
         InputError: mean and standard deviation are about different numbers of channels, or a
