@@ -63,15 +63,16 @@ def find_photos(paths):
     photos = []
     for path in map(Path, paths):
         if os.path.isdir(path):  # Path's own methods raise errors for names that are too long
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+            entries = list(path.iterdir())
+            inside = sorted(p for p in entries if p.suffix.lower() in _SUFFIXES)
             if not inside:
                 raise InputError(
                     f"Folder {path} has no images: give one with {', '.join(sorted(_SUFFIXES))}."
                 )
             photos += inside
-            left_out = len(list(path.iterdir())) - len(inside)
-            if left_out:
-                print(f"{path} has {left_out} more files or folders, which are left out.")
+            if len(entries) > len(inside):
+                more = len(entries) - len(inside)
+                print(f"{path} has {more} more files or folders, which are left out.")
         elif os.path.isfile(path):
             photos.append(path)
         else:

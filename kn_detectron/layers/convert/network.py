@@ -117,10 +117,14 @@ class KalmanNetwork(nn.Module):
         return self._program.source
 
     @property
+    def _keeps_beliefs(self) -> bool:
+        return self.training or getattr(self, CHAIN).in_evaluation
+
+    @property
     def _program(self) -> Program:
         if self.training:
             return self._programs["training"]
-        return self._programs["online" if getattr(self, CHAIN).in_evaluation else "moving"]
+        return self._programs["online" if self._keeps_beliefs else "moving"]
 
     def forward(self, *args, **kwargs):
         """Computes what the original's ``forward`` computes, with Kalman Normalization.
@@ -146,7 +150,7 @@ class KalmanNetwork(nn.Module):
         except ValueError as error:
             norms = [self.get_submodule(name) for name in self._norms]
             lacks_prior = any(getattr(norm, "needs_prior", False) for norm in norms)
-            if lacks_prior and CHAIN not in self.code:
+            if lacks_prior and not self._keeps_beliefs:
                 raise InputError(
                     "A KN layer is in training mode, but its network is in evaluation mode and "
                     "keeps no beliefs: call train() of the whole network, and then eval() of those "
