@@ -56,9 +56,9 @@ def stock_config(cfg):
 
     Returns:
         CfgNode: every NORM "KN" is "FrozenBN", the KN backbones and heads are detectron2's, and
-        MODEL.KN and all else that ``get_cfg()`` lacks is gone. The towers of
-        :class:`~kn_detectron.modeling.KNRetinaNet` have statistics for each level, as detectron2
-        has with "BN" only.
+        what :func:`~kn_detectron.add_kn_config` adds is gone. Keys of your own or of another project,
+        such as PointRend, stay. The towers of :class:`~kn_detectron.modeling.KNRetinaNet` have
+        statistics for each level, as detectron2 has with "BN" only.
 
     Raises:
         InputError: the config is wrong, or the model cannot be folded: GKN and
@@ -89,8 +89,11 @@ def stock_config(cfg):
                 "are those of the images at hand: add MODEL.KN.EVAL_STATISTICS moving to fold the "
                 "moving averages, and evaluate with it first, since it gives other detections."
             )
-    stock = get_cfg()
-    stock.merge_from_other_cfg(_changes(cfg, stock))
+    stock = cfg.clone()
+    stock.defrost()
+    del stock.MODEL["KN"]
+    stock.DATASETS.pop("CLASS_NAMES", None)
+    _rename(stock)
     if cfg.MODEL.META_ARCHITECTURE == "KNRetinaNet" and cfg.MODEL.RETINANET.NORM == "KN":
         if not hasattr(detectron2.layers, "CycleBatchNormList"):
             raise InputError(
@@ -102,18 +105,26 @@ def stock_config(cfg):
     return stock
 
 
-def _changes(cfg, stock, prefix=""):
-    """The tree of keys, in stock names, whose values in ``cfg`` are not those in ``stock``."""
-    changes = CfgNode()
-    for key, default in stock.items():
-        value = cfg[key]
-        if isinstance(default, CfgNode):
-            value, default = _changes(value, default, f"{prefix}{key}."), CfgNode()
+def _rename(node, prefix=""):
+    """Puts detectron2's names and norms in the place of ours, in ``node`` and below it."""
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            _rename(value, f"{prefix}{key}.")
         elif key == "NORM":
-            value = _stock_norm(value, prefix + key)
+            node[key] = _stock_norm(value, prefix + key)
         elif key in ("NAME", "META_ARCHITECTURE"):
-            value = _STOCK_NAMES.get(value, value)
-        if value != default:
+            node[key] = _STOCK_NAMES.get(value, value)
+
+
+def _changes(cfg, default):
+    """The tree of the keys of ``cfg`` that ``default`` lacks, or has another value of."""
+    changes = CfgNode()
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode) and key in default:
+            value = _changes(value, default[key])
+            if value:
+                changes[key] = value
+        elif key not in default or value != default[key]:
             changes[key] = value
     return changes
 
@@ -244,8 +255,8 @@ def fold_weights(cfg, output):
     """Folds the KN model in MODEL.WEIGHTS into two files for detectron2 without this package.
 
     They are ``<output>.pth``, the weights, and ``<output>.yaml``, the config, which names the
-    weights by their absolute path and holds only what differs from detectron2's defaults.
-    MODEL.DEVICE is not in it.
+    weights by their absolute path and holds only what differs from detectron2's defaults, and keys
+    that detectron2 does not have. MODEL.DEVICE is not in it.
 
     Args:
         cfg (CfgNode): the config that the model was trained with, and MODEL.WEIGHTS.

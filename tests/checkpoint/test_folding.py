@@ -12,6 +12,7 @@ import detectron2.layers
 import pytest
 import torch
 import yaml
+from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 
 import kn_detectron
@@ -150,6 +151,20 @@ def test_other_norms_stay_and_group_norm_without_priors_is_detectron2s():
     stock = stock_config(fpn_cfg(MODEL__ROI_MASK_HEAD__NORM="GN32", **norms)).MODEL
     assert (stock.FPN.NORM, stock.ROI_BOX_HEAD.NORM) == ("GN", "BN")
     assert stock.ROI_MASK_HEAD.NORM == "GN"
+
+
+def test_keys_of_other_projects_stay(models, checkpoint, tmp_path):
+    """As those of PointRend, without which its heads cannot be built."""
+    cfg = models["c4"][0].clone()
+    cfg.DATASETS.CLASS_NAMES = ["circle"]
+    cfg.MODEL.WEIGHTS = checkpoint
+    cfg.MODEL.POINT_HEAD = CfgNode({"NORM": "KN", "POINTS": 3})
+    _, config = fold_weights(cfg, str(tmp_path / "folded"))
+    stock = get_cfg()
+    stock.MODEL.POINT_HEAD = CfgNode({"NORM": "", "POINTS": 0})
+    stock.merge_from_file(config)
+    assert stock.MODEL.POINT_HEAD == {"NORM": "FrozenBN", "POINTS": 3}
+    assert stock.DATASETS == {**get_cfg().DATASETS, "TEST": stock.DATASETS.TEST}
 
 
 def test_fold_leaves_the_model_as_it_is(models):

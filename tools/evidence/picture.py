@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from . import arms
 from .classification import CIFAR
-from .tables import by_setting, images_text
+from .tables import by_setting, images_text, run_label
 
 __all__ = ["draw_classification", "draw_detection", "draw_gaps"]
 
@@ -87,8 +87,8 @@ def draw_gaps(gaps: Dict[str, Dict], path: Path) -> None:
     """Draws the gap between the variance of each micro-batch and the moving one (paper, Fig. 5).
 
     Args:
-        gaps: for each run by its name, those of tools/evidence/variance_gap.py. The last norm of
-            each is drawn channel by channel.
+        gaps: for each run by the name of its folder, those of tools/evidence/variance_gap.py. The
+            last norm of each is drawn channel by channel.
         path: of the picture.
     """
     figure = Figure(figsize=(4.5 * (len(gaps) + 1), 4))
@@ -99,10 +99,10 @@ def draw_gaps(gaps: Dict[str, Dict], path: Path) -> None:
         shown = axis.imshow(
             gap.numpy(), aspect="auto", vmin=0, vmax=highest, interpolation="nearest"
         )
-        axis.set(title=name, xlabel="micro-batch", ylabel="channel of the last norm")
+        axis.set(title=run_label(name), xlabel="micro-batch", ylabel="channel of the last norm")
         figure.colorbar(shown, ax=axis)
     for name, by_norm in gaps.items():
-        axes[-1].plot([gap.mean().item() for gap in by_norm.values()], "o-", label=name)
+        axes[-1].plot([gap.mean().item() for gap in by_norm.values()], "o-", label=run_label(name))
     axes[-1].set(title="average of each norm", xlabel="norm", ylim=(0, None))
     axes[-1].grid(alpha=0.3)
     axes[-1].legend(fontsize="small")

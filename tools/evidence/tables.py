@@ -22,6 +22,7 @@ __all__ = [
     "detection_tables",
     "drift_table",
     "images_text",
+    "run_label",
     "similarity_table",
     "summary_table",
     "variance_gap_table",
@@ -306,20 +307,20 @@ def against_paper_table(data: Dict) -> str:
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
-def _label(run: str) -> str:
+def run_label(run: str) -> str:
     """The label of a run of tools/evidence/classification.py, by the name of its folder."""
     return classification.ARMS[re.sub(r"_m\d+_seed\d+$", "", run)].label
 
 
 def similarity_table(data: Dict) -> str:
     """The results of tools/evidence/similarity.py in Markdown."""
-    rows = [[_label(run), f"{value:.2f}"] for run, value in data.items()]
+    rows = [[run_label(run), f"{value:.2f}"] for run, value in data.items()]
     return tabulate(rows, ["norm", "average cosine"], tablefmt="github", disable_numparse=True)
 
 
 def variance_gap_table(data: Dict) -> str:
     """The results of tools/evidence/variance_gap.py in Markdown: the average over all norms."""
-    rows = [[_label(run), f"{mean(by_norm.values()):.3f}"] for run, by_norm in data.items()]
+    rows = [[run_label(run), f"{mean(by_norm.values()):.3f}"] for run, by_norm in data.items()]
     return tabulate(rows, ["norm", "average gap"], tablefmt="github", disable_numparse=True)
 
 
