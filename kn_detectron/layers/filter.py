@@ -266,19 +266,21 @@ def track(running: Running, filtered: Filtered, measured: Optional[Belief], coun
     In ``running.var`` the measured part of the variance is unbiased, that is multiplied by
     n / (n - 1) with n = ``count``. The predicted part is not changed. The posteriors of
     micro-batches are averaged. If nothing was measured, the posterior is not random, and the
-    statistics are set to it. A posterior that is not finite changes nothing: otherwise one bad
-    batch would spoil inference for good.
+    statistics are set to it. If they would not be finite, as after NaN in the batch or beyond the
+    range of half precision, nothing changes: otherwise one batch would spoil inference for good.
     """
     mean, var = filtered.posterior
     rate = running.momentum
-    if measured is None:
-        rate = 1.0
-    else:
+    if measured is not None:
         var = var + measured.var * (filtered.share / max(count - 1, 1))
     mean, var = (t[0] if t.shape[0] == 1 else t.mean(0) for t in (mean, var))
-    finite = (mean + var).sum() * 0.0 == 0.0
-    running.batches.add_(finite)
     if rate is None:
-        rate = 1.0 / running.batches.clamp_min(1).to(running.mean.dtype)
+        rate = 1.0 / (running.batches + 1).to(mean.dtype)
+    if measured is not None:
+        mean = torch.lerp(running.mean.to(mean.dtype), mean, rate)
+        var = torch.lerp(running.var.to(var.dtype), var, rate)
+    mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
+    finite = (mean.to(filtered.invstd.dtype) + var).sum() * 0.0 == 0.0
+    running.batches.add_(finite)
     for average, new in ((running.mean, mean), (running.var, var)):
-        average.lerp_(torch.where(finite, new.to(average.dtype), average), rate)
+        average.copy_(torch.where(finite, new, average))

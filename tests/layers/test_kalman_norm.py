@@ -1,6 +1,7 @@
 """Chains of layers, and what else ``test_norm_module.py`` does not ask of every layer."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -242,3 +243,35 @@ def test_a_dead_channel_has_finite_innovations():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="eval_statistics is one of .* not 'x'"):
         KalmanNorm2d(4, eval_statistics="x")
+
+
+def test_running_statistics_in_half_precision_are_those_of_batch_norm():
+    torch.manual_seed(0)
+    norm, kalman = nn.BatchNorm2d(2).half(), KalmanNorm2d(2, gain=None).half()
+    for _ in range(3):
+        x = (300.0 * torch.randn(4, 2, 16, 16)).half()  # whose variance half precision lacks
+        norm(x)
+        kalman(x)
+    torch.testing.assert_close(kalman.running_var, norm.running_var, rtol=0.01, atol=0.0)
+    torch.testing.assert_close(kalman.running_mean, norm.running_mean, rtol=0.01, atol=0.1)
+
+
+def test_a_posterior_that_half_precision_lacks_changes_no_statistic():
+    norm = KalmanNorm2d(2, gain=0.0, learn_gain=False).half()
+    norm.running_var.fill_(math.nan)  # and one that it has takes the place of whatever is there
+    x = torch.randn(2, 2, 4, 4).half()
+    norm(x, prior=B.Belief(torch.zeros(1, 2), torch.full((1, 2), 4.0)))
+    assert norm.running_var.tolist() == [4.0, 4.0] and norm.num_batches_tracked == 1
+    norm(x, prior=B.Belief(torch.zeros(1, 2), torch.full((1, 2), 9e4)))
+    assert norm.running_var.tolist() == [4.0, 4.0] and norm.num_batches_tracked == 1
+
+
+def test_a_first_batch_that_is_not_finite_is_no_part_of_the_average_over_all():
+    norm, want = (KalmanNorm2d(3, gain=None, momentum=None) for _ in range(2))
+    norm(torch.full((2, 3, 4, 4), math.nan))
+    assert norm.num_batches_tracked == 0
+    x = torch.randn(2, 3, 4, 4)
+    norm(x)
+    want(x)
+    assert torch.equal(norm.running_mean, want.running_mean)
+    assert torch.equal(norm.running_var, want.running_var)

@@ -402,22 +402,22 @@ def _filter_forward(
             v = v + tl.where(fits, q, 1.0) * x_v * bessel
         # In front of the sum, behind which all threads have read it: one of them writes it then.
         count = tl.load(batches)
-        # If a number is NaN or infinite, so is the sum.
-        total = tl.sum(tl.where(inside, m + v, 0.0), 0)
-        finite = tl.abs(total) < float("inf")
-        count = count + finite.to(tl.int64)
-        tl.store(batches, count)
-        rate = 1.0 * momentum
-        if CUMULATIVE:
-            rate = 1.0 / tl.maximum(count.to(tl.float32), 1.0)
-        if not MEASURES:
-            rate = rate * 0.0 + 1.0  # nothing random to average out
         r_m = tl.load(running_mean + i, mask=inside, other=0.0)
         r_v = tl.load(running_var + i, mask=inside, other=0.0)
-        new_m = tl.where(finite, r_m * (1.0 - rate) + m * rate, r_m)
-        new_v = tl.where(finite, r_v * (1.0 - rate) + v * rate, r_v)
-        tl.store(running_mean + i, new_m, mask=inside)
-        tl.store(running_var + i, new_v, mask=inside)
+        if MEASURES:  # otherwise there is nothing random to average out
+            rate = 1.0 * momentum
+            if CUMULATIVE:
+                rate = 1.0 / (count + 1).to(tl.float32)
+            m = r_m * (1.0 - rate) + m * rate
+            v = r_v * (1.0 - rate) + v * rate
+        m = m.to(running_mean.dtype.element_ty)
+        v = v.to(running_var.dtype.element_ty)
+        # If a number is NaN or infinite, so is the sum.
+        total = tl.sum(tl.where(inside, m.to(tl.float32) + v.to(tl.float32), 0.0), 0)
+        finite = tl.abs(total) < float("inf")
+        tl.store(batches, count + finite.to(tl.int64))
+        tl.store(running_mean + i, tl.where(finite, m, r_m), mask=inside)
+        tl.store(running_var + i, tl.where(finite, v, r_v), mask=inside)
 
 
 # The number of pixels, which differs from image to image, is only handed on.
