@@ -1,6 +1,6 @@
 """Reading the architecture of a ResNet off its tensors."""
 
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List
 
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ __all__ = ["resnet_of"]
 _PLAIN_NORMS = {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(1, channels)}
 
 
-def resnet_of(
-    tensors: Dict[str, Tensor], norm: str, variant: str, image_std: Optional[Sequence[float]] = None
-) -> ResNet:
+def resnet_of(tensors: Dict[str, Tensor], norm: str, variant: str) -> ResNet:
     """Builds the ResNet that has these tensors, with their depth, widths and groups.
 
     The network only holds the tensors and is not for images. No tensor shows strides and dilations,
@@ -24,7 +22,6 @@ def resnet_of(
         tensors: by detectron2's names without prefix: the stem, and stages from res2 on.
         norm: "KN", "GKN", "BN" or "GN".
         variant: of KN and GKN.
-        image_std: where a chain starts, see :class:`~kn_detectron.modeling.KNResNet`; 1 if None.
 
     Returns:
         ResNet: a :class:`~kn_detectron.modeling.KNResNet` for "KN" and "GKN", else detectron2's.
@@ -51,11 +48,7 @@ def resnet_of(
         width = stages[-1][-1].out_channels
     if norm in _PLAIN_NORMS:
         return ResNet(stem, stages)
-    if image_std is None:
-        image_std = [1.0] * in_channels
-    elif len(image_std) != in_channels:
-        raise ValueError(f"its stem is for images of {in_channels} channels")
-    return KNResNet(stem, stages, image_std=image_std, chain=chain)
+    return KNResNet(stem, stages, image_std=[1.0] * in_channels, chain=chain)
 
 
 def _stage(tensors, name: str, in_channels: int, index: int, blocks, options) -> List[nn.Module]:

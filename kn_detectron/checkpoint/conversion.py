@@ -7,12 +7,11 @@ the architecture is read off the tensors.
 import dataclasses
 import logging
 import os
-from typing import Dict, List, Optional
+from typing import Dict
 
 import torch
 from torch import Tensor
 
-from ..config import IMAGE_STD
 from ..errors import InputError, one_line
 from ..files import fetch
 from ..layers import KN_STATE
@@ -42,8 +41,8 @@ def convert_weights(
     (:func:`~kn_detectron.checkpoint.calibrate`). Gains and process models of the source are kept if
     they are for the same priors. The config that loads the file chooses what is not in it, such as
     the gains (MODEL.KN.GAIN). Loading ``target`` gives the same model as loading ``source``. The
-    prior of the stem depends on PIXEL_STD; where the source does not tell it, the stem's process
-    model is left to the loading.
+    stem's process model is left to the loading, since its prior depends on the images
+    (MODEL.KN.IMAGE_STD and PIXEL_STD).
 
     Args:
         source: file or address of weights; see :func:`~kn_detectron.checkpoint.read_weights`.
@@ -132,9 +131,8 @@ class _Resnet:
 def _convert(
     resnet: _Resnet, weights: Weights, path: str, norm: str, variant: str
 ) -> Dict[str, Tensor]:
-    image_std = _image_std(weights)
     try:
-        model = resnet_of(resnet.tensors, norm, variant, image_std)
+        model = resnet_of(resnet.tensors, norm, variant)
     except (AssertionError, IndexError, KeyError, ValueError, ZeroDivisionError) as error:
         reason = one_line(error) + (" is missing" if isinstance(error, KeyError) else "")
         raise InputError(
@@ -144,17 +142,8 @@ def _convert(
     bare = dataclasses.replace(weights, state=dict(resnet.tensors), matching_heuristics=False)
     found = load_weights(model, bare, path)
     taken = set(found.matched)
-    fitted = {n for n in found.missing if leaf(n) in KN_STATE and leaf(n) not in GAINS}
-    if norm != "KN":  # nothing else can be fitted
-        fitted = set()
-    if image_std is None:
-        stem = {name for name in fitted if name.startswith("stem.")}
-        if stem:
-            _logger.info(
-                "%s does not tell its PIXEL_STD: the stem's process model is left to the loading.",
-                path,
-            )
-        fitted -= stem
+    process = {n for n in found.missing if leaf(n) in KN_STATE and leaf(n) not in GAINS}
+    fitted = {n for n in process if norm == "KN" and not n.startswith("stem.")}
     state = {}
     for name, tensor in model.state_dict().items():
         if name in taken or (leaf(name) == "num_batches_tracked" and name in resnet.tensors):
@@ -162,12 +151,3 @@ def _convert(
         elif name in fitted:
             state[name] = tensor
     return state
-
-
-def _image_std(weights: Weights) -> Optional[List[float]]:
-    """The deviation of normalised images, as a config has it by default; None if it is not known."""
-    pixel_std = weights.conventions.pixel_std
-    if pixel_std is None or len(pixel_std) != len(IMAGE_STD):
-        return None
-    image_std = IMAGE_STD[::-1] if weights.conventions.pixel_format == "RGB" else IMAGE_STD
-    return [image / pixel for image, pixel in zip(image_std, pixel_std)]

@@ -144,6 +144,8 @@ def test_config_has_the_stock_names(models):
     assert fpn.ROI_MASK_HEAD.NAME == "MaskRCNNConvUpsampleHead"
     for node in (fpn.RESNETS, fpn.FPN, fpn.ROI_BOX_HEAD, fpn.ROI_MASK_HEAD):
         assert node.NORM == "FrozenBN"
+    cascade = stock_config(fpn_cfg(MODEL__ROI_HEADS__NAME="KNCascadeROIHeads")).MODEL
+    assert cascade.ROI_HEADS.NAME == "CascadeROIHeads"
 
 
 def test_other_norms_stay_and_group_norm_without_priors_is_detectron2s():
