@@ -8,7 +8,7 @@ pass. What remains is the arithmetic on vectors, and a scaled copy of the filter
 from typing import Optional, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .belief import Belief
@@ -24,7 +24,11 @@ _COUNT = 1
 
 
 def absorb(
-    conv: nn.Conv2d, v: Vectors, spec: Spec, running: Optional[Running] = None
+    weight: Tensor,
+    bias: Optional[Tensor],
+    v: Vectors,
+    spec: Spec,
+    running: Optional[Running] = None,
 ) -> Tuple[Tensor, Tensor, Belief]:
     """The parameters of a convolution that normalises its output with the posterior (ours).
 
@@ -34,7 +38,8 @@ def absorb(
         W' = scale W        c' = beta + scale (c - mu)
 
     Args:
-        conv: the convolution. Its weight has the shape (C, C_in, kH, kW).
+        weight: W, shape (C, C_in / groups, kH, kW).
+        bias: c, shape (C,), or None.
         v: the vectors of a layer with a prior of one row, in the dtype of the statistics.
         spec: the settings of its filter, which measures nothing.
         running: the moving statistics to be updated, or None.
@@ -42,8 +47,8 @@ def absorb(
     Returns:
         W', c' and the belief to pass on.
     """
-    compute = _composed if is_traced(conv.weight) else _Absorb.apply
-    weight, bias, *belief = compute(conv.weight, conv.bias, spec, running, *v)
+    compute = _composed if is_traced(weight) else _Absorb.apply
+    weight, bias, *belief = compute(weight, bias, spec, running, *v)
     return weight, bias, Belief(*belief)
 
 

@@ -91,7 +91,8 @@ class Gain(nn.Module):
 
         The scale is in the state_dict, so the gain of an annealed model stays annealed in its
         checkpoints. A head has no gain and ignores the scale. With several processes each has to
-        call this: a scale that DistributedDataParallel copies into the buffer goes unnoticed.
+        call this: a scale that DistributedDataParallel copies into the buffer goes unnoticed. It
+        is not to be called between a forward pass and its backward pass.
         """
         if not 0.0 <= scale <= 1.0:
             raise ValueError(f"the scale of a gain lies between 0 and 1, not {scale}")

@@ -1,10 +1,12 @@
 """How a module or an operation is being run: watched by hooks, or recorded and not executed."""
 
+from typing import Callable
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-__all__ = ["has_hooks", "is_traced"]
+__all__ = ["forward_of", "has_hooks", "is_traced"]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -15,6 +17,11 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def forward_of(module: nn.Module) -> Callable:
+    """The forward function of a module: its own, if it was replaced, or that of its class."""
+    return vars(module).get("forward", type(module).forward)
 
 
 def is_traced(x: Tensor) -> bool:

@@ -265,17 +265,18 @@ class KalmanNorm2d(KalmanNormMixin, nn.BatchNorm2d):
             ValueError: the convolution has a wrong number of channels, or the layer is a head.
         """
         self._check_prior(prior, self.num_features)
-        channels = conv.weight.shape[0]
+        weight, bias = conv.weight, conv.bias  # once: a parametrization computes them each time
+        channels = weight.shape[0]
         if channels != self.num_features:
             raise ValueError(f"expected {self.num_features} channels (got a conv to {channels})")
-        vectors = self._prior_vectors(prior, statistics_dtype(conv.weight))
+        vectors = self._prior_vectors(prior, statistics_dtype(weight))
         spec = self._spec(x, 1, measures=False)
         if self.observer is not None:
             with torch.no_grad():
                 # Detached, or autocast would reuse the copy that it casts where a gradient flows.
-                weight, bias = (p if p is None else p.detach() for p in (conv.weight, conv.bias))
-                self._observe(conv._conv_forward(x, weight, bias), prior)
-        weight, bias, belief = absorb(conv, vectors, spec, self._running())
+                detached = (p if p is None else p.detach() for p in (weight, bias))
+                self._observe(conv._conv_forward(x, *detached), prior)
+        weight, bias, belief = absorb(weight, bias, vectors, spec, self._running())
         return conv._conv_forward(x, weight, bias), belief
 
     def _rows(self, x: Tensor) -> int:

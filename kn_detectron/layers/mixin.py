@@ -168,6 +168,13 @@ class KalmanNormMixin(Gain):
         self.loaded_statistics_only = without_filter and prefix + "running_var" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _apply(self, fn, recurse=True):
+        had_no_values = not self.is_head and self.gain_logit.is_meta
+        super()._apply(fn, recurse)
+        if had_no_values and not self.gain_logit.is_meta:
+            self._reset_filter()  # to_empty() fills in anything, and BatchNorm's weights have none
+        return self
+
     def extra_repr(self) -> str:
         if self.is_head:
             return f"{super().extra_repr()}, head of a chain"

@@ -119,12 +119,18 @@ def test_conv_ignores_the_border():
 
 def test_conv_keeps_float32_under_autocast():
     belief = random_belief(1, 64, torch.float32)
-    weight = torch.randn(8, 64, 1, 1)
+    weight = torch.randn(8, 64, 1, 1, requires_grad=True)
+
+    def slope(belief):
+        return torch.autograd.grad(belief.mean.sum() + belief.var.sum(), weight)[0]
+
     want = B.conv2d(belief, weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = B.conv2d(belief, weight)
+        gradient = slope(got)
     assert got.mean.dtype == torch.float32
     assert torch.equal(got.mean, want.mean) and torch.equal(got.var, want.var)
+    assert torch.equal(gradient, slope(want))
 
 
 def test_conv_refuses_other_channels():

@@ -45,6 +45,12 @@ def test_gate_looks_at_each_row():
     assert torch.equal(got.var, torch.tensor([[1.0, 1.0], [100.0, 99.0], [1.0, 1.0]]))
 
 
+def test_gate_keeps_a_prior_of_a_channel_that_never_varies():
+    zero = torch.zeros(1, 1)
+    got, fits = KF.gate(Belief(zero + 1, zero), Belief(zero, zero))
+    assert fits.item() and got.mean.item() == 1
+
+
 def test_gate_keeps_an_infinite_prior_out_of_the_gradients():
     prior = Belief(torch.tensor([[float("inf")]]), torch.tensor([[float("inf")]]))
     mean = torch.zeros(1, 1, requires_grad=True)

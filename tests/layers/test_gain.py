@@ -53,6 +53,13 @@ def test_infinite_logits_of_older_checkpoints_become_finite(gain, infinite, lear
     assert state["gain_logit"].isinf()  # the caller's
 
 
+def test_a_fixed_gain_measures_again_after_a_scale_of_0():
+    norm = KalmanNorm2d(4, gain=0.3, learn_gain=False)
+    for scale, measures in ((0.0, False), (0.5, True)):
+        norm.set_gain_scale(scale)
+        assert norm.measures == measures
+
+
 def test_set_gain_scale_reaches_all_layers_but_heads():
     model = nn.ModuleDict({"a": KalmanNorm2d(4), "b": make("GKN"), "c": KalmanNorm2d(4, gain=None)})
     assert list(kalman_layers(model)) == ["a", "b"]

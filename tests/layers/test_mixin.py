@@ -11,7 +11,8 @@ def test_no_prior_gradient(x):
     prior = Belief(*(v.requires_grad_() for v in prior_of()))
     norm = KalmanNorm2d(4, prior_gradient=False)
     norm(x, prior=prior)[0].square().sum().backward()
-    assert prior.mean.grad is None and norm.log_var_scale.grad.abs().sum() > 0
+    assert prior.mean.grad is None and prior.var.grad is None
+    assert norm.log_var_scale.grad.abs().sum() > 0
 
 
 def test_another_variant_is_refused():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from .. import belief as closed_form
 from ..belief import Belief
-from ..introspection import has_hooks
+from ..introspection import forward_of, has_hooks
 from ..kalman_norm import KalmanNorm2d
 from ..passes import pooled_moments, statistics_dtype
 from ..transition import ClosedFormTransition, Source, Transition
@@ -68,10 +68,18 @@ class Chain(nn.Module):
                 f"image_std is {list(image_std)}: give positive numbers, one for each channel of the "
                 "images."
             )
+        self._image = [[float(v) for v in image_mean], [float(v) ** 2 for v in image_std]]
         # They belong to the data and not to the weights, so they are not in the checkpoint.
-        mean, std = (torch.as_tensor(v, dtype=torch.float32)[None] for v in (image_mean, image_std))
-        self.register_buffer("image_mean", mean, persistent=False)
-        self.register_buffer("image_var", std.square(), persistent=False)
+        self.register_buffer("image_mean", torch.tensor(self._image[:1]), persistent=False)
+        self.register_buffer("image_var", torch.tensor(self._image[1:]), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # Written anew: half precision may not have them, and to_empty() fills in anything.
+        like = {"device": self.image_mean.device, "dtype": statistics_dtype(self.image_mean)}
+        mean, var = self._image
+        self.image_mean, self.image_var = (torch.tensor([v], **like) for v in (mean, var))
+        return self
 
     def in_closed_form(self) -> "Chain":
         """A copy that does not sample, for calibration."""
@@ -81,8 +89,7 @@ class Chain(nn.Module):
 
     def start(self) -> Belief:
         """The belief about the images."""
-        dtype = statistics_dtype(self.image_var)
-        return Belief(self.image_mean.to(dtype), self.image_var.to(dtype))
+        return Belief(self.image_mean, self.image_var)
 
     def frozen(self, norm: nn.Module) -> Belief:
         """The belief behind a frozen BatchNorm: its running statistics are the posterior."""
@@ -104,11 +111,25 @@ class Chain(nn.Module):
         return Belief(*(v[None] for v in pooled_moments(*belief, 0)))
 
     def conv_norm(
-        self, x: Tensor, conv: nn.Module, norm: nn.Module, prior: Belief
+        self, x: Tensor, conv: nn.Module, norm: nn.Module, source: Source, grouped: bool
     ) -> Tuple[Tensor, Belief]:
-        """A convolution and its norm, which are one convolution if nothing is measured."""
-        is_plain = type(conv).forward is nn.Conv2d.forward and not has_hooks(conv)
-        if is_plain and isinstance(norm, KalmanNorm2d) and norm.can_be_absorbed(x, prior):
+        """A convolution and its norm, which are one convolution if nothing is measured.
+
+        Args:
+            x: the convolution's input, shape (N, C_in, H, W).
+            conv, norm: the modules.
+            source: the transition's source for the belief about x.
+            grouped: whether the prior is that of all images together (:meth:`of_batch`).
+        """
+        is_plain = forward_of(conv) is nn.Conv2d.forward and not has_hooks(conv)
+        # A hook may make the filter that the prediction needs, as torch's pruning does.
+        y = None if is_plain else conv(x)
+        prior = self.conv(source, conv)
+        if grouped:
+            prior = self.of_batch(prior)
+        if y is not None:
+            return norm(y, prior=prior)
+        if isinstance(norm, KalmanNorm2d) and norm.can_be_absorbed(x, prior):
             return norm.absorbed(conv, x, prior)
         return norm(conv(x), prior=prior)
 

@@ -36,7 +36,8 @@ def _channel_dim(dim: Any, about: About, what: str) -> None:
 
 
 def cat(walk, tensors: Sequence, dim=0) -> About:
-    abouts = walk.pieces(tensors) or [walk.about(x) for x in tensors]
+    given = tensors if isinstance(tensors, (tuple, list)) else [tensors]
+    abouts = walk.pieces(tensors) or [walk.about(x) for x in given]
     _channel_dim(dim, abouts[0], "concatenates")
     channels = sum(one_channel_dimension(about) for about in abouts)
     return walk.make([channels], "cat", [walk.belief(about) for about in abouts])
@@ -57,7 +58,7 @@ def split(walk, x, split_size_or_sections, dim=0) -> Tuple[About, ...]:
 
 def chunk(walk, x, chunks, dim=0) -> Tuple[About, ...]:
     channels = one_channel_dimension(walk.about(x))
-    return split(walk, x, -(-channels // chunks), dim)
+    return split(walk, x, -(-channels // _number(walk, chunks)), dim)
 
 
 def _slice(walk, about: About, start: int, stop: int) -> About:
@@ -111,8 +112,16 @@ def _bounds(walk, index: Any) -> Any:
 
 def numbers(walk, values: Any) -> Tuple[Optional[int], ...]:
     """One or several sizes or dimensions, with None for each that is not known."""
+    values = values if isinstance(values, (tuple, list)) else walk.size(values)
     values = values if isinstance(values, (tuple, list)) else (values,)
     return tuple(walk.size(value) for value in values)
+
+
+def _number(walk, value: Any) -> int:
+    number = walk.size(value)
+    if not isinstance(number, int):
+        raise End("it takes a number that is computed")
+    return number
 
 
 def view(walk, x, *sizes, shape=None, size=None) -> About:
@@ -122,7 +131,7 @@ def view(walk, x, *sizes, shape=None, size=None) -> About:
     sizes = numbers(walk, sizes)
     channels = sizes[1:-2]
     number = math.prod(about.channels)
-    if channels.count(-1) == 1:
+    if channels.count(-1) == 1 and None not in channels:
         rest = -math.prod(channels)
         channels = tuple(number // rest if size == -1 else size for size in channels)
     if len(sizes) < 3 or None in channels or math.prod(channels) != number:
@@ -131,7 +140,7 @@ def view(walk, x, *sizes, shape=None, size=None) -> About:
 
 
 def unsqueeze(walk, x, dim) -> About:
-    about = walk.about(x)
+    about, dim = walk.about(x), _number(walk, dim)
     if not 1 <= dim <= len(about.channels) + 1:
         raise End(NO_FEATURE_MAP)
     channels = (*about.channels[: dim - 1], 1, *about.channels[dim - 1 :])
@@ -140,7 +149,8 @@ def unsqueeze(walk, x, dim) -> About:
 
 def flatten(walk, x, start_dim=0, end_dim=-1) -> About:
     about = walk.about(x)
-    start, end = (d % (len(about.channels) + 3) for d in (start_dim, end_dim))
+    rank = len(about.channels) + 3
+    start, end = (_number(walk, dim) % rank for dim in (start_dim, end_dim))
     if start < 1 or end > len(about.channels):
         raise End(NO_FEATURE_MAP)
     merged = math.prod(about.channels[start - 1 : end])
@@ -164,13 +174,14 @@ def permute(walk, x, *order, dims=None) -> About:
 def transpose(walk, x, dim0, dim1) -> About:
     rank = len(walk.about(x).channels) + 3
     order = list(range(rank))
+    dim0, dim1 = _number(walk, dim0), _number(walk, dim1)
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return permute(walk, x, order)
 
 
 def channel_shuffle(walk, x, groups) -> About:
     about = walk.about(x)
-    channels = one_channel_dimension(about)
+    channels, groups = one_channel_dimension(about), _number(walk, groups)
     shape = groups, channels // groups
     grouped = walk.make(shape, "reshape", walk.belief(about), shape)
     turned = walk.make(shape[::-1], "permute", grouped.belief, (0, 2, 1))

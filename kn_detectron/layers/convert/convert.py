@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from ...errors import InputError
-from ..introspection import has_hooks
+from ..introspection import forward_of, has_hooks
 from ..kalman_norm import GroupKalmanNorm2d, KalmanNorm2d, kalman_layers
 from ..transition import ClosedFormTransition, Transition
 from .about import End
@@ -103,8 +103,8 @@ def convert_kalman_norm(
     untracked = not all(getattr(norm, "track_running_stats", True) for norm in norms.values())
     in_evaluation = grouped or untracked or eval_statistics == "batch"
     chain = Chain(image_mean, image_std, transition, variant, in_evaluation)
-    tensors = itertools.chain(network.parameters(), network.buffers())
-    chain.to(next(tensors, torch.empty(0)).device)
+    like = next((_like(norm, network) for norm in norms.values()), torch.empty(0))
+    chain.to(like.device, like.dtype)
     beliefs = walks["training"].beliefs_alone()
     walks["training"].join_convolutions()
     graphs = {**graphs, "moving": plain, "beliefs": beliefs}
@@ -152,6 +152,18 @@ def _check(network: nn.Module) -> None:
             f"The forward function of this {name} was replaced, which the conversion to KN would "
             "not see: convert it before that, or write a class with that forward function."
         )
+    if not isinstance(network, fx.GraphModule) and type(network).train is not nn.Module.train:
+        logger.warning(
+            "%s has a train() of its own, which the converted network does not have: if it keeps "
+            "norms in evaluation mode, call eval() on them after each train().",
+            name,
+        )
+    devices = {str(t.device) for t in itertools.chain(network.parameters(), network.buffers())}
+    if len(devices) > 1:
+        raise InputError(
+            f"{name} is on several devices ({', '.join(sorted(devices))}), which beliefs do not "
+            "follow: move it to one device, and convert it there."
+        )
     for path, module in network.named_modules():
         if is_norm(module) and parametrize.is_parametrized(module):
             raise InputError(
@@ -189,7 +201,7 @@ def _check(network: nn.Module) -> None:
 
 def _is_plain(norm: nn.Module) -> bool:
     """Whether a norm computes no more than torch's, or more in a way that the conversion knows."""
-    forward = type(norm).forward
+    forward = forward_of(norm)
     of_torch = forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, nn.GroupNorm.forward)
     # timm's GroupNorm, and its norms with an activation.
     return of_torch or forward.__module__ in ("timm.layers.norm", "timm.layers.norm_act")

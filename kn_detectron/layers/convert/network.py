@@ -167,6 +167,7 @@ class KalmanNetwork(nn.Module):
         Returns:
             The beliefs about the output, if ``forward`` returns them too, else None.
         """
+        _renew_filters(self)
         with in_mode(self, training=True):
             return self._programs["beliefs"](self, getattr(self, CHAIN).in_closed_form())
 
@@ -206,6 +207,7 @@ class KalmanNetwork(nn.Module):
                 "The network was a torch.fx.GraphModule, which cannot be restored: convert the "
                 "network that it was traced from."
             )
+        _renew_filters(self)  # what a training step has made of them cannot be copied
         copied = copy.deepcopy(self)
         for name, norm in copied._norms.items():
             layer = copied.get_submodule(name)
@@ -223,6 +225,15 @@ class KalmanNetwork(nn.Module):
             if hook is not _calibrate_to_what_was_loaded
         )
         return network
+
+
+@torch.no_grad()
+def _renew_filters(network: nn.Module) -> None:
+    """Has torch's hooks that make filters, as those of its pruning, make them anew."""
+    for module in network.modules():
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                hook(module, ())
 
 
 def _calibrate_to_what_was_loaded(network: KalmanNetwork, incompatible_keys) -> None:

@@ -18,6 +18,7 @@ from torchvision.ops import StochasticDepth
 
 from ...errors import InputError
 from ..activations import ACTIVATIONS, Activation
+from ..introspection import forward_of
 from . import channels as on_channels
 from .about import NO_FEATURE_MAP, About, End
 
@@ -100,10 +101,11 @@ def _conv2d(walk, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=
     about = walk.about(x)
     if not walk.is_constant(weight):
         raise End("its weights depend on the images")
-    if not walk.is_constant(groups):
+    groups = walk.constant(groups) if walk.is_constant(groups) else walk.size(groups)
+    if groups is None:
         raise End("its groups depend on the images")
     channels, per_group = walk.constant(weight).shape[:2]
-    _check_channels(about, per_group * walk.constant(groups))
+    _check_channels(about, per_group * groups)
     return walk.convolved(x, channels, weight, bias, stride, padding, dilation, groups)
 
 
@@ -295,14 +297,14 @@ def find_rule(op: str, target: Any) -> Optional[Callable]:
         return _MODULES_BY_NAME[type(target).__name__]
     for base in type(target).__mro__:
         if base in _MODULES:
-            same = type(target).forward is base.forward
+            same = forward_of(target) is base.forward
             return _MODULES[base] if same else _changed(base)
     return None
 
 
 def _changed(base: type) -> Callable:
     def rule(walk, *args, **kwargs):
-        raise End(f"it is a subclass of {base.__name__} with a forward function of its own")
+        raise End(f"it is a {base.__name__} with a forward function of its own")
 
     return rule
 

@@ -219,8 +219,10 @@ def trace(network: nn.Module, training: bool) -> fx.Graph:
             "because hooks collect the features: return them from forward, or take them with "
             "torchvision's create_feature_extractor."
         )
+    names = inspect.signature(network.forward).parameters
     for node in graph.nodes:
         node.type = None  # an annotation has its meaning only where it was written
-        if node.op == "placeholder" and node.target.rpartition("_")[0] in defaults:
-            node.target = node.target.rpartition("_")[0]  # fx adds numbers to the names of these
+        name = node.target.rpartition("_")[0] if node.op == "placeholder" else None
+        if name in defaults and node.target not in names:
+            node.target = name  # fx adds numbers to the names of these
     return graph

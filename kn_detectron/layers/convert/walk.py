@@ -7,7 +7,6 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Se
 import torch
 from torch import fx, nn
 
-from ..introspection import has_hooks
 from .about import NO_FEATURE_MAP, About, End
 from .memory import Memory
 from .rules import find_rule
@@ -219,18 +218,19 @@ class Walk:
                 continue
             if len(conv.args) != 1 or conv.kwargs:
                 continue
-            module = self.network.get_submodule(conv.target)
-            # A hook may make the filter that the prediction needs, as torch's pruning does.
-            if not isinstance(module, nn.Conv2d) or has_hooks(module):
+            if not isinstance(self.network.get_submodule(conv.target), nn.Conv2d):
                 continue
+            grouped = prior.target == "of_batch"
+            behind_conv = prior.args[1] if grouped else prior
             # Where the convolution was: what comes later may change its input in place.
             self._here = prior
             modules = [self._add("get_attr", n.target) for n in (conv, node)]
-            arguments = (self.chain, *conv.args, *modules, prior)
+            arguments = (self.chain, *conv.args, *modules, behind_conv.args[1], grouped)
             joined = self._add("call_method", "conv_norm", arguments, node.name)
             node.replace_all_uses_with(joined)
             self.graph.erase_node(node)
             self.graph.erase_node(conv)
+        _remove_unused(self.graph, self.own)
 
     # The pass itself.
 

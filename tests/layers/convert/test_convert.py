@@ -94,7 +94,9 @@ def test_weights_with_a_filter_are_not_calibrated_to(converted):
 
 
 def test_the_restored_network_loads_as_any_other(original, converted):
+    converted.last[1].eval()
     restored = converted.restored()
+    assert not restored.last[1].training and restored.block.bn1.training
     assert not restored._load_state_dict_post_hooks and not original._load_state_dict_post_hooks
     restored.load_state_dict(original.state_dict())
 
@@ -229,19 +231,17 @@ class ChangesItsInput(nn.Module):
         return self.bn2(y).mean((2, 3)) + x.mean((2, 3))
 
 
-@pytest.mark.parametrize(
+HOOKS_THAT_MAKE_FILTERS = pytest.mark.parametrize(
     "wrap",
     [weight_norm, spectral_norm, lambda conv: prune.l1_unstructured(conv, "weight", 0.5)],
     ids=["weight_norm", "spectral_norm", "pruned"],
 )
+
+
+@HOOKS_THAT_MAKE_FILTERS
 def test_a_filter_that_a_hook_makes_is_predicted_through(wrap):
     """The prediction goes through the filter of this step, and not through that of the last."""
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        *(wrap(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), nn.ReLU()),
-        *(wrap(nn.Conv2d(8, 8, 3)), nn.BatchNorm2d(8)),
-    )
-    converted = convert_kalman_norm(network).train()
+    converted = convert_kalman_norm(_pair_of(wrap, 0)).train()
     optimizer = torch.optim.SGD(converted.parameters(), lr=0.1)
     x = torch.randn(2, 3, 9, 9)
     for _ in range(3):
@@ -249,6 +249,127 @@ def test_a_filter_that_a_hook_makes_is_predicted_through(wrap):
         converted(x).square().sum().backward()
         optimizer.step()
     assert all(p.grad is not None for p in converted.parameters() if p.requires_grad)
+
+
+def _pair_of(wrap, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        *(wrap(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), nn.ReLU()),
+        *(wrap(nn.Conv2d(8, 8, 3)), nn.BatchNorm2d(8)),
+    )
+
+
+@HOOKS_THAT_MAKE_FILTERS
+@pytest.mark.parametrize("when", ["before the conversion", "after it"])
+def test_a_filter_that_a_hook_makes_is_that_of_the_weights_that_were_loaded(wrap, when):
+    source, network = trained(_pair_of(wrap, 0)), _pair_of(wrap, 1)
+    if when == "before the conversion":
+        network.load_state_dict(source.state_dict())
+    converted = convert_kalman_norm(network, gain=0.0, learn_gain=False)
+    if when == "after it":
+        converted.load_state_dict(source.state_dict(), strict=False)
+    with torch.no_grad():
+        want = source.eval()(images())
+        # Spectral norm goes on iterating in training.
+        assert relative_error(converted.train()(images()), want) < 0.1
+        assert relative_error(converted.eval()(images()), want) < 0.1
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.1])
+def test_a_hook_that_comes_after_the_conversion_makes_the_filter_first(gain):
+    converted = convert_kalman_norm(_pair_of(nn.Identity(), 0), gain=gain, learn_gain=False)
+    prune.l1_unstructured(converted.get_submodule("3"), "weight", 0.5)
+    x = images()
+    for _ in range(2):
+        converted.train()(x).square().mean().backward()
+    with torch.no_grad():
+        converted.get_submodule("3").weight_orig.mul_(3.0)
+        torch.testing.assert_close(converted(x), converted(x))
+    restored = converted.restored()
+    assert torch.equal(restored[3].weight_orig, converted.get_submodule("3").weight_orig)
+
+
+class CountsCalls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.1])
+def test_a_parametrized_filter_is_computed_for_the_prediction_and_for_the_features(gain):
+    network = _pair_of(nn.Identity(), 0)
+    parametrize.register_parametrization(network[3], "weight", CountsCalls())
+    converted = convert_kalman_norm(network, gain=gain, learn_gain=False).train()
+    counted = network[3].parametrizations["weight"][0]
+    counted.calls = 0
+    converted(images())
+    assert counted.calls == 2
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.1])
+def test_a_forward_function_of_an_instance(gain, caplog):
+    def tripled(z):
+        return 3.0 * nn.Conv2d.forward(conv, z)
+
+    network = trained(_pair_of(nn.Identity(), 0))
+    conv = network[3]
+    converted = convert_kalman_norm(copy.deepcopy(network), gain=gain, learn_gain=False)
+    conv.forward = tripled
+    late = converted.get_submodule("3")
+    late.forward = lambda z: nn.Conv2d.forward(late, z).zero_()
+    y = converted.train()(images())
+    assert torch.equal(y, y[..., :1, :1].expand_as(y))
+    assert not caplog.text
+    converted = convert_kalman_norm(network, gain=gain, learn_gain=False)
+    assert "it is a Conv2d with a forward function of its own" in caplog.text
+    assert converted.get_submodule("4").is_head
+
+
+class KeepsItsStatistics(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self:
+            module.eval()
+        return self
+
+
+def test_a_train_of_its_own_is_missed(caplog):
+    convert_kalman_norm(KeepsItsStatistics(*_pair_of(nn.Identity(), 0)))
+    assert "KeepsItsStatistics has a train() of its own" in caplog.text
+
+
+def test_a_network_on_several_devices_is_refused():
+    network = _pair_of(nn.Identity(), 0)
+    network[3:].to("meta")
+    with pytest.raises(InputError, match=r"on several devices \(cpu, meta\)"):
+        convert_kalman_norm(network)
+
+
+def test_a_network_that_gets_its_values_later():
+    source = trained(_pair_of(nn.Identity(), 0))
+    with torch.device("meta"):
+        network = _pair_of(nn.Identity(), 1)
+    options = dict(image_mean=(0.1, 0.2, 0.3), gain=0.0, learn_gain=False)
+    converted = convert_kalman_norm(network, **options).to_empty(device="cpu")
+    converted.load_state_dict(source.state_dict(), strict=False)
+    want = convert_kalman_norm(source, **options).train()
+    with torch.no_grad():
+        torch.testing.assert_close(converted.train()(images()), want(images()))
+
+
+def test_the_images_statistics_are_in_the_networks_precision_but_not_below_float32():
+    numbers = dict(image_mean=(0.1, 0.2, 0.3), image_std=(300.0, 0.1, 0.2))
+    network = convert_kalman_norm(_pair_of(nn.Identity(), 0).double(), **numbers)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        mean, var = network.to(dtype).kalman_chain.start()
+        kept = torch.float64 if dtype == torch.float64 else torch.float32
+        assert torch.equal(mean, torch.tensor([numbers["image_mean"]], dtype=kept))
+        want = torch.tensor([numbers["image_std"]], dtype=torch.float64).square().to(kept)
+        torch.testing.assert_close(var, want)
 
 
 def test_norms_without_moving_statistics_predict_in_evaluation():

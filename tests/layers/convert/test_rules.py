@@ -154,12 +154,17 @@ EXACT = {
     "a fixed filter": lambda self, x: F.conv2d(
         x, self.blur.repeat(CHANNELS, 1, 1, 1), groups=self.offset.shape[0]
     ),
+    "a filter for each channel": lambda self, x: F.conv2d(
+        x, self.blur.repeat(CHANNELS, 1, 1, 1), groups=x.shape[1]
+    ),
     "sum with itself": lambda x: x + x,
     "sum of independent features": half_plus_half,
     "product of independent features": lambda x: x[:, :4] * x[:, 4:].sigmoid(),
     "channels of zeros": lambda x: F.pad(x[:, :4], (0, 0, 0, 0, 0, 4))
     + F.pad(x[:, 4:], (0, 0, 0, 0, 4, 0)),
     "chunks": halves,
+    "uneven chunks": lambda x: torch.cat(x.chunk(3, 1)[::-1], 1),
+    "as many chunks as there are channels": lambda x: torch.cat(x.chunk(x.shape[1], 1)[::-1], 1),
     "split": lambda x: torch.cat(x.split([3, 5], 1)[::-1], 1),
     "equal split": lambda x: torch.cat(torch.split(x, 3, dim=1)[::-1], 1),
     "narrow": lambda x: x.narrow(1, 2, 4),
@@ -168,6 +173,8 @@ EXACT = {
     "single channels": lambda x: torch.cat([x[:, i].unsqueeze(1) for i in (5, 2)], 1),
     "shuffle by hand": shuffled,
     "shuffle module": nn.ChannelShuffle(4),
+    "dimensions counted from the rank": lambda x: x.unsqueeze(x.dim() - 2).flatten(x.dim() - 3, 2),
+    "the shape that it has": lambda x: x.view(x.shape),
     "groups and back": lambda x: x.view(x.size(0), 4, -1, x.size(2), x.size(3)).flatten(1, 2),
     "in place under another name": in_place_under_another_name,
     "sizes change in place too": sizes_in_place,
@@ -319,6 +326,13 @@ class Doubling(nn.ReLU):
 
 ENDS = {
     "it is the product of a feature with itself": lambda x: x * x,
+    "it adds features of different numbers": lambda x: x + x[:, :1],
+    "its output is no feature map (": lambda x: x * x.mean(1, keepdim=True).sigmoid(),
+    "there is no rule for it (at operation": lambda x: torch.cat(x.unsqueeze(1).unbind(1), 1),
+    "it takes a number that is computed": lambda x: torch.cat(x.chunk(x.shape[2] // 6, 1), 1),
+    "its output is no feature map (at": lambda x: x.view(
+        x.shape[0], -1, x.shape[2] // 2, 2, x.shape[3] // 2, 2
+    ).mean((3, 5)),
     "it multiplies features of different numbers of channels": lambda x: x * x[:, :1],
     "there is no rule for it (": Gate(),
     "there is no rule for it": Opaque(),
@@ -336,7 +350,7 @@ ENDS = {
     "there is no rule for rounding": lambda x: torch.div(x, 2, rounding_mode="floor"),
     "there is no rule for these arguments": lambda x: torch.mul(x, 2, out=None),
     "it was changed in place under another name": keeps_an_old_name,
-    "it is a subclass of ReLU with a forward function": Doubling(),
+    "it is a ReLU with a forward function": Doubling(),
 }
 
 

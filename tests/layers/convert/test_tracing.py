@@ -116,6 +116,32 @@ def _two_with(between):
     return network
 
 
+def test_the_random_numbers_of_others_are_left_alone():
+    network = _two_with(_at_random_by_torch)
+    before = torch.get_rng_state()
+    convert_kalman_norm(network)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class _Named(nn.Module):
+    """Its inputs are called as torch.fx calls those that have a default."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x, mask_map, size_2, mask=None, size=1):
+        x = self.norm(self.conv(x))
+        return x * mask_map * size * size_2 if mask is None else x
+
+
+def test_inputs_that_are_called_nearly_as_others_with_a_default():
+    network = _Named().eval()
+    x, mask = torch.randn(2, 3, 9, 9), torch.rand(2, 1, 7, 7)
+    want = network(x, mask, size_2=3.0)
+    torch.testing.assert_close(convert_kalman_norm(network)(x, mask, size_2=3.0), want)
+
+
 @pytest.mark.parametrize("between", [_frozen, _in_float32, _kept])
 def test_a_part_without_norms_stays_in_one_piece(between):
     network = _two_with(between)
