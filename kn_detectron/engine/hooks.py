@@ -159,7 +159,7 @@ def average_running_statistics(model):
     ]
     if not statistics:
         return
-    flat = torch.cat([statistic.float().flatten() for statistic in statistics])
+    flat = torch.cat([statistic.double().flatten() for statistic in statistics])
     dist.all_reduce(flat)
     flat /= world_size
     for statistic, part in zip(statistics, flat.split([s.numel() for s in statistics])):

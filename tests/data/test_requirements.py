@@ -103,6 +103,13 @@ def test_what_does_not_fit_is_a_sentence(options, truths, pattern):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
+def test_objects_may_be_in_a_dataset_of_another_format(kn_log):
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN, cfg.MODEL.MASK_ON = ("needs_train", "other_format"), True
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    check_requirements(cfg, {"TRAIN": {"needs_train": _other(num_objects=0)}})
+
+
 def test_keypoints(kn_log):
     for name in ("needs_train", "needs_val"):
         MetadataCatalog.get(name).set(keypoint_names=["a", "b"], keypoint_flip_map=[])

@@ -52,6 +52,18 @@ def test_sound_dataset_passes(coco, shapes):
     _check("shapes_train")
 
 
+def test_a_file_that_was_changed_is_checked_again(coco):
+    json_file, _ = coco
+    _check("tiny")
+    size, seen = json_file.stat().st_size, json_file.stat().st_mtime_ns
+    _change(json_file, lambda content: content["annotations"][0].update(category_id=8))
+    os.utime(
+        json_file, ns=(seen + 10**9, seen + 10**9)
+    )  # as a file system with coarse clocks has it
+    assert json_file.stat().st_size == size
+    assert "category" in _refused()
+
+
 def test_metadata_that_a_user_holds_stays_true(coco, tmp_path):
     json_file, _ = coco
     metadata = MetadataCatalog.get("tiny")

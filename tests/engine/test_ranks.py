@@ -181,6 +181,8 @@ def _resumes(rank, folder, datasets):
 def _starts_alike(rank, folder, datasets):
     with two_ranks(rank, folder), tiny.shapes(datasets):
         trainer, _ = tiny.trainer(tiny.config(folder))
+        # Each process measures its own images; the running statistics are averaged when needed.
+        assert not trainer.model.broadcast_buffers
         layers = list(kalman_layers(trainer.model).values())
         with torch.no_grad():  # as GPUs of two kinds would
             for layer in layers:

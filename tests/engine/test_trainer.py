@@ -8,6 +8,7 @@ from detectron2.evaluation import DatasetEvaluator
 from kn_detectron import InputError
 from kn_detectron.engine import Trainer
 from kn_detectron.engine.evaluation import build_coco_evaluator
+from kn_detectron.engine.hooks import AverageRunningStatistics
 
 from . import tiny
 
@@ -24,6 +25,13 @@ def test_settings_for_more_gpus_are_scaled(datasets, tmp_path):
     assert trainer.max_iter == 2 * steps and solver.STEPS == tuple(2 * end for end in ends)
     for group in trainer.optimizer.param_groups:
         assert group["initial_lr"] == pytest.approx(rate / 2)
+
+
+def test_running_statistics_are_averaged_where_they_are_saved_or_evaluated(datasets, tmp_path):
+    periods = "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 2
+    trainer, _ = tiny.trainer(tiny.config(tmp_path, *periods))
+    (hook,) = (h for h in trainer._hooks if isinstance(h, AverageRunningStatistics))
+    assert hook._periods == [3, 2]
 
 
 def test_a_trainer_without_data_is_a_sentence(datasets, tmp_path):

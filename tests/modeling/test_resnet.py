@@ -416,6 +416,22 @@ def test_config_reaches_the_layers():
         (dict(MODEL__RESNETS__RES5_DILATION=3), "RES5_DILATION is 3"),
         (dict(MODEL__KN__NETWORK_WEIGHTS="r50.pth"), "NETWORK_WEIGHTS is r50.pth, but is only for"),
         (dict(MODEL__RESNETS__DEPTH=18), "RES2_OUT_CHANNELS is 16, but must be 64"),
+        (
+            dict(
+                MODEL__RESNETS__DEPTH=18,
+                MODEL__RESNETS__RES2_OUT_CHANNELS=64,
+                MODEL__RESNETS__NUM_GROUPS=4,
+            ),
+            "NUM_GROUPS is 4, but must be 1",
+        ),
+        (
+            dict(
+                MODEL__RESNETS__DEPTH=18,
+                MODEL__RESNETS__RES2_OUT_CHANNELS=64,
+                MODEL__RESNETS__RES5_DILATION=2,
+            ),
+            "RES5_DILATION is 2, but must be 1",
+        ),
         (dict(MODEL__RESNETS__NORM="GN"), "NORM is 'GN'"),
         (
             dict(MODEL__RESNETS__NORM="GKN", MODEL__KN__NUM_GROUPS=3),

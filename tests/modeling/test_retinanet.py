@@ -457,11 +457,11 @@ def test_a_checkpoint_with_batch_norm_is_calibrated(shared, tmp_path, caplog):
 @pytest.mark.parametrize("norm", ["KN", ""])
 def test_a_checkpoint_without_norms_in_the_towers(norm, tmp_path):
     """As those of detectron2's model zoo."""
-    source = model_of("BN", MODEL__RETINANET__NORM="", MODEL__FPN__NORM="")
+    options = dict(MODEL__RETINANET__NUM_CONVS=4, MODEL__FPN__NORM="")
+    source = model_of("BN", MODEL__RETINANET__NORM="", **options)
     path = str(tmp_path / "model.pth")
     torch.save({"model": source.state_dict()}, path)
-    options = dict(MODEL__RETINANET__NORM=norm, MODEL__FPN__NORM="")
-    model = build_rcnn(retinanet_cfg("KN", **options), seed=1)
+    model = build_rcnn(retinanet_cfg("KN", MODEL__RETINANET__NORM=norm, **options), seed=1)
     KNCheckpointer(model).load(path, checkpointables=[])
     for tower in TOWERS:
         convs, wanted = (
