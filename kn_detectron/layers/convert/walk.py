@@ -298,7 +298,8 @@ class Walk:
                 self._here = prior  # where a joined convolution can follow it
                 prior = self._insert("of_batch", prior)
         except End as reason:
-            if reason.why == NO_FEATURE_MAP and not isinstance(norm, nn.BatchNorm2d):
+            takes_vectors = reason.why == NO_FEATURE_MAP or self._is_linear(node.args[0])
+            if takes_vectors and not isinstance(norm, nn.BatchNorm2d):
                 self.left[node.target] = reason
                 raise
             end = reason
@@ -313,6 +314,17 @@ class Walk:
         self._known[y] = about
         self._memory.note(y)
         return about
+
+    def _is_linear(self, node: Any) -> bool:
+        """Whether a linear layer made a feature, with no convolution behind it."""
+        while isinstance(node, fx.Node):
+            module = self.network.get_submodule(node.target) if node.op == "call_module" else None
+            if isinstance(module, nn.Linear) or node.target is nn.functional.linear:
+                return True
+            if isinstance(module, nn.Conv2d) or not node.args:
+                return False
+            node = node.args[0]
+        return False
 
     def _learn(self, known: Known) -> None:
         """Notes what is known about the present node, and about the features that it changed."""

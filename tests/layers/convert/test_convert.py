@@ -951,6 +951,27 @@ def test_conversion_to_sync_batch_norm_is_a_sentence(converted):
         replaced(images())
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.PReLU])  # for the second there is no rule
+def test_sync_batch_norm_of_vectors_stays(activation):
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), activation(), nn.Flatten()),
+        *(
+            nn.Linear(8 * 7 * 7, 4),
+            nn.BatchNorm1d(4),
+            nn.ReLU(),
+            nn.Linear(4, 4),
+            nn.BatchNorm1d(4),
+        ),
+    ).eval()
+    x = images(2, 9)
+    want = network(x)
+    converted = convert_kalman_norm(nn.SyncBatchNorm.convert_sync_batchnorm(network))
+    assert isinstance(converted.get_submodule("1"), KalmanNorm2d)
+    for name in ("5", "8"):
+        assert type(converted.get_submodule(name)) is nn.SyncBatchNorm
+    torch.testing.assert_close(converted(x), want)
+
+
 def test_code_that_nobody_has_any_more_is_forgotten(converted):
     gc.collect()
     before = set(linecache.cache)

@@ -9,9 +9,13 @@ from torchvision import models
 from torchvision.ops import StochasticDepth
 
 from kn_detectron.checkpoint import calibrate
-from kn_detectron.layers import KN_STATE, KalmanNorm2d, convert_kalman_norm, kalman_layers
-from kn_detectron.checkpoint import calibrate
-from kn_detectron.layers import set_gain_scale
+from kn_detectron.layers import (
+    KN_STATE,
+    KalmanNorm2d,
+    convert_kalman_norm,
+    kalman_layers,
+    set_gain_scale,
+)
 
 from .networks import images, relative_error, trained
 
