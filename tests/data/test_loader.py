@@ -1,10 +1,12 @@
+import copy
 import itertools
+import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from kn_detectron.data import TrainLoader, build_test_loader, build_train_loader
@@ -160,6 +162,47 @@ def test_repeat_factor_sampler_repeats_and_resumes(cfg):
     loader = build_train_loader(cfg, _draws, dicts)
     loader.start_iter = 60
     assert _take(loader, 40) == whole[60:]
+
+
+@pytest.fixture
+def persons():
+    """A dataset of one person each: without keypoints, with one, with two, and nobody."""
+    dicts = _dicts(4)
+    for d, visible in zip(dicts, (0, 1, 2)):
+        keypoints = [1.0, 1.0, 2.0] * visible + [0.0, 0.0, 0.0] * (2 - visible)
+        d["annotations"] = [dict(iscrowd=0, category_id=0, bbox=[0, 0, 5, 5], keypoints=keypoints)]
+    DatasetCatalog.register("some_persons", lambda: copy.deepcopy(dicts))
+    MetadataCatalog.get("some_persons").thing_classes = ["person"]
+    yield "some_persons"
+    DatasetCatalog.pop("some_persons")
+    MetadataCatalog.pop("some_persons")
+
+
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        ([], {0, 1, 2}),
+        (["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False], {0, 1, 2, 3}),
+        (["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE", 2], {2}),
+    ],
+)
+def test_images_that_teach_nothing_are_left_out(cfg, persons, options, wanted):
+    cfg.DATASETS.TRAIN = (persons,)
+    cfg.merge_from_list(options)
+    batches = _take(build_train_loader(cfg, _draws), 40)
+    assert {sample["index"] for batch in batches for sample in batch} == wanted
+
+
+def test_proposals_come_with_their_images(cfg, persons, tmp_path):
+    boxes = [np.full((1, 4), float(i)) for i in range(4)]
+    content = dict(ids=list(range(4)), boxes=boxes, objectness_logits=[np.ones(1)] * 4, bbox_mode=0)
+    path = tmp_path / "proposals.pkl"
+    path.write_bytes(pickle.dumps(content))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN = (persons,), (str(path),)
+    cfg.MODEL.LOAD_PROPOSALS = True
+    seen = []
+    _take(build_train_loader(cfg, lambda d: seen.append(d) or _draws(d)), 2)
+    assert all((d["proposal_boxes"] == d["image_id"]).all() for d in seen) and seen
 
 
 def test_unknown_sampler(cfg):

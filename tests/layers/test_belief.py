@@ -192,6 +192,13 @@ def test_roi_align_keeps_the_belief_about_smooth_features():
     assert (var / belief.var[0]).log().abs().max() < 0.2
 
 
+def test_normalized_squares_in_float32():
+    weight = torch.tensor([300.0, 1e-4]).half()  # whose squares half precision lacks
+    got = B.normalized(weight, None)
+    assert got.var.dtype == torch.float32
+    torch.testing.assert_close(got.var, weight.float().square()[None])
+
+
 def test_normalized_is_bias_and_squared_weight():
     torch.manual_seed(0)
     x = torch.randn(64, 3, 20, 20, dtype=torch.float64) * 3 + 7
