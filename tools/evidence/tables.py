@@ -51,6 +51,7 @@ COMPARED = (
     ("R50_KN_gain0", "R50_BN_affine"),
     ("R50_KN_gain0", "R50_BN"),
     ("R50_KN_gain0", "R50_GN"),
+    ("R50_KN_gain0", "R50_GKN"),
     ("R50_KN_gain0", "R50_KN_from_BN"),
     ("R50_KN_from_BN", "R50_BN_frozen"),
     ("R50_GN", "R50_BN_frozen"),
