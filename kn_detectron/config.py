@@ -8,7 +8,7 @@ from .errors import InputError
 from .layers.kalman_norm import EVAL_STATISTICS
 from .layers.mixin import VARIANTS
 
-__all__ = ["add_kn_config", "check_config"]
+__all__ = ["add_kn_config", "check_config", "without_kn_config"]
 
 PREDICTIONS = ("closed_form", "monte_carlo")
 
@@ -63,6 +63,15 @@ def add_kn_config(cfg: CN) -> None:
     kn.NETWORK_WEIGHTS = ""
     # Groups of GKN; must divide all the widths of the network.
     kn.NUM_GROUPS = 32
+
+
+def without_kn_config(cfg: CN) -> CN:
+    """A copy of a config without what :func:`add_kn_config` adds. It is not frozen."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.pop("KN", None)
+    cfg.DATASETS.pop("CLASS_NAMES", None)
+    return cfg
 
 
 def _one_of(values: Tuple[str, ...]) -> Tuple[Callable[[Any], bool], str]:

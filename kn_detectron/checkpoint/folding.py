@@ -20,7 +20,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
-from ..config import check_config
+from ..config import check_config, without_kn_config
 from ..errors import InputError
 from ..files import atomic_write, explained_write_errors
 from ..layers import KN_STATE, GroupKalmanNorm2d, KalmanNetwork, KalmanNorm2d
@@ -89,10 +89,7 @@ def stock_config(cfg):
                 "are those of the images at hand: add MODEL.KN.EVAL_STATISTICS moving to fold the "
                 "moving averages, and evaluate with it first, since it gives other detections."
             )
-    stock = cfg.clone()
-    stock.defrost()
-    del stock.MODEL["KN"]
-    stock.DATASETS.pop("CLASS_NAMES", None)
+    stock = without_kn_config(cfg)
     _rename(stock)
     if cfg.MODEL.META_ARCHITECTURE == "KNRetinaNet" and cfg.MODEL.RETINANET.NORM == "KN":
         if not hasattr(detectron2.layers, "CycleBatchNormList"):

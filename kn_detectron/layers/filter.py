@@ -280,6 +280,7 @@ def track(running: Running, filtered: Filtered, measured: Optional[Belief], coun
         mean = torch.lerp(running.mean.to(mean.dtype), mean, rate)
         var = torch.lerp(running.var.to(var.dtype), var, rate)
     mean, var = mean.to(running.mean.dtype), var.to(running.var.dtype)
+    # If a number is NaN or infinite, so is the sum; not in half precision, where it may overflow.
     finite = (mean.to(filtered.invstd.dtype) + var).sum() * 0.0 == 0.0
     running.batches.add_(finite)
     for average, new in ((running.mean, mean), (running.var, var)):

@@ -172,7 +172,7 @@ class KalmanNormMixin(Gain):
         had_no_values = not self.is_head and self.gain_logit.is_meta
         super()._apply(fn, recurse)
         if had_no_values and not self.gain_logit.is_meta:
-            self._reset_filter()  # to_empty() fills in anything, and BatchNorm's weights have none
+            self._reset_filter()  # to_empty() leaves anything in it, which BatchNorm's weights keep
         return self
 
     def extra_repr(self) -> str:

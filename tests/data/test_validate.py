@@ -57,9 +57,7 @@ def test_a_file_that_was_changed_is_checked_again(coco):
     _check("tiny")
     size, seen = json_file.stat().st_size, json_file.stat().st_mtime_ns
     _change(json_file, lambda content: content["annotations"][0].update(category_id=8))
-    os.utime(
-        json_file, ns=(seen + 10**9, seen + 10**9)
-    )  # as a file system with coarse clocks has it
+    os.utime(json_file, ns=(seen + 10**9, seen + 10**9))  # some file systems have coarse clocks
     assert json_file.stat().st_size == size
     assert "category" in _refused()
 

@@ -68,10 +68,11 @@ class Chain(nn.Module):
                 f"image_std is {list(image_std)}: give positive numbers, one for each channel of the "
                 "images."
             )
-        self._image = [[float(v) for v in image_mean], [float(v) ** 2 for v in image_std]]
+        mean, var = [float(v) for v in image_mean], [float(v) ** 2 for v in image_std]
+        self._image = mean, var
         # They belong to the data and not to the weights, so they are not in the checkpoint.
-        self.register_buffer("image_mean", torch.tensor(self._image[:1]), persistent=False)
-        self.register_buffer("image_var", torch.tensor(self._image[1:]), persistent=False)
+        self.register_buffer("image_mean", torch.tensor([mean]), persistent=False)
+        self.register_buffer("image_var", torch.tensor([var]), persistent=False)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -127,11 +128,9 @@ class Chain(nn.Module):
         prior = self.conv(source, conv)
         if grouped:
             prior = self.of_batch(prior)
-        if y is not None:
-            return norm(y, prior=prior)
-        if isinstance(norm, KalmanNorm2d) and norm.can_be_absorbed(x, prior):
+        if is_plain and isinstance(norm, KalmanNorm2d) and norm.can_be_absorbed(x, prior):
             return norm.absorbed(conv, x, prior)
-        return norm(conv(x), prior=prior)
+        return norm(conv(x) if is_plain else y, prior=prior)
 
     # Through the transition.
 

@@ -112,7 +112,8 @@ def _bounds(walk, index: Any) -> Any:
 
 def numbers(walk, values: Any) -> Tuple[Optional[int], ...]:
     """One or several sizes or dimensions, with None for each that is not known."""
-    values = values if isinstance(values, (tuple, list)) else walk.size(values)
+    if not isinstance(values, (tuple, list)):
+        values = walk.size(values)  # a tuple, if it is x.shape
     values = values if isinstance(values, (tuple, list)) else (values,)
     return tuple(walk.size(value) for value in values)
 
