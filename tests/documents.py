@@ -8,7 +8,7 @@ from typing import Iterator, List, NamedTuple
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in (".", "docs", "kn_detectron/model_zoo/configs")
+    for folder in (".", "docs", "docs/evidence", "kn_detectron/model_zoo/configs")
     for path in (ROOT / folder).glob("*.md")
 )
 

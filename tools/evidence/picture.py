@@ -1,4 +1,4 @@
-"""The pictures of docs/evidence.md."""
+"""The pictures of docs/evidence/."""
 
 from pathlib import Path
 from statistics import mean
@@ -28,8 +28,8 @@ def draw_detection(data: Dict, path: Path) -> None:
     rows = list(reversed(groups.items()))
     for axis, (task, title) in zip(axes, (("bbox", "box AP"), ("segm", "mask AP"))):
         for row, ((name, *_), runs) in enumerate(rows):
-            values = [run["results"][task]["AP"] for run in runs]
-            axis.barh(row, mean(values), color="C0" if name.startswith("KN") else "0.75")
+            values, label = [run["results"][task]["AP"] for run in runs], arms.ARMS[name].label
+            axis.barh(row, mean(values), color="C0" if label.startswith("KN") else "0.75")
             axis.plot(values, [row] * len(values), "o", color="black", markersize=4)
         axis.set(title=title, xlim=(0, None))
         axis.grid(axis="x", alpha=0.3)

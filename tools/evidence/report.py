@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes the tables and pictures of docs/evidence.md from the results of the runs.
+"""Makes the tables and pictures of docs/evidence/ from the results of the runs.
 
 Examples:
     python tools/evidence/report.py --detection output/evidence --truth persons/annotations/instances_val.json
@@ -147,6 +147,7 @@ TABLES = {
     "parts": ("parts", tables.detection_tables),
     "long": ("long", tables.detection_tables),
     "own_weights": ("own_weights", tables.detection_tables),
+    "second_weights": ("second_weights", tables.detection_tables),
     "own_choice": ("own_choice", tables.choice_table),
     "pretraining": ("pretraining", tables.classification_table),
     "similarity": ("similarity", tables.similarity_table),
@@ -159,7 +160,11 @@ TABLES = {
     "against_paper": ("classification", tables.against_paper_table),
     "paper_variant": ("paper_variant", tables.classification_table),
 }
-PAGES = (DOCS / "evidence.md", DOCS.parent / "README.md", DOCS.parent / "MODEL_ZOO.md")
+PAGES = (
+    *sorted((DOCS / "evidence").glob("*.md")),
+    DOCS.parent / "README.md",
+    DOCS.parent / "MODEL_ZOO.md",
+)
 
 
 def with_tables(page: str, folder: Path) -> str:
@@ -192,6 +197,9 @@ def main():
     )
     parser.add_argument("--own-weights", metavar="FOLDER", help="those of the arms R50_*")
     parser.add_argument(
+        "--second-weights", metavar="FOLDER", help="those from a second pre-training of each norm"
+    )
+    parser.add_argument(
         "--repeated", nargs="+", default=[], metavar="ARM", help="run again beside others only"
     )
     parser.add_argument("--truth", metavar="FILE", help="annotations that these were evaluated on")
@@ -205,7 +213,7 @@ def main():
     args = parser.parse_args()
     folder = DOCS / "evidence"
     folder.mkdir(exist_ok=True)
-    for name in ("detection", "own_rate", "parts", "long", "own_weights"):
+    for name in ("detection", "own_rate", "parts", "long", "own_weights", "second_weights"):
         if getattr(args, name):
             if not args.truth:
                 parser.error("detectors need --truth FILE")
@@ -217,7 +225,8 @@ def main():
             _add(folder / f"{name}.json", {"runs": runs})
     for page in PAGES:
         page.write_text(with_tables(page.read_text(), folder))
-    draw_detection(_read(folder / "own_rate.json"), folder / "own_rate.png")
+    for name in ("own_rate", "own_weights"):
+        draw_detection(_read(folder / f"{name}.json"), folder / f"{name}.png")
     draw_classification(_read(folder / "classification.json"), folder / "classification.png")
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, README and MODEL_ZOO.md in Markdown, from the results of runs."""
+"""The tables of docs/evidence/, README and MODEL_ZOO.md in Markdown, from the results of runs."""
 
 import re
 from itertools import groupby
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 TASKS = {"bbox": "box", "segm": "mask"}
-# The differences that docs/evidence.md reports: (ours, theirs).
+# The differences that docs/evidence/ reports: (ours, theirs).
 COMPARED = (
     ("KN", "BN_frozen"),
     ("KN", "BN_affine"),

@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md are those of the runs."""
+"""The tables of docs/evidence/ are those of the runs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What the tables of docs/evidence.md say of the runs."""
+"""What the tables of docs/evidence/ say of the runs."""
 
 from evidence import tables
 
