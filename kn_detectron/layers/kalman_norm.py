@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .absorb import absorb
-from .belief import Belief
-from .filter import Running, Spec, Vectors, filter_belief, group_belief
+from .belief import Belief, frozen
+from .filter import Running, Spec, Vectors, group_belief
 from .introspection import has_hooks
 from .mixin import KN_STATE, OUTSIDE, KalmanNormMixin, Prior
 from .normalize import filter_and_normalize
@@ -167,10 +167,7 @@ class KalmanNorm2d(KalmanNormMixin, nn.BatchNorm2d):
                 *(x, self.running_mean, self.running_var, self.weight, bias),
                 *(False, 0.0, self.eps),
             )
-            belief = None
-            if in_chain:
-                spec = self._spec(x, 1, measures=False)
-                belief = filter_belief(self._running_vectors(x), None, spec).belief
+            belief = frozen(self, self.variant) if in_chain else None
         else:
             y, belief = self._filter(x, prior)
         self._observe(x, prior)

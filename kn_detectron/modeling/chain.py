@@ -289,7 +289,8 @@ def normalized_convolution(
 ) -> Feature:
     """Convolves and normalises a feature, without the activation.
 
-    At gain 0 the two are one convolution, and hooks on the convolution are not called.
+    At gain 0 the two are one convolution. Hooks on the convolution are not called here:
+    :class:`ChainConv2d` calls this from its own forward pass, around which its hooks are.
 
     Args:
         x: the feature. Its belief is a source of the transition.

@@ -129,10 +129,12 @@ def view(walk, x, *sizes, shape=None, size=None) -> About:
     """Splits the channels into groups or merges them: (N, ..., H, W) before and after."""
     about = walk.about(x)
     sizes = shape or size or (sizes[0] if len(sizes) == 1 else sizes)
+    images = (sizes if isinstance(sizes, (tuple, list)) else walk.size(sizes) or [None])[0]
     sizes = numbers(walk, sizes)
     channels = sizes[1:-2]
     number = math.prod(about.channels)
-    if channels.count(-1) == 1 and None not in channels:
+    # With another number of images, some of the channels have become images.
+    if channels.count(-1) == 1 and None not in channels and walk.is_batch_size(images):
         rest = -math.prod(channels)
         channels = tuple(number // rest if size == -1 else size for size in channels)
     if len(sizes) < 3 or None in channels or math.prod(channels) != number:

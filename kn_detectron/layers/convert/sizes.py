@@ -7,7 +7,10 @@ from torch import fx
 
 from .tracing import IN_PLACE
 
-__all__ = ["Sizes"]
+__all__ = ["IMAGES", "Sizes"]
+
+# Stands for the batch size, which is not known.
+IMAGES = object()
 
 _ARITHMETIC = (operator.getitem, operator.floordiv, operator.mul, operator.add, operator.sub)
 
@@ -15,7 +18,8 @@ _ARITHMETIC = (operator.getitem, operator.floordiv, operator.mul, operator.add, 
 class Sizes:
     """The nodes that are sizes, or are computed from sizes.
 
-    Numbers of channels have known values. Batch size, height and width have the value None.
+    Numbers of channels have known values, and the batch size is :data:`IMAGES`. Height, width and
+    what is computed from these three have the value None.
     """
 
     def __init__(self):
@@ -47,7 +51,7 @@ class Sizes:
         elif node.op == "call_function" and all(x in self for x in node.all_input_nodes):
             node.target = IN_PLACE.get(node.target, node.target)
             args = fx.node.map_arg(node.args, self._values.get)
-            known = node.target in _ARITHMETIC and None not in args
+            known = node.target in _ARITHMETIC and None not in args and IMAGES not in args
             self._values[node] = node.target(*args) if known else None
         return node in self
 
@@ -55,7 +59,7 @@ class Sizes:
     def _attribute(name: str, channels: Optional[Tuple[int, ...]], dim: Any = None) -> Any:
         if channels is None:
             return None
-        shape = (None, *channels, None, None)
+        shape = (IMAGES, *channels, None, None)
         if name == "ndim":
             return len(shape)
         if name != "shape":  # device, dtype

@@ -10,7 +10,7 @@ from torch import fx, nn
 from .about import NO_FEATURE_MAP, About, End
 from .memory import Memory
 from .rules import find_rule
-from .sizes import Sizes
+from .sizes import IMAGES, Sizes
 from .tracing import is_frozen_norm, is_norm
 
 __all__ = ["CHAIN", "NormCall", "Walk"]
@@ -120,7 +120,11 @@ class Walk:
 
     def size(self, x: Any) -> Any:
         """The value of an argument, even if it is computed from sizes; None if it is not known."""
-        return self._sizes.value(x)
+        return None if self.is_batch_size(x) else self._sizes.value(x)
+
+    def is_batch_size(self, x: Any) -> bool:
+        """Whether an argument is the batch size of a feature."""
+        return self._sizes.value(x) is IMAGES
 
     def belief(self, about: About) -> fx.Node:
         """The node that makes the belief. It is added if there is none yet."""

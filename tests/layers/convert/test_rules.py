@@ -175,6 +175,7 @@ EXACT = {
     "shuffle module": nn.ChannelShuffle(4),
     "dimensions counted from the rank": lambda x: x.unsqueeze(x.dim() - 2).flatten(x.dim() - 3, 2),
     "the shape that it has": lambda x: x.view(x.shape),
+    "that shape but for the channels": lambda x: x.view(x.shape[:1] + (-1,) + x.shape[2:]),
     "groups and back": lambda x: x.view(x.size(0), 4, -1, x.size(2), x.size(3)).flatten(1, 2),
     "in place under another name": in_place_under_another_name,
     "sizes change in place too": sizes_in_place,
@@ -342,6 +343,8 @@ ENDS = {
         x, self.weight * x.mean(), groups=4
     ),
     "its output is no feature map": lambda x: x.flatten(2).unflatten(2, x.shape[2:]),
+    # As in attention by groups, which become images.
+    "its output is no feature": lambda x: x.reshape(x.shape[0] * 2, -1, x.shape[2], x.shape[3]),
     "it takes images or positions out of a batch": lambda x: x[:1],
     "there is no rule for bounds": lambda x: x.clamp(max=0.3),
     "there is no rule for a weighted sum": lambda x: torch.add(x, x, alpha=2),
