@@ -12,6 +12,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOeval, COCOeval_opt
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.logger import create_small_table
+from pycocotools.coco import COCO
 
 from ..errors import InputError
 from ..files import atomic_write
@@ -33,7 +34,8 @@ class FullCOCOEvaluator(COCOEvaluator):
     """detectron2's evaluator, with the recalls and with numbers for a model that finds nothing.
 
     detectron2 leaves out six of the twelve numbers that COCO defines for boxes and masks, and
-    reports no detections as "not a number", where COCO's precision and recall are 0.
+    reports no detections as "not a number", where COCO's precision and recall are 0 if there are
+    such objects.
     """
 
     def __init__(self, *args, **kwargs):
@@ -43,19 +45,28 @@ class FullCOCOEvaluator(COCOEvaluator):
         self._coco_api.dataset.setdefault("info", {})
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
-        if iou_type not in ("bbox", "segm"):
-            return super()._derive_coco_results(coco_eval, iou_type, class_names)
         if coco_eval is None:
-            nothing = 0.0 if self._coco_api.anns else math.nan
-            results = dict.fromkeys(_PRECISIONS + _RECALLS, nothing)
             self._logger.warning("The model finds nothing in any of the images.")
-        else:
-            results = super()._derive_coco_results(coco_eval, iou_type, class_names)
-            for name, value in zip(_RECALLS, coco_eval.stats[len(_PRECISIONS) :]):
-                results[name] = float(value) * 100 if value >= 0 else math.nan
+            coco_eval = self._evaluation_of_nothing(iou_type)
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if iou_type not in ("bbox", "segm"):
+            return results
+        for name, value in zip(_RECALLS, coco_eval.stats[len(_PRECISIONS) :]):
+            results[name] = float(value) * 100 if value >= 0 else math.nan
         numbers = {name: results[name] for name in _PRECISIONS + _RECALLS}
         self._logger.info("All numbers of %s:\n%s", iou_type, create_small_table(numbers))
         return results
+
+    def _evaluation_of_nothing(self, iou_type):
+        """COCO's evaluation of no detections, which detectron2 leaves out."""
+        nothing = COCO()
+        nothing.dataset = {**self._coco_api.dataset, "annotations": []}
+        nothing.createIndex()
+        evaluation = COCOeval(self._coco_api, nothing, iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        return evaluation
 
 
 def check_test_augmentation(cfg):

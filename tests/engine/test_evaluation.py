@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.structures import Boxes, Instances
 
 from kn_detectron.engine import Trainer
 from kn_detectron.engine.evaluation import build_coco_evaluator, write_results
@@ -68,6 +69,55 @@ def test_keypoints_have_the_tolerances_of_the_config(datasets, tmp_path):
     cfg.defrost()
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.2, 0.3]
     assert list(build_coco_evaluator(cfg, "shapes_val")._kpt_oks_sigmas) == [0.1, 0.2, 0.3]
+
+
+@pytest.fixture
+def medium_objects(tmp_path):
+    """A dataset of one image with an object of medium size and its three keypoints."""
+    person = {"id": 1, "name": "person", "keypoints": ["a", "b", "c"], "skeleton": []}
+    of_image = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0}
+    box = {"bbox": [10, 10, 40, 40], "area": 1600, "num_keypoints": 3}
+    points = {"segmentation": [[10, 10, 50, 10, 50, 50, 10, 50]]}
+    points["keypoints"] = [12, 12, 2, 30, 30, 2, 48, 48, 2]
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 100, "height": 100}],
+        "categories": [person],
+        "annotations": [{**of_image, **box, **points}],
+    }
+    (tmp_path / "medium.json").write_text(json.dumps(content))
+    MetadataCatalog.get("medium").set(
+        json_file=str(tmp_path / "medium.json"),
+        thing_classes=["person"],
+        thing_dataset_id_to_contiguous_id={1: 0},
+    )
+    yield "medium"
+    MetadataCatalog.remove("medium")
+
+
+def test_nothing_found_has_cocos_numbers_where_there_are_objects(medium_objects, tmp_path, kn_log):
+    """0 for the sizes that there are, and none for the others, as with useless detections."""
+    cfg = tiny.config(tmp_path)
+    cfg.defrost()
+    cfg.MODEL.KEYPOINT_ON, cfg.TEST.KEYPOINT_OKS_SIGMAS = True, [0.1, 0.1, 0.1]
+    numbers = {}
+    for count in (0, 1):
+        found = Instances(
+            (100, 100),
+            pred_boxes=Boxes(torch.tensor([[80.0, 80.0, 95.0, 95.0]])),
+            scores=torch.tensor([0.9]),
+            pred_classes=torch.tensor([0]),
+            pred_masks=torch.zeros(1, 100, 100, dtype=torch.bool),
+            pred_keypoints=torch.full((1, 3, 3), 90.0),
+        )[:count]
+        evaluator = build_coco_evaluator(cfg, medium_objects)
+        evaluator.reset()
+        evaluator.process([{"image_id": 1}], [{"instances": found}])
+        numbers[count] = evaluator.evaluate()
+        assert ("The model finds nothing in any" in kn_log.text) or count
+    assert set(numbers[0]) == {"bbox", "segm", "keypoints"}
+    for task, of_nothing in numbers[0].items():
+        assert str(dict(of_nothing)) == str(dict(numbers[1][task]))
+        assert of_nothing["AP"] == of_nothing["APm"] == 0.0 and np.isnan(of_nothing["APl"])
 
 
 def test_norms_in_evaluation_mode_stay_there_through_an_evaluation(datasets, tmp_path):
