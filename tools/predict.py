@@ -27,7 +27,7 @@ from PIL import Image
 
 from kn_detectron.checkpoint import KNCheckpointer
 from kn_detectron.data import read_rgb, register_named_folders
-from kn_detectron.engine import load_run, trained_weights
+from kn_detectron.engine import trained_weights
 from kn_detectron.engine.command_line import read_config, run
 from kn_detectron.engine.output_dir import make_writable
 from kn_detectron.engine.pictures import BrightVisualizer
@@ -95,25 +95,42 @@ def load_model(args):
     if not args.config_file:
         args.config_file = get_config_file(_RELEASED)
         args.opts = ["MODEL.WEIGHTS", get_checkpoint_file(_RELEASED), *args.opts]
-    path = Path(args.config_file)
-    if path.name == "config.yaml":
-        cfg = load_run(path.parent, args.opts)
-        if trained_weights(args.config_file, args.opts) is None:
-            raise InputError(
-                f"{path.parent} has no checkpoint: give the config.yaml of a run that has written "
-                "one, or --opts MODEL.WEIGHTS FILE."
-            )
-    else:
-        cfg = read_config(args)
-        if "MODEL.WEIGHTS" not in args.opts[::2]:
-            raise InputError(
-                f"{args.config_file} says what a model starts from, not what it has learned: give "
-                "--opts MODEL.WEIGHTS FILE, or the config.yaml in the folder of a run."
-            )
-        register_named_folders(cfg)  # for the names of the classes
+    cfg = read_config(args)
+    weights = trained_weights(args.config_file, args.opts)
+    if weights is None:
+        path = Path(args.config_file)
+        raise InputError(
+            f"{path.parent} has no checkpoint: give the config.yaml of a run that has written one, "
+            "or --opts MODEL.WEIGHTS FILE."
+            if path.name == "config.yaml"
+            else f"{path} says what a model starts from, not what it has learned: give --opts "
+            "MODEL.WEIGHTS FILE, or the config.yaml in the folder of a run."
+        )
+    cfg.MODEL.WEIGHTS = weights
+    _check_kind(cfg)
     model = build_model(cfg)
     KNCheckpointer(model).load_for_evaluation(cfg.MODEL.WEIGHTS)
+    register_named_folders(cfg)  # for the names of the classes
     return cfg, model.eval()
+
+
+def _check_kind(cfg):
+    """Refuses models that find no objects in an image alone."""
+    reason = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        reason = "MODEL.LOAD_PROPOSALS True, and needs proposals beside the photos"
+    elif cfg.MODEL.META_ARCHITECTURE in ("ProposalNetwork", "SemanticSegmentor"):
+        reason = f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}, and finds no objects"
+    if reason:
+        raise InputError(f"The model has {reason}: give the config of a detector.")
+
+
+def _mapper(cfg):
+    """What reads the photos as in an evaluation."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.KEYPOINT_ON = False  # or it asks the training set how to flip keypoints
+    return DatasetMapper(cfg, is_train=False)
 
 
 @torch.no_grad()
@@ -183,8 +200,13 @@ def main():
     output = Path(args.output)
     make_writable(output, "--output")
     cfg, model = load_model(args)
-    mapper = DatasetMapper(cfg, is_train=False)
+    mapper = _mapper(cfg)
     classes = class_names(cfg)
+    if not classes:
+        print(
+            "The names of the classes are not known, so they are numbers: --opts "
+            "DATASETS.CLASS_NAMES \"['cat','dog']\" names them."
+        )
     metadata = Metadata(thing_classes=classes or None)
     results, faults, count = [], [], 0
     taken = {path.resolve() for path in photos}

@@ -17,7 +17,8 @@ def register_coco_folder(folder, splits=("train", "val")):
     The images of ``annotations/instances_train.json`` are in ``train/``, and those of
     ``annotations/instances_val.json`` in ``val/``. If the file is called
     ``instances_train2017.json``, the images are in ``train2017/``. The splits are registered under
-    the absolute paths of their image folders. Doing it again changes nothing.
+    the absolute paths of their image folders. Doing it again registers them anew, since the
+    annotations may have changed.
 
     Args:
         folder (str): the folder. The files are not read.

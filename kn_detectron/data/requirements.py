@@ -1,6 +1,7 @@
 """Whether the datasets of a run have what its config asks for."""
 
 import logging
+import os
 
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
@@ -8,7 +9,7 @@ from detectron2.utils.file_io import PathManager
 from ..errors import InputError
 from .annotations import Uses
 
-__all__ = ["check_requirements", "uses_of"]
+__all__ = ["check_requirements", "num_classes_node", "uses_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -22,6 +23,18 @@ _NUM_CLASSES = {
     "PanopticFPN": "ROI_HEADS",
     "RetinaNet": "RETINANET",
 }
+
+
+def num_classes_node(cfg):
+    """Gives the node of MODEL that has the number of classes.
+
+    Args:
+        cfg (CfgNode): detectron2's config.
+
+    Returns:
+        str or None: None for a model that is not of detectron2 or of this package.
+    """
+    return _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
 
 
 def uses_of(cfg):
@@ -90,7 +103,7 @@ def _shortened(names):
 
 
 def _check_num_classes(cfg, truths):
-    node = _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
+    node = num_classes_node(cfg)
     if node is None:
         return
     wanted = cfg.MODEL[node].NUM_CLASSES
@@ -159,9 +172,11 @@ def _check_keypoints(cfg, truths):
         metadata = MetadataCatalog.get(name)
         for key in ("keypoint_names", "keypoint_flip_map"):
             if metadata.get(key) is None:
+                # A folder that is given with --dataset is registered anew each time.
+                how = "under a name of your own, " if os.path.isabs(name) else ""
                 raise InputError(
                     f"MODEL.KEYPOINT_ON is True, but the metadata of dataset {name} has no {key}: "
-                    "register it with that, or give MODEL.KEYPOINT_ON False."
+                    f"register it {how}with that, or give MODEL.KEYPOINT_ON False."
                 )
         names, wanted = metadata.keypoint_names, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
         if len(names) != wanted:

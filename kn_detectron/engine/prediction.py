@@ -9,6 +9,8 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from torchvision.ops import batched_nms, nms
 
+from ..data.requirements import num_classes_node
+
 __all__ = ["class_names", "coco_results", "shown"]
 
 # Boxes that overlap by more are taken for one object, if they are of one class and if they are not.
@@ -44,14 +46,13 @@ def class_names(cfg: CfgNode) -> List[str]:
             in DATASETS.TEST.
 
     Returns:
-        list[str]: empty if the detector has more classes than there are names.
+        list[str]: empty if there is not one name for each class, as with the names of another
+        dataset. For a model of another project, whose number of classes is not known, all names.
     """
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
     names = cfg.DATASETS.CLASS_NAMES or metadata.get("thing_classes") or []
-    part = (
-        cfg.MODEL.RETINANET if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE else cfg.MODEL.ROI_HEADS
-    )
-    return list(names) if len(names) >= part.NUM_CLASSES else []
+    node = num_classes_node(cfg)
+    return list(names) if node is None or len(names) == cfg.MODEL[node].NUM_CLASSES else []
 
 
 def coco_results(instances: Instances, file_name: str, classes: List[str]) -> List[Dict]:

@@ -1,6 +1,7 @@
 """The config and the weights of a finished run, for other scripts."""
 
 import argparse
+import logging
 import os
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -11,6 +12,8 @@ from .command_line import read_config
 from .output_dir import folder_of_run
 
 __all__ = ["load_run", "trained_weights"]
+
+_logger = logging.getLogger(__name__)
 
 
 def load_run(folder, options=(), extensions=()):
@@ -43,11 +46,40 @@ def load_run(folder, options=(), extensions=()):
     cfg = read_config(argparse.Namespace(config_file=config_file, opts=options), *extensions)
     cfg.OUTPUT_DIR = folder
     cfg.MODEL.WEIGHTS = trained_weights(config_file, options) or cfg.MODEL.WEIGHTS
+    _forget_other_classes(cfg)
     register_named_folders(cfg)
     for name in cfg.DATASETS.TEST if cfg.DATASETS.CLASS_NAMES else ():
         if name not in DatasetCatalog.list():  # the script that trained did it
             MetadataCatalog.get(name).thing_classes = list(cfg.DATASETS.CLASS_NAMES)
     return cfg
+
+
+def _forget_other_classes(cfg):
+    """Takes back the class names that another run in this process gave to the same datasets.
+
+    What a script has registered itself is left alone.
+    """
+    names = list(cfg.DATASETS.CLASS_NAMES)
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)) if names else ():
+        known = list(MetadataCatalog.get(name).get("thing_classes") or names)
+        if known == names:
+            continue
+        registered, here = name in DatasetCatalog.list(), ", ".join(names)
+        if registered and not os.path.isabs(name):
+            _logger.warning(
+                "Dataset %s is registered with the classes %s, and keeps them, but the run in %s was "
+                "trained with %s.",
+                *(name, ", ".join(known), cfg.OUTPUT_DIR, here),
+            )
+            continue
+        if registered:
+            DatasetCatalog.pop(name)
+        MetadataCatalog.pop(name)
+        _logger.warning(
+            "Dataset %s had the classes %s of another run, and has %s now: build the predictor of a "
+            "run before you load the next one.",
+            *(name, ", ".join(known), here),
+        )
 
 
 def trained_weights(config_file, options):

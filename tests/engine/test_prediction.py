@@ -52,14 +52,15 @@ def test_results_are_cocos_with_names():
     assert unnamed["category"] == 1
 
 
-def test_names_are_those_of_the_run_or_of_the_dataset_if_there_are_enough():
+def test_names_are_those_of_the_run_or_of_the_dataset_if_there_is_one_for_each_class():
     cfg = get_config("shapes/mask_rcnn_slim_R50_C4_KN.yaml")
     assert class_names(cfg)[0] == "circle"
     names = [f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
     cfg.DATASETS.TEST, cfg.DATASETS.CLASS_NAMES = (), names
     assert class_names(cfg) == names
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES += 1
-    assert class_names(cfg) == []
+    for other in (len(names) + 1, len(names) - 1):  # the first of COCO's names would be wrong ones
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = other
+        assert class_names(cfg) == []
     cfg.DATASETS.CLASS_NAMES = []
     assert class_names(cfg) == []
     cfg = get_config("retinanet_R50_FPN_KN.yaml")

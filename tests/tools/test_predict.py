@@ -5,6 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from detectron2.modeling import build_model
 from PIL import Image
 
 from kn_detectron.data import PHOTOS
@@ -95,6 +97,12 @@ def test_what_it_refuses(photos, tmp_path, command):
     run = tmp_path / "run"  # one that was stopped before its first checkpoint
     run.mkdir()
     (run / "config.yaml").write_text(tiny.config(run).dump())
+    other = {}
+    for key, value in (("META_ARCHITECTURE", "ProposalNetwork"), ("LOAD_PROPOSALS", True)):
+        cfg = tiny.config(run)
+        cfg.MODEL[key] = value
+        other[key] = tmp_path / f"{key}.yaml"
+        other[key].write_text(cfg.dump())
     for arguments, sentence in (
         ((tmp_path / "none.jpg",), "none.jpg does not exist"),
         ((photos, "--min-score", "70"), "--min-score is 70.0: scores are from 0 to 1"),
@@ -102,6 +110,10 @@ def test_what_it_refuses(photos, tmp_path, command):
         ((photos, "--config", config), "give --opts MODEL.WEIGHTS FILE"),
         ((tmp_path / ("long" * 100),), "longlong does not exist"),
         ((photos, "--config", run / "config.yaml"), f"{run} has no checkpoint: give the config"),
+        *(
+            ((photos, "--config", path, "--opts", "MODEL.WEIGHTS", "any.pth"), f"has MODEL.{key} ")
+            for key, path in other.items()
+        ),
         (
             (photos, "--output", tmp_path / "file"),
             f"--output {tmp_path / 'file'} cannot be created (File exists): give",
@@ -126,7 +138,40 @@ def test_more_classes_than_names_are_numbers(photos, tmp_path, plain, command): 
     cfg.DATASETS.TEST = ("photos_val",)  # which has one name
     (folder / "config.yaml").write_text(cfg.dump())
     options = ("--config", folder / "config.yaml", "--output", tmp_path, "--min-score", 0)
-    status, _, error = command("predict", next(photos.iterdir()), *options)
+    status, out, error = command("predict", next(photos.iterdir()), *options)
     assert status == 0, error
+    assert "The names of the classes are not known, so they are numbers" in out
     results = json.loads((tmp_path / "detections.json").read_text())
     assert results and all(isinstance(result["category"], int) for result in results)
+
+
+def test_keypoints_that_only_the_training_knows_of(photos, tmp_path, command):
+    """A dataset with keypoints is registered by the script that trains."""
+    heads = {
+        "KEYPOINT_ON": True,
+        "MASK_ON": False,
+        "ROI_HEADS.NAME": "StandardROIHeads",
+        "ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+        "ROI_BOX_HEAD.NUM_FC": 1,
+        "ROI_BOX_HEAD.FC_DIM": 8,
+        "ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 3,
+        "ROI_KEYPOINT_HEAD.CONV_DIMS": (8,),
+    }
+    options = (word for key, value in heads.items() for word in (f"MODEL.{key}", str(value)))
+    cfg = tiny.config(tmp_path, *options)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.CLASS_NAMES = ("of_a_script",), list("abcde")
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
+    (tmp_path / "tiny.yaml").write_text(cfg.dump())
+    options = ("--config", tmp_path / "tiny.yaml", "--output", tmp_path / "found", "--min-score", 0)
+    status, _, error = command(
+        "predict",
+        next(photos.iterdir()),
+        *options,
+        "--opts",
+        "MODEL.WEIGHTS",
+        tmp_path / "model.pth",
+    )
+    assert status == 0, error
+    results = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert results and all(len(result["keypoints"]) == 9 for result in results)
