@@ -187,8 +187,9 @@ def _check_backbone(model, found, state, name):
             "set MODEL.KN.NETWORK to theirs, or, if it is a file of torchvision or timm, give it in "
             'MODEL.KN.NETWORK_WEIGHTS with MODEL.WEIGHTS "".'
             if foreign_networks(model)
-            else 'set MODEL.BACKBONE and MODEL.RESNETS to theirs, or MODEL.WEIGHTS "" to train '
-            "from scratch."
+            else "set MODEL.BACKBONE and MODEL.RESNETS to theirs (for another number of channels in the "
+            'images INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD too), or MODEL.WEIGHTS "" to '
+            "train from scratch."
         )
         raise InputError(
             f"{name} is of another architecture than the backbone that it is for ({shown}): give "

@@ -1,10 +1,11 @@
 """What became of a checkpoint's tensors, as a small table."""
 
 import re
+from collections import Counter
 
 from tabulate import tabulate
 
-__all__ = ["groups", "table"]
+__all__ = ["table"]
 
 # In the order of the table; the first that is found in a tensor's name is its group.
 _GROUPS = [
@@ -34,22 +35,8 @@ def _group(name):
     return next((group for pattern, group in _GROUPS if pattern.search(name)), _OTHER)
 
 
-def groups(names):
-    """Counts tensors by the part of the network that they belong to.
-
-    Args:
-        names (iterable[str]): names of tensors.
-
-    Returns:
-        dict[str, int]: in the order of the network; no group is empty.
-    """
-    found = [_group(name) for name in names]
-    order = [group for _, group in _GROUPS] + [_OTHER]
-    return {group: found.count(group) for group in order if group in found}
-
-
 def table(columns):
-    """Draws counts of tensors per group.
+    """Draws counts of tensors by the part of the network that they belong to.
 
     Args:
         columns (dict[str, iterable[str]]): names of tensors by heading.
@@ -57,8 +44,9 @@ def table(columns):
     Returns:
         str: of several lines.
     """
-    counts = {heading: groups(names) for heading, names in columns.items()}
-    order = groups(name for names in columns.values() for name in names)
+    counts = {heading: Counter(map(_group, names)) for heading, names in columns.items()}
+    groups = [*(group for _, group in _GROUPS), _OTHER]
+    order = [group for group in groups if any(group in count for count in counts.values())]
     rows = [[group, *(count.get(group, "") for count in counts.values())] for group in order]
     rows.append(["all", *(sum(count.values()) for count in counts.values())])
     return tabulate(rows, headers=["tensors", *counts])

@@ -132,7 +132,11 @@ def with_kalman_norm(
     calls = list(_calls(model))
     resnet = _resnet_of(calls)
     # Before anything is changed, since norms may refer to each other.
-    replaced = [(call, bool(_norm_of(call))) for call in calls if _is_replaced(call, norm)]
+    replaced = [
+        (call, bool(call.node.get(_norm_argument(call))))
+        for call in calls
+        if _is_replaced(call, norm)
+    ]
     has_pyramid = any(call.target is FPN for call, _ in replaced)
     with flag_override(model, ["struct", "readonly"], False):
         for call, has_norm in replaced:
@@ -214,8 +218,8 @@ def _resnet_of(calls: Sequence[_Call]) -> _Call:
     return resnet
 
 
-def _norm_of(call: _Call) -> Any:
-    return call.node.get(_HEADS[call.target][1] if call.target in _HEADS else "norm")
+def _norm_argument(call: _Call) -> str:
+    return _HEADS[call.target][1] if call.target in _HEADS else "norm"
 
 
 def _is_replaced(call: _Call, norm: str) -> bool:
@@ -224,7 +228,7 @@ def _is_replaced(call: _Call, norm: str) -> bool:
         return call.parent is ResNet
     if call.target in _STAGES:
         return call.parent in (ResNet, Res5ROIHeads)
-    given = _norm_of(call)
+    given = call.node.get(_norm_argument(call))
     if call.target is FPN:
         return not given or _is_kind(given, call.node.out_channels, norm)
     if call.target in _HEADS:
@@ -245,7 +249,7 @@ def _rewrite(call: _Call, has_norm: bool, chain: str) -> None:
     if target in _CARRIERS:
         node["_target_"] = _CARRIERS[target]
         return
-    argument = _HEADS[target][1] if target in _HEADS else "norm"
+    argument = _norm_argument(call)
     if argument in node.keys():
         del node[argument]
     node.chain = chain

@@ -25,7 +25,7 @@ from ..networks import build_network
 from ..networks.efficientnet import is_efficientnet_port, timm_names
 from .chain import ChainConfig, Features, normalized_image_std
 
-__all__ = ["KNNetwork", "PlainNetwork", "build_kn_network_backbone"]
+__all__ = ["KNNetwork", "PlainNetwork", "build_kn_network_backbone", "convert_network"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -173,18 +173,27 @@ def build_kn_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         _load(extractor, cfg.MODEL.KN.NETWORK_WEIGHTS, name)
     if norm != "KN":
         return PlainNetwork(extractor, shapes, frozen=norm == "FrozenBN")
+    return KNNetwork(convert_network(extractor, cfg, return_beliefs=True), shapes)
+
+
+def convert_network(
+    network: nn.Module, cfg: CfgNode, return_beliefs: bool = False
+) -> KalmanNetwork:
+    """Puts Kalman Normalization into a network as MODEL.KN and MODEL.PIXEL_STD say.
+
+    See :func:`~kn_detectron.layers.convert_kalman_norm`.
+    """
     chain = ChainConfig.from_config(cfg)
     image_std = normalized_image_std(cfg)
-    network = convert_kalman_norm(
-        extractor,
+    return convert_kalman_norm(
+        network,
         image_mean=[0.0] * len(image_std),
         image_std=image_std.tolist(),
         eval_statistics=chain.eval_statistics,
         transition=chain.transition,
-        return_beliefs=True,
+        return_beliefs=return_beliefs,
         **chain.layer_options,
     )
-    return KNNetwork(network, shapes)
 
 
 def _features(

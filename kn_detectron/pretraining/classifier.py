@@ -6,9 +6,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
 from ..errors import InputError
-from ..layers import KalmanNorm2d, convert_kalman_norm, set_norm_batch_size
-from ..modeling import ChainConfig
-from ..modeling.chain import normalized_image_std
+from ..layers import KalmanNorm2d, set_norm_batch_size
+from ..modeling.network import convert_network
 from ..networks import build_network
 from .config import micro_batch
 from .norms import BatchRenorm2d, apply_weight_norm, replace_batch_norms
@@ -61,17 +60,16 @@ class ImageClassifier(nn.Module):
         """Where the model is, and where images are moved to."""
         return self.pixel_mean.device
 
-    def logits(self, images):
-        """Scores of the classes.
+    def preprocess(self, images):
+        """Images as the backbone gets them.
 
         Args:
             images (Tensor): bytes, shape (N, 3, H, W).
 
         Returns:
-            Tensor: shape (N, classes).
+            Tensor: of the same shape, normalised.
         """
-        images = images.to(self.device)
-        return self._scores((images - self.pixel_mean) / self.pixel_std)
+        return (images.to(self.device) - self.pixel_mean) / self.pixel_std
 
     def forward(self, batch):
         """
@@ -85,10 +83,11 @@ class ImageClassifier(nn.Module):
         Raises:
             InputError: a norm gets one value per channel in training.
         """
+        images = self.preprocess(batch["image"])
         if not self.training:
-            return self.logits(batch["image"])
+            return self._scores(images)
         try:
-            logits = self.logits(batch["image"])
+            logits = self._scores(images)
         except ValueError as error:  # of torch's batch_norm and of the head of a chain
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -177,14 +176,7 @@ def _build_network(cfg):
                 "another MODEL.KN.NUM_GROUPS."
             ) from error
     if norm in ("KN", "GKN"):
-        chain = ChainConfig.from_config(cfg)
-        network = convert_kalman_norm(
-            network,
-            image_std=normalized_image_std(cfg).tolist(),
-            eval_statistics=chain.eval_statistics,
-            transition=chain.transition,
-            **chain.layer_options,
-        )
+        network = convert_network(network, cfg)
     _replace_for_comparison(cfg, network)
     set_norm_batch_size(network, micro_batch(cfg))
     return network

@@ -171,11 +171,10 @@ def write_json(result: Dict, path: str) -> None:
         file.write(json.dumps(result, indent=1).encode())
 
 
-def draw_bars(groups: List[Dict], path: str) -> bool:
+def draw_bars(groups: List[Dict], path: str) -> None:
     """Draws each measured candidate's ratio to the first base of its group, with quartiles.
 
-    Returns:
-        bool: whether there was anything to draw; if not, no file is written.
+    If there is nothing to draw, no file is written.
     """
     shown = {}
     for group in groups:
@@ -184,7 +183,7 @@ def draw_bars(groups: List[Dict], path: str) -> bool:
             key = f"{WHATS[group['what']]}\n{_setting(group)}", group["bases"][0]
             shown.setdefault(key, []).append((group, rows))
     if not shown:
-        return False
+        return
     names = [row["name"] for part in shown.values() for _, rows in part for row in rows]
     colors = {name: colormaps["tab20"](i % 20) for i, name in enumerate(dict.fromkeys(names))}
     widest = max(sum(len(rows) + 1 for _, rows in part) for part in shown.values())
@@ -209,14 +208,12 @@ def draw_bars(groups: List[Dict], path: str) -> bool:
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3, axis="y")
     figure.savefig(path, dpi=120)
-    return True
 
 
-def draw_curves(groups: List[Dict], path: str) -> bool:
+def draw_curves(groups: List[Dict], path: str) -> None:
     """Draws time over image size and over channels, of prediction and layer.
 
-    Returns:
-        bool: whether there was anything to draw; if not, no file is written.
+    If there is nothing to draw, no file is written.
     """
     parts = {}
     for group in groups:
@@ -225,7 +222,7 @@ def draw_curves(groups: List[Dict], path: str) -> bool:
                 points = parts.setdefault(group["what"], {}).setdefault(row["name"], [])
                 points.append((group["at"], 1e3 * row["seconds"]["median"]))
     if not parts:
-        return False
+        return
     figure = Figure(figsize=(5.5 * len(parts), 4.2), layout="constrained")
     all_axes = figure.subplots(1, len(parts), squeeze=False).flat
     for axes, (what, lines) in zip(all_axes, parts.items()):
@@ -246,4 +243,3 @@ def draw_curves(groups: List[Dict], path: str) -> bool:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    return True

@@ -26,4 +26,4 @@ def build_classifier(folder: Path) -> Tuple[CfgNode, nn.Module]:
 def training_images(cfg: CfgNode, model: nn.Module) -> Iterator[Tensor]:
     """The batches of the training without end, as the backbone of the model gets them."""
     for batch in build_train_loader(cfg):
-        yield (batch["image"].to(model.device) - model.pixel_mean) / model.pixel_std
+        yield model.preprocess(batch["image"])

@@ -94,17 +94,17 @@ def test_json_is_whole_or_the_old_one(tmp_path):
 
 def test_pictures_are_drawn_where_there_is_something_to_draw(tmp_path):
     bars, curves = str(tmp_path / "ratios.png"), str(tmp_path / "curves.png")
-    assert draw_bars([layer_result(), layer_result(), *curve_results()], bars)
-    assert draw_curves([layer_result(), *curve_results()], curves)
+    draw_bars([layer_result(), layer_result(), *curve_results()], bars)
+    draw_curves([layer_result(), *curve_results()], curves)
     for path in (bars, curves):
         with Image.open(path) as picture:
             assert min(picture.size) > 200
     nothing = layer_result()
     nothing["rows"] = nothing["rows"][2:]
-    assert not draw_bars([nothing, *curve_results()], str(tmp_path / "a.png"))
+    draw_bars([nothing, *curve_results()], str(tmp_path / "a.png"))
     unmeasured = {**curve_results()[0], "rows": nothing["rows"]}
-    assert not draw_curves([nothing, unmeasured], str(tmp_path / "b.png"))
-    assert len(list(tmp_path.iterdir())) == 2
+    draw_curves([nothing, unmeasured], str(tmp_path / "b.png"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "ratios.png"]
 
 
 def test_summary_has_a_line_for_each_group_and_a_column_for_each_norm():
