@@ -16,7 +16,7 @@ from detectron2.model_zoo import model_zoo
 from detectron2.modeling import build_model
 
 import kn_detectron
-from kn_detectron.engine.command_line import read_config
+from kn_detectron.engine.config_file import read_config
 from kn_detectron.layers import kalman_layers
 from kn_detectron.pretraining import add_pretraining_config
 

@@ -37,7 +37,9 @@ from benchmark import (
 )
 from benchmark.presets import DTYPES, FORMATS, NORMS
 from kn_detectron import InputError
-from kn_detectron.engine.command_line import launch_ranks, read_config, run
+from kn_detectron.engine.command_line import run
+from kn_detectron.engine.config_file import read_config
+from kn_detectron.engine.launching import launch_ranks
 from kn_detectron.engine.output_dir import make_writable
 
 from detectron2.utils import comm  # isort: skip  # made importable by kn_detectron

@@ -21,7 +21,8 @@ import torch
 from kn_detectron.checkpoint import KNCheckpointer
 from kn_detectron.data import register_shapes
 from kn_detectron.engine import Trainer
-from kn_detectron.engine.command_line import argument_parser, launch_ranks, load_config, run, set_up
+from kn_detectron.engine.command_line import argument_parser, load_config, run, set_up
+from kn_detectron.engine.launching import launch_ranks
 from kn_detectron.engine.pictures import draw_curves, draw_gains, draw_predictions
 from kn_detectron.files import read_container
 from kn_detectron.model_zoo import get_config_file

@@ -15,7 +15,8 @@ import torch
 
 from kn_detectron.checkpoint import fold_weights
 from kn_detectron.engine import trained_weights
-from kn_detectron.engine.command_line import read_config, run
+from kn_detectron.engine.command_line import run
+from kn_detectron.engine.config_file import read_config
 
 from detectron2.utils.logger import setup_logger  # isort: skip  # made importable by kn_detectron
 

@@ -28,7 +28,8 @@ from PIL import Image
 from kn_detectron.checkpoint import KNCheckpointer
 from kn_detectron.data import read_rgb, register_named_folders
 from kn_detectron.engine import trained_weights
-from kn_detectron.engine.command_line import read_config, run
+from kn_detectron.engine.command_line import run
+from kn_detectron.engine.config_file import read_config
 from kn_detectron.engine.output_dir import make_writable
 from kn_detectron.engine.pictures import BrightVisualizer
 from kn_detectron.engine.prediction import class_names, coco_results, shown

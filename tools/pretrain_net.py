@@ -14,14 +14,9 @@ Examples:
 import sys
 
 from kn_detectron.checkpoint import KNCheckpointer
-from kn_detectron.engine.command_line import (
-    argument_parser,
-    launch_ranks,
-    merge_options,
-    read_config,
-    run,
-    set_up,
-)
+from kn_detectron.engine.command_line import argument_parser, run, set_up
+from kn_detectron.engine.config_file import merge_options, read_config
+from kn_detectron.engine.launching import launch_ranks
 from kn_detectron.engine.output_dir import make_output_dir
 from kn_detectron.errors import InputError
 from kn_detectron.pretraining import (

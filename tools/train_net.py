@@ -15,7 +15,8 @@ import sys
 
 from kn_detectron.checkpoint import KNCheckpointer
 from kn_detectron.engine import Trainer, trained_weights
-from kn_detectron.engine.command_line import argument_parser, launch_ranks, load_config, run, set_up
+from kn_detectron.engine.command_line import argument_parser, load_config, run, set_up
+from kn_detectron.engine.launching import launch_ranks
 
 
 def train_or_evaluate(cfg, args):

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..checkpoint import KNCheckpointer
 from ..data import register_named_folders
-from .command_line import read_config
+from .config_file import read_config
 from .output_dir import folder_of_run
 
 __all__ = ["load_run", "trained_weights"]

@@ -1,9 +1,12 @@
 """What the tests of training and of checkpoints share."""
 
 import logging
+import sys
 
 import pytest
 from detectron2.utils.logger import setup_logger
+
+from kn_detectron.engine.command_line import run
 
 from . import tiny
 
@@ -50,3 +53,18 @@ def kn_log(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("kn_detectron"), "propagate", True)
     caplog.set_level(logging.INFO, logger="kn_detectron")
     return caplog
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, datasets, capsys):
+    """Runs tools/train_net.py in this process, and gives its status, stdout and stderr."""
+    config = tiny.write_config(tmp_path / "tiny.yaml")
+    train_net = tiny.train_net_module()
+
+    def call(*arguments, config=config, flag="--config-file"):
+        arguments = [flag, config, *arguments] if config else arguments
+        monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, arguments)])
+        status = run(train_net.main)
+        return (status, *capsys.readouterr())
+
+    return call

@@ -1,10 +1,8 @@
 """tools/train_net.py: what it takes, what it refuses, and what it prints."""
 
-import argparse
 import json
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -17,45 +15,13 @@ from PIL import Image
 from kn_detectron import InputError
 from kn_detectron.checkpoint import fold_weights
 from kn_detectron.data import CATEGORIES, register_named_folders
-from kn_detectron.engine import load_run, trained_weights
-from kn_detectron.engine.command_line import argument_parser, load_config, read_config, run
+from kn_detectron.engine import load_run
+from kn_detectron.engine.command_line import argument_parser, load_config, run
 
-from ..models import detectron2_configs
 from . import tiny
+from .tiny import assert_one_sentence
 
 _TWELVE = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, datasets, capsys):
-    """Runs the command in this process, and gives its status, stdout and stderr."""
-    config = tiny.write_config(tmp_path / "tiny.yaml")
-    train_net = tiny.train_net_module()
-
-    def call(*arguments, config=config, flag="--config-file"):
-        arguments = [flag, config, *arguments] if config else arguments
-        monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, arguments)])
-        status = run(train_net.main)
-        return (status, *capsys.readouterr())
-
-    return call
-
-
-def _assert_one_sentence(result, *patterns):
-    status, out, err = result
-    assert status == 1
-    assert "Traceback" not in out + err
-    sentence = err.splitlines()[-1]  # torch has its own to say before
-    assert sentence.startswith("error: ") and err.count("error: ") == 1
-    for pattern in patterns:
-        assert re.search(pattern, sentence), sentence
-
-
-def test_detectron2s_own_configs_are_read():
-    configs = [path for path in detectron2_configs().rglob("*.yaml") if "Base-" not in path.name]
-    for path in configs:
-        assert read_config(argparse.Namespace(config_file=str(path), opts=[])).MODEL.DEVICE == "cpu"
-    assert len(configs) > 60
 
 
 @pytest.mark.parametrize("flag", ["--config", "--config-file"])
@@ -69,44 +35,14 @@ def test_config_and_overrides(tmp_path, datasets, flag):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
-def test_without_gpu_the_default_device_is_replaced_but_a_wish_is_refused(tmp_path, datasets):
-    path = tiny.write_config(tmp_path / "tiny.yaml")
-    content = yaml.safe_load(path.read_text())
-    del content["MODEL"]["DEVICE"]
-    content["SOLVER"]["AMP"] = {"ENABLED": True}
-    path.write_text(yaml.safe_dump(content))
-    arguments = ["--config", str(path), "OUTPUT_DIR", str(tmp_path / "run")]
-    cfg = load_config(argument_parser().parse_args(arguments))
-    assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
-    with pytest.raises(Exception, match="MODEL.DEVICE cuda asks for a GPU"):
-        load_config(argument_parser().parse_args([*arguments, "MODEL.DEVICE", "cuda"]))
-
-
-def test_several_ranks_need_several_devices(tmp_path, datasets):
-    arguments = ["--config", str(tiny.write_config(tmp_path / "tiny.yaml")), "--num-gpus", "2"]
-    arguments += ["MODEL.DEVICE", "cuda:1"]
-    with pytest.raises(
-        InputError, match="MODEL.DEVICE cuda:1 is one GPU and --num-gpus asks for 2"
-    ):
-        load_config(argument_parser().parse_args(arguments))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
 @pytest.mark.parametrize(
     "flags", ["--num-gpus 2", "--num-machines 2", "--num-gpus 2 --num-machines 3"]
 )
 def test_ranks_are_refused_by_name_and_before_the_datasets(command, tmp_path, monkeypatch, flags):
     monkeypatch.delattr(comm, "create_local_process_group", raising=False)  # as in detectron2 0.4
     options = ["OUTPUT_DIR", tmp_path / "run", "DATASETS.TRAIN", "('nowhere',)"]
-    _assert_one_sentence(command(*flags.split(), *options), f"^error: {flags} needs GPUs with this")
+    assert_one_sentence(command(*flags.split(), *options), f"^error: {flags} needs GPUs with this")
     assert not (tmp_path / "run").exists()
-
-
-def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
-    arguments = ["--config", str(tiny.write_config(tmp_path / "tiny.yaml"))]
-    arguments += ["OUTPUT_DIR", str(tmp_path / "run"), "MODEL.DEVICE", "cpu"]
-    arguments += ["SOLVER.AMP.ENABLED", "True"]
-    assert not load_config(argument_parser().parse_args(arguments)).SOLVER.AMP.ENABLED
 
 
 @pytest.mark.parametrize(
@@ -168,32 +104,7 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
 def test_bad_options(command, tmp_path, arguments, patterns):
     if "OUTPUT_DIR" not in arguments:
         arguments = ["OUTPUT_DIR", tmp_path / "run", *arguments]
-    _assert_one_sentence(command(*arguments), *patterns)
-
-
-@pytest.mark.parametrize(
-    "content, patterns",
-    [
-        (None, ["does not exist"]),
-        ("MODEL: [", ["not valid YAML"]),
-        ("- a list", ["cannot be used"]),
-        ("", ["is empty: give a YAML file"]),
-        ("VERSION: 2\nMODEL: {KN: {GAIN: 0}}", ["as in 0.0 for 0"]),
-        ("VERSION: 2\nSOLVER: {STEPS: 100}", ['as in "\\(100,\\)" for a single 100']),
-        (
-            "VERSION: 2\nPRETRAINING: {DATA: d}",
-            ["is that of a pre-training: .* MODEL.WEIGHTS .*backbone.pth"],
-        ),
-        ("_BASE_: nothing.yaml", ["_BASE_ that cannot be read"]),
-        ("MODEL: {KN: {GIAN: 1}}\nVERSION: 2", ["MODEL.KN.GIAN"]),
-        ("SOLVER: {MAX_ITER: many}\nVERSION: 2", ["many"]),
-    ],
-)
-def test_bad_config_file(command, tmp_path, content, patterns):
-    path = tmp_path / "bad.yaml"
-    if content is not None:
-        path.write_text(content)
-    _assert_one_sentence(command(config=path), re.escape(str(path)), *patterns)
+    assert_one_sentence(command(*arguments), *patterns)
 
 
 def test_a_file_that_may_not_be_read_is_a_sentence(capsys):
@@ -201,7 +112,7 @@ def test_a_file_that_may_not_be_read_is_a_sentence(capsys):
         raise PermissionError(13, "Permission denied", "annotations/instances_train.json")
 
     result = (run(refused), *capsys.readouterr())
-    _assert_one_sentence(
+    assert_one_sentence(
         result, r"instances_train.json cannot be used \(Permission denied\): change"
     )
 
@@ -212,22 +123,13 @@ def test_a_file_that_may_not_be_read_is_a_sentence(capsys):
         run(about_no_file)
 
 
-def test_no_config_file(command, tmp_path):
-    _assert_one_sentence(command(config=None), "--config FILE")
-    late = ["SOLVER.MAX_ITER", "3", "--config", tmp_path / "tiny.yaml"]
-    _assert_one_sentence(command(*late, config=None), "--config comes after KEY VALUE .* before")
-    _assert_one_sentence(command(config=tmp_path), "is a folder: give the path of a YAML file")
-    (tmp_path / "lazy.py").write_text("model = None")
-    _assert_one_sentence(command(config=tmp_path / "lazy.py"), "is Python, as .* LazyConfig")
-
-
 def test_broken_dataset_is_found_before_the_model_is_built(command, tmp_path, datasets):
     shutil.copytree(datasets, tmp_path / "datasets")
     with tiny.shapes(tmp_path / "datasets"):
         annotations = tmp_path / "datasets/shapes/annotations/instances_val.json"
         annotations.write_text(annotations.read_text()[:100])
         result = command("OUTPUT_DIR", tmp_path / "run")
-    _assert_one_sentence(result, re.escape(str(annotations)))
+    assert_one_sentence(result, re.escape(str(annotations)))
     assert "GeneralizedRCNN" not in result[1]
 
 
@@ -310,7 +212,7 @@ def test_images_to_evaluate_on_are_opened_before_the_training(command, own_data,
     with Image.open(path) as image:
         image.resize((image.width, image.height + 1)).save(path)
     result = command("--dataset", own_data, "OUTPUT_DIR", tmp_path / "run")
-    _assert_one_sentence(result, f"Image {path} .* but its annotation says")
+    assert_one_sentence(result, f"Image {path} .* but its annotation says")
     assert "GeneralizedRCNN" not in result[1]
 
 
@@ -321,7 +223,7 @@ def test_evaluation_names_a_broken_image(command, plain, datasets, tmp_path):
         image = sorted((tmp_path / "datasets/shapes/val").iterdir())[0]
         image.write_bytes(image.read_bytes()[:50])
         result = command("--eval-only", *options, "DATALOADER.NUM_WORKERS", "1")
-    _assert_one_sentence(result, re.escape(str(image)))
+    assert_one_sentence(result, re.escape(str(image)))
 
 
 def test_training_names_a_broken_image(command, datasets, tmp_path):
@@ -331,13 +233,13 @@ def test_training_names_a_broken_image(command, datasets, tmp_path):
         for image in images:
             image.write_bytes(image.read_bytes()[:50])
         result = command("OUTPUT_DIR", tmp_path / "run", "DATALOADER.NUM_WORKERS", "1")
-    _assert_one_sentence(result, re.escape(str(images[0].parent)))
+    assert_one_sentence(result, re.escape(str(images[0].parent)))
 
 
 def test_divergence(command, tmp_path):
     options = ["SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0"]
     result = command("OUTPUT_DIR", tmp_path / "run", *options)
-    _assert_one_sentence(result, "diverged in iteration", "lower SOLVER.BASE_LR")
+    assert_one_sentence(result, "diverged in iteration", "lower SOLVER.BASE_LR")
 
 
 def test_a_run_without_evaluation(command, tmp_path):
@@ -345,7 +247,7 @@ def test_a_run_without_evaluation(command, tmp_path):
     status, out, err = command(*options, "SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()")
     assert status == 0, err
     assert (tmp_path / "run/model_final.pth").is_file()
-    _assert_one_sentence(command("--eval-only", *options), "DATASETS.TEST is empty")
+    assert_one_sentence(command("--eval-only", *options), "DATASETS.TEST is empty")
 
 
 def test_the_config_of_a_run_has_the_names_of_its_classes(plain):
@@ -354,33 +256,13 @@ def test_the_config_of_a_run_has_the_names_of_its_classes(plain):
     assert written["DATASETS"]["CLASS_NAMES"] == list(CATEGORIES)
 
 
-def test_the_config_of_a_run_stands_for_its_last_checkpoint(command, plain, tmp_path):
-    """MODEL.WEIGHTS in it is what the run started from."""
-    run = tmp_path / "run"
-    run.mkdir()
-    shutil.copy(plain[0] / "model_final.pth", run)
-    (run / "last_checkpoint").write_text("model_final.pth")
-    config = run / "config.yaml"
-    config.write_text(tiny.config(run, "MODEL.WEIGHTS", "/nowhere/start.pth").dump())
-    status, out, err = command("--eval-only", "OUTPUT_DIR", tmp_path / "found", config=config)
-    assert status == 0, err
-    found = json.loads((tmp_path / "found/inference/results.json").read_text())
-    assert found == json.loads((plain[0] / "inference/results.json").read_text())
-
-    assert trained_weights(str(config), []) == str(run / "model_final.pth")
-    assert trained_weights(str(config), ["MODEL.WEIGHTS", "other.pth"]) == "other.pth"
-    assert trained_weights(str(tmp_path / "tiny.yaml"), []) is None
-    (run / "last_checkpoint").unlink()
-    assert trained_weights(str(config), []) is None
-
-
 def test_evaluation_needs_weights_that_match(command, plain, tmp_path):
     run = ["OUTPUT_DIR", tmp_path / "run"]
-    _assert_one_sentence(command("--eval-only", *run), "no weights to evaluate")
+    assert_one_sentence(command("--eval-only", *run), "no weights to evaluate")
     weights = plain[0] / "model_final.pth"
     other = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"]
     result = command("--eval-only", *run, "MODEL.WEIGHTS", weights, *other)
-    _assert_one_sentence(result, "is not a checkpoint of this model", "roi_heads.box_predictor")
+    assert_one_sentence(result, "is not a checkpoint of this model", "roi_heads.box_predictor")
 
 
 def test_training_writes_progress_curves_and_gains(plain):
@@ -470,55 +352,9 @@ def test_the_config_that_a_run_wrote_is_enough(command, own_data, tmp_path):
         load_run(run, ["MODEL.DEVICE", "gpu"])
 
 
-def test_a_run_on_a_dataset_that_another_script_registered(plain, tmp_path):
-    """A predictor has the names of its classes from the config."""
-    cfg = tiny.config(tmp_path, "DATASETS.TEST", "('of_a_script',)")
-    cfg.DATASETS.CLASS_NAMES = ["cat", "dog"]
-    cfg.MY_KEY = 1
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    with pytest.raises(InputError, match="MY_KEY"):
-        load_run(tmp_path)
-    found = load_run(tmp_path, extensions=[lambda cfg: setattr(cfg, "MY_KEY", 0)])
-    assert found.MY_KEY == 1
-    assert MetadataCatalog.get("of_a_script").thing_classes == ["cat", "dog"]
-
-
-@pytest.mark.parametrize("name", ["of_runs", "/data/of_runs/val"])
-def test_two_runs_on_one_dataset_whose_classes_have_changed(tmp_path, kn_log, name):
-    cfg = tiny.config(tmp_path)
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
-    found = []
-    for names in (["cat", "dog"], ["car", "bus"], ["car", "bus"]):
-        cfg.DATASETS.CLASS_NAMES = names
-        (tmp_path / "config.yaml").write_text(cfg.dump())
-        load_run(tmp_path)
-        found.append(MetadataCatalog.get(name))
-        assert found[-1].thing_classes == names
-    # That of a predictor of the first run is as it was.
-    assert found[0].thing_classes == ["cat", "dog"] and found[1] is found[2]
-    assert kn_log.text.count(f"Dataset {name} had the classes cat, dog of another run") == 1
-
-
-def test_a_dataset_that_a_script_has_registered_keeps_its_classes(tmp_path, kn_log):
-    cfg = tiny.config(tmp_path)
-    DatasetCatalog.register("of_this_script", list)
-    try:
-        MetadataCatalog.get("of_this_script").thing_classes = ["cat", "dog"]
-        cfg.DATASETS.TEST, cfg.DATASETS.CLASS_NAMES = ("of_this_script",), ["car", "bus"]
-        (tmp_path / "config.yaml").write_text(cfg.dump())
-        load_run(tmp_path)
-        assert MetadataCatalog.get("of_this_script").thing_classes == ["cat", "dog"]
-        assert "keeps them, but the run in" in kn_log.text
-    finally:
-        DatasetCatalog.pop("of_this_script")
-        MetadataCatalog.pop("of_this_script")
-
-
 def test_a_dataset_by_two_names_is_refused(command, own_data, tmp_path):
     options = ["OUTPUT_DIR", tmp_path / "run", "DATASETS.TEST", "('shapes_val',)"]
-    _assert_one_sentence(
-        command("--dataset", own_data, *options), "sets DATASETS.TEST, and so does"
-    )
+    assert_one_sentence(command("--dataset", own_data, *options), "sets DATASETS.TEST, and so does")
 
 
 def test_a_run_that_is_refused_leaves_the_config_of_the_one_before(command, plain, tmp_path):
@@ -641,7 +477,7 @@ def test_number_of_classes_is_that_of_the_annotations(command, tmp_path, num_cla
     result = command(
         *flags, "OUTPUT_DIR", tmp_path / "run", "MODEL.ROI_HEADS.NUM_CLASSES", num_classes
     )
-    _assert_one_sentence(result, f"NUM_CLASSES is {num_classes}", "has 5 categories")
+    assert_one_sentence(result, f"NUM_CLASSES is {num_classes}", "has 5 categories")
     assert "GeneralizedRCNN" not in result[1]
 
 
@@ -679,7 +515,7 @@ def test_faults_are_found_before_the_first_step(
     result = command(
         "--dataset", own_data, "OUTPUT_DIR", tmp_path / "run", "MODEL.MASK_ON", "False"
     )
-    _assert_one_sentence(result, *patterns)
+    assert_one_sentence(result, *patterns)
     assert "GeneralizedRCNN" not in result[1]
 
 
@@ -690,4 +526,4 @@ def test_a_folder_without_masks(command, own_data, tmp_path):
 
     _change(own_data, change, ("train",))
     result = command("--dataset", own_data, "OUTPUT_DIR", tmp_path / "run")
-    _assert_one_sentence(result, re.escape(str(own_data)), "MODEL.MASK_ON False")
+    assert_one_sentence(result, re.escape(str(own_data)), "MODEL.MASK_ON False")

@@ -26,6 +26,7 @@ from kn_detectron.engine import (
     Stopped,
     average_running_statistics,
     command_line,
+    launching,
 )
 from kn_detectron.engine.batches import AgreedBatches
 from kn_detectron.layers import kalman_layers
@@ -221,11 +222,11 @@ def launch(tmp_path, monkeypatch):
     if not hasattr(comm, "create_local_process_group"):
         # An old detectron2 launches for GPUs only: what stands in for it has the same processes.
         monkeypatch.setattr(comm, "create_local_process_group", None, raising=False)
-        monkeypatch.setattr(command_line, "launch", _launch_on_cpu)
+        monkeypatch.setattr(launching, "launch", _launch_on_cpu)
     args = SimpleNamespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
 
     def call(main, cfg=CfgNode(dict(OUTPUT_DIR=str(tmp_path)))):
-        command_line.launch_ranks(main, cfg, args)
+        launching.launch_ranks(main, cfg, args)
 
     return call
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -192,3 +193,14 @@ def start_train_net(*arguments, datasets, stopped_at=None):
         text=True,
         start_new_session=True,
     )
+
+
+def assert_one_sentence(result, *patterns):
+    """Checks that a command, with its status, stdout and stderr, failed with one sentence."""
+    status, out, err = result
+    assert status == 1
+    assert "Traceback" not in out + err
+    sentence = err.splitlines()[-1]  # torch has its own to say before
+    assert sentence.startswith("error: ") and err.count("error: ") == 1
+    for pattern in patterns:
+        assert re.search(pattern, sentence), sentence

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from kn_detectron.engine.command_line import read_config
+from kn_detectron.engine.config_file import read_config
 from kn_detectron.layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
 from kn_detectron.model_zoo import get_config
 from kn_detectron.modeling import Feature

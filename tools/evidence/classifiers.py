@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
 from torch import Tensor, nn
 
-from kn_detectron.engine.command_line import read_config
+from kn_detectron.engine.config_file import read_config
 from kn_detectron.pretraining import ClassificationTrainer, add_pretraining_config
 from kn_detectron.pretraining.data import build_train_loader
 
