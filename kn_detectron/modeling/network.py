@@ -181,7 +181,7 @@ def convert_network(
 ) -> KalmanNetwork:
     """Puts Kalman Normalization into a network as MODEL.KN and MODEL.PIXEL_STD say.
 
-    See :func:`~kn_detectron.layers.convert_kalman_norm`.
+    See :func:`~kn_detectron.layers.convert_kalman_norm` for its arguments and errors.
     """
     chain = ChainConfig.from_config(cfg)
     image_std = normalized_image_std(cfg)

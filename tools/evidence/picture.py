@@ -28,8 +28,9 @@ def draw_detection(data: Dict, path: Path) -> None:
     rows = list(reversed(groups.items()))
     for axis, (task, title) in zip(axes, (("bbox", "box AP"), ("segm", "mask AP"))):
         for row, ((name, *_), runs) in enumerate(rows):
-            values, label = [run["results"][task]["AP"] for run in runs], arms.ARMS[name].label
-            axis.barh(row, mean(values), color="C0" if label.startswith("KN") else "0.75")
+            values = [run["results"][task]["AP"] for run in runs]
+            is_kn = arms.ARMS[name].label.startswith("KN")
+            axis.barh(row, mean(values), color="C0" if is_kn else "0.75")
             axis.plot(values, [row] * len(values), "o", color="black", markersize=4)
         axis.set(title=title, xlim=(0, None))
         axis.grid(axis="x", alpha=0.3)

@@ -112,10 +112,14 @@ def _bounds(walk, index: Any) -> Any:
 
 def numbers(walk, values: Any) -> Tuple[Optional[int], ...]:
     """One or several sizes or dimensions, with None for each that is not known."""
+    return tuple(walk.size(value) for value in _several(walk, values))
+
+
+def _several(walk, values: Any) -> Sequence:
+    """One or several arguments as a sequence."""
     if not isinstance(values, (tuple, list)):
         values = walk.size(values)  # a tuple, if it is x.shape
-    values = values if isinstance(values, (tuple, list)) else (values,)
-    return tuple(walk.size(value) for value in values)
+    return values if isinstance(values, (tuple, list)) else (values,)
 
 
 def _number(walk, value: Any) -> int:
@@ -129,12 +133,12 @@ def view(walk, x, *sizes, shape=None, size=None) -> About:
     """Splits the channels into groups or merges them: (N, ..., H, W) before and after."""
     about = walk.about(x)
     sizes = shape or size or (sizes[0] if len(sizes) == 1 else sizes)
-    images = (sizes if isinstance(sizes, (tuple, list)) else walk.size(sizes) or [None])[0]
-    sizes = numbers(walk, sizes)
+    given = _several(walk, sizes)
+    sizes = numbers(walk, given)
     channels = sizes[1:-2]
     number = math.prod(about.channels)
     # With another number of images, some of the channels have become images.
-    if channels.count(-1) == 1 and None not in channels and walk.is_batch_size(images):
+    if channels.count(-1) == 1 and None not in channels and walk.is_batch_size(given[0]):
         rest = -math.prod(channels)
         channels = tuple(number // rest if size == -1 else size for size in channels)
     if len(sizes) < 3 or None in channels or math.prod(channels) != number:
