@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -94,34 +94,31 @@ class _Category:
 
 def paired_bootstrap(
     ours: List[MatchedRun], theirs: List[MatchedRun], samples: int = 1000
-) -> Dict[str, float]:
+) -> Dict[str, Any]:
     """The difference of two methods' mean AP, with its interval on resampled photographs.
 
     Each sample draws as many photographs as there are, with replacement, and evaluates all runs of
     both methods on it. The interval tells how much the choice of photographs matters. How much the
-    seeds matter is told by the range over the runs. Source: ours, after Efron's percentile method.
+    seeds matter is told by the differences of the pairs. Source: ours, after Efron's percentile method.
 
     Args:
-        ours, theirs: the runs of two methods, one for each seed, on the same truth.
+        ours, theirs: the runs of two methods on the same truth, one for each seed, in pairs.
         samples: how often photographs are drawn.
 
     Returns:
-        dict: ``difference`` in AP, ``low`` and ``high`` of its 95% interval.
+        dict: ``by_seed``, the difference in AP of each pair; ``low`` and ``high``, the 95% interval of
+        the mean of these.
     """
     generator = np.random.default_rng(0)
     num_photos = ours[0].num_photos
 
-    def difference(sample):
-        return _mean(ours, sample) - _mean(theirs, sample)
+    def differences(sample):
+        pairs = zip(ours, theirs)
+        return [a.average_precision(sample) - b.average_precision(sample) for a, b in pairs]
 
-    drawn = [difference(generator.integers(0, num_photos, num_photos)) for _ in range(samples)]
+    drawn = [
+        np.mean(differences(generator.integers(0, num_photos, num_photos))) for _ in range(samples)
+    ]
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return {
-        "difference": difference(np.arange(num_photos)),
-        "low": float(low),
-        "high": float(high),
-    }
-
-
-def _mean(runs: List[MatchedRun], sample: np.ndarray) -> float:
-    return float(np.mean([run.average_precision(sample) for run in runs]))
+    by_seed = differences(np.arange(num_photos))
+    return {"by_seed": by_seed, "low": float(low), "high": float(high)}

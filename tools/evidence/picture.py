@@ -1,16 +1,18 @@
 """The pictures of docs/evidence/."""
 
+from itertools import groupby
 from pathlib import Path
 from statistics import mean
-from typing import Dict
+from typing import Dict, List, Union
 
 from matplotlib.figure import Figure
 
 from . import arms
 from .classification import CIFAR
-from .tables import by_setting, images_text, run_label
+from .leads import Lead, interval_over_seeds
+from .tables import TASKS, by_setting, images_text, run_label
 
-__all__ = ["draw_classification", "draw_detection", "draw_gaps"]
+__all__ = ["draw_classification", "draw_detection", "draw_gaps", "draw_leads"]
 
 
 def draw_detection(data: Dict, path: Path) -> None:
@@ -39,6 +41,43 @@ def draw_detection(data: Dict, path: Path) -> None:
         for (name, images, rate), _ in rows
     ]
     axes[0].set_yticks(range(len(rows)), labels)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def draw_leads(leads: List[Lead], path: Path) -> None:
+    """Draws the leads of KN by seed (dots), their means (lines), and the intervals over seeds.
+
+    Args:
+        leads: one row each, below the network and the number of steps.
+        path: of the picture.
+    """
+    rows: List[Union[str, Lead]] = []
+    for network, group in groupby(leads, key=lambda lead: f"{lead.network}, {lead.steps} steps"):
+        rows += [network, *group]
+    figure = Figure(figsize=(10, 1 + 0.27 * len(rows)))
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axis, (task, title) in zip(axes, TASKS.items()):
+        for row, lead in enumerate(rows):
+            if isinstance(lead, str):  # a heading
+                continue
+            values = list(lead.by_seed[task].values())
+            if len(values) > 2:
+                interval = interval_over_seeds(values)
+                axis.plot(interval, [row, row], color="C0", linewidth=6, alpha=0.3)
+            axis.plot([mean(values)] * 2, [row - 0.3, row + 0.3], color="C0", linewidth=2)
+            axis.plot(values, [row] * len(values), "o", color="black", markersize=4)
+        axis.axvline(0, color="black", linewidth=1)
+        axis.set(title=f"{title} AP of KN minus that of")
+        axis.grid(axis="x", alpha=0.3)
+    labels = [
+        row if isinstance(row, str) else f"{row.against}, {images_text(row.images)}, {row.rates}"
+        for row in rows
+    ]
+    axes[0].set_yticks(range(len(rows)), labels)
+    for label, row in zip(axes[0].get_yticklabels(), rows):
+        label.set_fontweight("bold" if isinstance(row, str) else "normal")
+    axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 

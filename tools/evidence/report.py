@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
+import numpy as np
 from pycocotools.coco import COCO
 
 from kn_detectron.engine import command_line
@@ -28,9 +29,9 @@ from kn_detectron.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 # Beside this file, not installed.
-from evidence import tables  # noqa: E402
+from evidence import leads, tables  # noqa: E402
 from evidence.bootstrap import MatchedRun, paired_bootstrap  # noqa: E402
-from evidence.picture import draw_classification, draw_detection  # noqa: E402
+from evidence.picture import draw_classification, draw_detection, draw_leads  # noqa: E402
 from evidence.runs import read_results  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -132,35 +133,37 @@ def collect_detection(folder: Path, truth_file: str, samples: int = 1000) -> Dic
                     continue
                 pair = ([matched[setting][seed] for seed in seeds] for setting in pair)
                 difference = paired_bootstrap(*pair, samples=samples)
-                difference = {key: round(value, 4) for key, value in difference.items()}
+                difference = {key: np.round(value, 4).tolist() for key, value in difference.items()}
                 names = {"ours": ours, "theirs": theirs, "images": images, "task": task}
                 rates = {"learning_rates": [our_rate, their_rate]}
                 differences.append({**names, **rates, "seeds": seeds, **difference})
     return {"runs": list(results.values()), "differences": differences}
 
 
-# By NAME, what a page has between "<!-- NAME -->" and "<!-- end -->": its file, and its function.
+# By NAME, what a page has between "<!-- NAME -->" and "<!-- end -->": its function, and its files.
 TABLES = {
-    "choice": ("choice", tables.choice_table),
-    "detection": ("detection", tables.detection_tables),
-    "own_rate": ("own_rate", tables.detection_tables),
-    "parts": ("parts", tables.detection_tables),
-    "long": ("long", tables.detection_tables),
-    "own_weights": ("own_weights", tables.detection_tables),
-    "second_weights": ("second_weights", tables.detection_tables),
-    "own_choice": ("own_choice", tables.choice_table),
-    "pretraining": ("pretraining", tables.classification_table),
-    "similarity": ("similarity", tables.similarity_table),
-    "drift": ("drift", tables.drift_table),
-    "variance_gap": ("variance_gap", tables.variance_gap_table),
-    "zoo": ("long", tables.zoo_table),
-    "zoo_own_weights": ("own_weights", tables.zoo_table),
-    "summary": ("own_rate", tables.summary_table),
-    "classification": ("classification", tables.classification_table),
-    "against_paper": ("classification", tables.against_paper_table),
-    "paper_variant": ("paper_variant", tables.classification_table),
+    "leads": (tables.leads_table, *leads.FILES),
+    "choice": (tables.choice_table, "choice"),
+    "detection": (tables.detection_tables, "detection"),
+    "own_rate": (tables.detection_tables, "own_rate"),
+    "parts": (tables.detection_tables, "parts"),
+    "long": (tables.detection_tables, "long"),
+    "own_weights": (tables.detection_tables, "own_weights"),
+    "second_weights": (tables.detection_tables, "second_weights"),
+    "own_choice": (tables.choice_table, "own_choice"),
+    "pretraining": (tables.classification_table, "pretraining"),
+    "similarity": (tables.similarity_table, "similarity"),
+    "drift": (tables.drift_table, "drift"),
+    "variance_gap": (tables.variance_gap_table, "variance_gap"),
+    "zoo": (tables.zoo_table, "long"),
+    "zoo_own_weights": (tables.zoo_table, "own_weights"),
+    "summary": (tables.summary_table, "own_rate"),
+    "classification": (tables.classification_table, "classification"),
+    "against_paper": (tables.against_paper_table, "classification"),
+    "paper_variant": (tables.classification_table, "paper_variant"),
 }
 PAGES = (
+    DOCS / "evidence.md",
     *sorted((DOCS / "evidence").glob("*.md")),
     DOCS.parent / "README.md",
     DOCS.parent / "MODEL_ZOO.md",
@@ -174,10 +177,10 @@ def with_tables(page: str, folder: Path) -> str:
         page: Markdown with the marks of :data:`TABLES`.
         folder: the folder of the JSON files.
     """
-    for name, (file, table) in TABLES.items():
-        path = folder / f"{file}.json"
-        if path.is_file() and f"<!-- {name} -->" in page:
-            text = f"<!-- {name} -->\n\n{table(_read(path))}\n\n<!-- end -->"
+    for name, (table, *files) in TABLES.items():
+        paths = [folder / f"{file}.json" for file in files]
+        if f"<!-- {name} -->" in page and all(path.is_file() for path in paths):
+            text = f"<!-- {name} -->\n\n{table(*map(_read, paths))}\n\n<!-- end -->"
             page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: text, page, flags=re.DOTALL)
     return page
 
@@ -227,6 +230,8 @@ def main():
         page.write_text(with_tables(page.read_text(), folder))
     for name in ("own_rate", "own_weights"):
         draw_detection(_read(folder / f"{name}.json"), folder / f"{name}.png")
+    files = [_read(folder / f"{name}.json") for name in leads.FILES]
+    draw_leads(leads.kn_leads(files), folder / "leads.png")
     draw_classification(_read(folder / "classification.json"), folder / "classification.png")
 
 

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from kn_detectron.model_zoo import get_config, released_weights
 
 from . import arms, classification
+from .leads import by_comparison, interval_over_seeds, kn_leads
 
 __all__ = [
     "COMPARED",
@@ -22,6 +23,7 @@ __all__ = [
     "detection_tables",
     "drift_table",
     "images_text",
+    "leads_table",
     "run_label",
     "similarity_table",
     "summary_table",
@@ -74,6 +76,7 @@ PAPER = {
     "KN_gain0": ("", "", "", ""),
 }
 _NOT_RUN = "not run"
+_SEED_HEADER = ("box, by seed", "box", "mask, by seed", "mask")
 
 
 def detection_tables(data: Dict) -> str:
@@ -102,6 +105,13 @@ def detection_tables(data: Dict) -> str:
         if rows:
             parts.append(f"Differences at {what}, in AP, with the 95% interval over photographs:")
             header = ["", "of seeds", "box", "mask"]
+            parts.append(tabulate(rows, header, tablefmt="github", disable_numparse=True))
+        rows = _seed_rows(data, images)
+        if rows:
+            parts.append(
+                "The same by seed, with the 95% interval of the mean over three seeds or more:"
+            )
+            header = ["", "seeds", *_SEED_HEADER]
             parts.append(tabulate(rows, header, tablefmt="github", disable_numparse=True))
     return _escaped("\n\n".join(parts))
 
@@ -148,21 +158,73 @@ def _difference_rows(data: Dict, images: int) -> List[List]:
         pair = COMPARED.index((difference["ours"], difference["theirs"]))
         return pair, difference["learning_rates"], difference["seeds"]
 
-    def label(name, rate):
-        several = len(_rates(data, name, images)) > 1
-        return arms.ARMS[name].label + (f", at {rate}" if several else "")
-
     differences = [d for d in data["differences"] if d["images"] == images]
     rows = []
     for (pair, rates, seeds), found in groupby(sorted(differences, key=place), key=place):
         by_task = {d["task"]: d for d in found}
         cells = [
-            f"{d['difference']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})"
+            _with_interval(mean(d["by_seed"]), d["low"], d["high"])
             for d in (by_task[task] for task in TASKS)
         ]
-        names = " minus ".join(map(label, COMPARED[pair], rates))
+        names = _comparison(data, *COMPARED[pair], images, *rates)
         rows.append([names, ", ".join(map(str, seeds)), *cells])
     return rows
+
+
+def _comparison(data: Dict, ours: str, theirs: str, images: int, *rates: float) -> str:
+    """What is compared, with the learning rates where an arm has several."""
+
+    def label(name, rate):
+        several = len(_rates(data, name, images)) > 1
+        return arms.ARMS[name].label + (f", at {rate}" if several else "")
+
+    return " minus ".join(map(label, (ours, theirs), rates))
+
+
+def _with_interval(centre: float, low: float, high: float) -> str:
+    return f"{centre:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _seed_rows(data: Dict, images: int) -> List[List]:
+    """The comparisons of two seeds or more."""
+    found = by_comparison(data["differences"])
+    rows = []
+    for comparison in sorted(found, key=_place):
+        seeds = found[comparison]["bbox"]
+        if comparison[2] == images and len(seeds) > 1:
+            cells = [cell for task in TASKS for cell in _seed_cells(found[comparison][task])]
+            rows.append([_comparison(data, *comparison), ", ".join(map(str, seeds)), *cells])
+    return rows
+
+
+def _place(comparison: Tuple) -> Tuple:
+    """Sorts what :func:`by_comparison` has as the tables do, the most images first."""
+    pair, (images, *rates) = comparison[:2], comparison[2:]
+    return -images, COMPARED.index(pair), rates
+
+
+def _seed_cells(by_seed: Dict[int, float]) -> Tuple[str, str]:
+    """Differences by seed, and their mean; two seeds are too few for an interval."""
+    values = list(by_seed.values())
+    centre = f"{mean(values):+.1f}"
+    if len(values) > 2:
+        centre = _with_interval(mean(values), *interval_over_seeds(values))
+    return ", ".join(f"{value:+.1f}" for value in values), centre
+
+
+def leads_table(*files: Dict) -> str:
+    """The leads of :func:`~evidence.leads.kn_leads`, one line each, in Markdown.
+
+    Args:
+        files: as in :func:`~evidence.leads.kn_leads`.
+    """
+    rows = []
+    for lead in kn_leads(files):
+        schedule = f"{lead.steps} x {images_text(lead.images)}"
+        cells = [cell for task in TASKS for cell in _seed_cells(lead.by_seed[task])]
+        rows.append([lead.network, schedule, lead.against, lead.rates, *cells])
+    header = ["", "schedule", "KN minus", "learning rates", *_SEED_HEADER]
+    return _escaped(tabulate(rows, header, tablefmt="github", disable_numparse=True))
 
 
 def summary_table(data: Dict) -> str:
@@ -179,29 +241,12 @@ def summary_table(data: Dict) -> str:
 
 def _lead(data: Dict, name: str, images: int, rate: float) -> str:
     """Box / mask AP minus that of BN* at its lowest rate, over the seeds that ran beside it."""
-    wanted = name, "BN_frozen", images, [rate, *_rates(data, "BN_frozen", images)[:1]]
-    found = [
-        d
-        for d in data["differences"]
-        if (d["ours"], d["theirs"], d["images"], d["learning_rates"]) == wanted
-    ]
-    if not found:
+    comparison = name, "BN_frozen", images, rate, *_rates(data, "BN_frozen", images)[:1]
+    found = by_comparison(data["differences"]).get(comparison)
+    if found is None:
         return ""
-    by_task = [_mean_over_seeds([d for d in found if d["task"] == task]) for task in TASKS]
-    return " / ".join(f"{value:+.1f}" for value, _ in by_task) + f" ({by_task[0][1]})"
-
-
-def _mean_over_seeds(differences: List[Dict]) -> Tuple[float, int]:
-    """The mean of differences that were taken over several seeds each, and the number of seeds.
-
-    Each seed counts once, in the difference that has the most of them.
-    """
-    values, seeds = [], set()
-    for difference in sorted(differences, key=lambda d: -len(d["seeds"])):
-        if seeds.isdisjoint(difference["seeds"]):
-            seeds.update(difference["seeds"])
-            values += [difference["difference"]] * len(difference["seeds"])
-    return mean(values), len(seeds)
+    means = " / ".join(f"{mean(found[task].values()):+.1f}" for task in TASKS)
+    return f"{means} ({len(found['bbox'])})"
 
 
 def zoo_table(data: Dict) -> str:

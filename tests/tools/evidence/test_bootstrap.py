@@ -86,11 +86,24 @@ def test_a_sample_is_evaluated_as_photos_of_their_own(truth):
 def test_equal_runs_do_not_differ_and_better_ones_do(truth):
     good, bad = run(truth, 1), run(truth, 8)
     same = paired_bootstrap([good], [good], samples=20)
-    assert same == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    assert same == {"by_seed": [0.0], "low": 0.0, "high": 0.0}
     better = paired_bootstrap([good], [bad], samples=50)
-    assert 0 < better["low"] <= better["difference"] <= better["high"]
+    assert 0 < better["low"] <= better["by_seed"][0] <= better["high"]
     worse = paired_bootstrap([bad], [good], samples=50)
     assert worse["high"] == pytest.approx(-better["low"])
+
+
+def test_the_interval_is_that_of_the_mean_over_the_pairs(truth):
+    good, middle, bad = (run(truth, shift) for shift in (1, 4, 8))
+    both = paired_bootstrap([good, middle], [middle, bad], samples=50)
+    assert both["by_seed"] == [
+        paired_bootstrap([a], [b], samples=1)["by_seed"][0]
+        for a, b in ((good, middle), (middle, bad))
+    ]
+    # The sum of the two differences is that of the best and the worst run.
+    ends = paired_bootstrap([good], [bad], samples=50)
+    assert both["low"] == pytest.approx(ends["low"] / 2)
+    assert both["high"] == pytest.approx(ends["high"] / 2)
 
 
 def test_a_run_that_detects_nothing_has_an_average_precision_of_0(truth):
@@ -98,7 +111,7 @@ def test_a_run_that_detects_nothing_has_an_average_precision_of_0(truth):
     assert nothing.average_precision(np.arange(NUM_PHOTOS)) == 0
     good = run(truth, 1)
     found = paired_bootstrap([good], [nothing], samples=5)
-    assert found["difference"] == good.average_precision(np.arange(NUM_PHOTOS))
+    assert found["by_seed"] == [good.average_precision(np.arange(NUM_PHOTOS))]
 
 
 def test_a_category_of_which_there_is_nothing_does_not_count(truth):

@@ -11,9 +11,9 @@ def test_a_table_has_means_ranges_and_differences():
         "differences": [
             {
                 **{"ours": "KN", "theirs": "BN_frozen", "images": 2, "task": task, "seeds": seeds},
-                **{"difference": value, "low": -0.5, "high": 4.25, "learning_rates": [0.01, 0.01]},
+                **{"by_seed": values, "low": -0.5, "high": 4.25, "learning_rates": [0.01, 0.01]},
             }
-            for seeds, value in (([1], 3.0), ([2, 3], 2.0))
+            for seeds, values in (([1], [3.0]), ([2, 3], [1.0, 3.0]))
             for task in ("bbox", "segm")
         ],
     }
@@ -21,6 +21,11 @@ def test_a_table_has_means_ranges_and_differences():
     assert "11.0 (10.0 to 12.0)" in text and "22.0 (20.0 to 24.0)" in text
     assert "| 1          | +3.0 (-0.5 to +4.2)" in text
     assert "| 2, 3       | +2.0 (-0.5 to +4.2)" in text and "1.0 / 2.0 / 3.0" in text
+    # Over the three seeds: t = 4.303, and the standard error 2/3.
+    wide = tables.detection_tables(data).split("\n")[-1].split("|")
+    assert [cell.strip() for cell in wide[2:5]] == [
+        *("1, 2, 3", "+3.0, +1.0, +3.0", "+2.3 (-0.5 to +5.2)")
+    ]
     assert "1 image per step" not in text and ", at 0.01" not in text
 
 
@@ -29,7 +34,7 @@ def test_the_summary_compares_runs_with_bn_beside_them():
 
     def difference(seeds, value, rate=0.01):
         names = {"ours": "KN", "theirs": "BN_frozen", "images": 2, "learning_rates": [0.01, rate]}
-        return {**names, "seeds": seeds, "difference": value, "low": 0.0, "high": 9.0}
+        return {**names, "seeds": seeds, "by_seed": [value] * len(seeds), "low": 0.0, "high": 9.0}
 
     data = {
         "runs": [
@@ -40,7 +45,7 @@ def test_the_summary_compares_runs_with_bn_beside_them():
         ],
         "differences": [
             {**difference(*of), "task": task}
-            for of in (([3], 1.0), ([1, 2], 4.0), ([2, 3], 9.0), ([1], 9.0, 0.02))
+            for of in (([3], 1.0), ([1, 2], 4.0), ([2], 9.0), ([1], 9.0, 0.02))
             for task in ("bbox", "segm")
         ],
     }
@@ -60,7 +65,7 @@ def test_the_summary_compares_runs_with_bn_beside_them():
 def test_each_learning_rate_of_an_arm_has_a_row_of_its_own():
     def difference(rate, value):
         names = {"ours": "KN", "theirs": "BN_frozen", "images": 2, "learning_rates": [0.01, rate]}
-        return {**names, "seeds": [1], "difference": value, "low": 0.0, "high": 9.0}
+        return {**names, "seeds": [1], "by_seed": [value], "low": 0.0, "high": 9.0}
 
     data = {
         "runs": [
