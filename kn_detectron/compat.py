@@ -39,10 +39,18 @@ _NUMPY_ALIASES = {
 }
 _PILLOW_ALIASES = {"LINEAR": ("BILINEAR", ("data/transforms/transform.py",))}
 
-# The layers that import the compiled extension. In newer versions they do without it by themselves.
+# The layers that use the compiled extension. Newer versions of them can be imported without it.
 _COMPILED_LAYERS = tuple(
-    f"layers/{name}.py" for name in ("deform_conv", "roi_align_rotated", "rotated_boxes")
+    f"layers/{name}.py" for name in ("deform_conv", "nms", "roi_align_rotated", "rotated_boxes")
 )
+
+# Operators of the extension that layers take from torch.
+_ROI_ALIGN = "float spatial_scale, int height, int width, int sampling_ratio"
+_OPERATORS = {
+    "nms_rotated": "Tensor boxes, Tensor scores, float iou_threshold",
+    "box_iou_rotated": "Tensor boxes1, Tensor boxes2",
+    "roi_align_rotated_forward": f"Tensor input, Tensor rois, {_ROI_ALIGN}",
+}
 
 # Warnings of torch about code of detectron2 and fvcore. Nobody who uses kn_detectron can change
 # that code. Each entry has the beginning of the warning and the module that it names, as regular
@@ -80,11 +88,11 @@ def prepare_detectron2():
     _restore_aliases(root)
 
     stand_ins = {}
+    if not _has_extension(spec):
+        _define_operators(root)
     # Newer layers import the extension inside a try.
     if not _has_extension(spec) and _uses(root, _COMPILED_LAYERS, r"^from detectron2 import _C$"):
         stand_ins.update(_extension_stand_ins())
-        if _uses(root, ["layers/nms.py"], r"= torch\.ops\.detectron2\.nms_rotated$"):
-            _define_nms_rotated()
     if find_spec("pkg_resources") is None and _uses(
         root, ["model_zoo/model_zoo.py"], "^import pkg_resources$"
     ):
@@ -170,18 +178,28 @@ def _extension_error(name):
     )
 
 
-def _define_nms_rotated():
-    """Registers the operator that old layers look up at import, where the extension would."""
+def _define_operators(root):
+    """Registers the operators that the detectron2 in this folder uses, where the extension would.
+
+    Old layers look one of them up when they are imported.
+    """
     global _operators
     import torch
 
-    def nms_rotated(boxes, scores, iou_threshold):
-        raise _extension_error("nms_rotated")
+    for name, signature in _OPERATORS.items():
+        used = _uses(root, _COMPILED_LAYERS, rf"\btorch\.ops\.detectron2\.{name}\b")
+        if used and not hasattr(torch.ops.detectron2, name):
+            if _operators is None:
+                _operators = torch.library.Library("detectron2", "FRAGMENT")
+            _operators.define(f"{name}({signature}) -> Tensor")
+            _operators.impl(name, _refused(name), "CompositeImplicitAutograd")
 
-    if not hasattr(torch.ops.detectron2, "nms_rotated"):
-        _operators = torch.library.Library("detectron2", "FRAGMENT")
-        _operators.define("nms_rotated(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
-        _operators.impl("nms_rotated", nms_rotated, "CompositeImplicitAutograd")
+
+def _refused(name):
+    def refuse(*args):
+        raise _extension_error(name)
+
+    return refuse
 
 
 def _resource_filename(package, path):

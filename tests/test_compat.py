@@ -256,6 +256,42 @@ def test_old_sources_without_extension(tmp_path, compat_only):
     check(code, [compat_only, tmp_path], tmp_path)
 
 
+def test_new_sources_without_extension(tmp_path, compat_only):
+    """Their layers take operators from torch, when these are used."""
+    layers = """
+        import torch
+
+        def iou(boxes):
+            return torch.ops.detectron2.box_iou_rotated(boxes, boxes)
+
+        def align(features, boxes):
+            operator = torch.ops.detectron2.roi_align_rotated_forward
+            return operator(features, boxes, 1.0, 7, 7, 0)
+    """
+    files = {"__init__.py": "", "layers/__init__.py": "", "layers/rotated_boxes.py": layers}
+    write_package(tmp_path, files)
+    code = """
+        import torch
+        from kn_detectron.compat import prepare_detectron2
+        from kn_detectron.errors import InputError
+        prepare_detectron2()
+        from detectron2.layers import rotated_boxes
+        boxes = torch.zeros(1, 5)
+        for name, use in {
+            "box_iou_rotated": lambda: rotated_boxes.iou(boxes),
+            "roi_align_rotated_forward": lambda: rotated_boxes.align(torch.zeros(1, 1, 2, 2), boxes),
+        }.items():
+            try:
+                use()
+            except InputError as error:
+                assert str(error).startswith(name) and "detectron2._C" in str(error), error
+            else:
+                raise AssertionError(name)
+        assert not hasattr(torch.ops.detectron2, "nms_rotated")  # which they do not use
+    """
+    check(code, [compat_only, tmp_path], tmp_path)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_pkg_resources_is_replaced_only_where_it_is_gone(tmp_path, compat_only, there):
     model_zoo = """

@@ -98,7 +98,7 @@ def load_model(args):
         args.opts = ["MODEL.WEIGHTS", get_checkpoint_file(_RELEASED), *args.opts]
     cfg = read_config(args)
     weights = trained_weights(args.config_file, args.opts)
-    if weights is None:
+    if not weights:
         path = Path(args.config_file)
         raise InputError(
             f"{path.parent} has no checkpoint: give the config.yaml of a run that has written one, "

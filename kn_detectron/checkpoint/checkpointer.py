@@ -88,6 +88,7 @@ class KNCheckpointer(DetectionCheckpointer):
         _logger.info("Saving checkpoint to %s", path)
         advice = "make room or make OUTPUT_DIR writable, then run the same command with --resume."
         with explained_write_errors(path, advice):
+            os.makedirs(self.save_dir, exist_ok=True)
             with atomic_write(path) as file:
                 torch.save(data, file)
                 file.flush()

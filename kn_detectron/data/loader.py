@@ -19,7 +19,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .mapper import CheckedMapper, first_sentence
 
 __all__ = ["TrainLoader", "build_test_loader", "build_train_loader"]
@@ -88,9 +88,13 @@ def build_test_loader(cfg, dataset_name):
     Returns:
         torch.utils.data.DataLoader: as `build_detection_test_loader` returns it. An InputError
         of a worker process comes with a traceback in it: see `first_sentence`.
+
+    Raises:
+        InputError: the files of the dataset are missing.
     """
     mapper = CheckedMapper(DatasetMapper(cfg, is_train=False))
-    return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    with _explained([dataset_name]):
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
 
 class TrainLoader:
@@ -224,14 +228,31 @@ def _seeded(entropy):
 
 
 def _training_dicts(cfg):
-    return get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=(
-            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-        ),
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    with _explained(cfg.DATASETS.TRAIN):
+        return get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=(
+                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+            ),
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+
+
+@contextmanager
+def _explained(names):
+    """Says what to do where datasets that are not in COCO's format, and so unchecked, cannot be read.
+
+    Raises:
+        InputError: a file or a package is missing.
+    """
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        raise InputError(
+            f"{', '.join(names)} cannot be loaded ({one_line(error)}): put the files there, set "
+            "DETECTRON2_DATASETS to the folder that has them, or install the package that is named."
+        ) from error
 
 
 def _aspect_groups(dataset):

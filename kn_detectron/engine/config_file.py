@@ -72,12 +72,21 @@ def _merge_file(cfg, path):
             f"Config file {path} has a _BASE_ that cannot be read ({one_line(error)}): give a path "
             "from the folder of the config file, or an absolute one."
         ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"Config file {path} is not text in UTF-8 ({one_line(error)}): save it as that."
+        ) from error
     # What detectron2 and yacs raise depends on how the content is wrong.
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         if "Non-existent config key: PRETRAINING" in str(error):
             raise InputError(
                 f"Config file {path} is that of a pre-training: give the config of the detector, "
                 f"and MODEL.WEIGHTS {os.path.join(os.path.dirname(path), 'backbone.pth')}."
+            ) from error
+        if re.match(r"'\w+' object has no attribute", str(error)):
+            raise InputError(
+                f"Config file {path} holds no keys where some are expected ({one_line(error)}): give "
+                'a YAML file with lines such as "MODEL:" and "  MASK_ON: True".'
             ) from error
         raise InputError(
             f"Config file {path} cannot be used ({one_line(error)}): correct or remove the entry"

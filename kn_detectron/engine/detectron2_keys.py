@@ -34,6 +34,16 @@ _REGISTRIES = {
     "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
 }
 
+# The heads of each kind of model that take features by name.
+_HEADS = {
+    "GeneralizedRCNN": ("RPN", "ROI_HEADS"),
+    "PanopticFPN": ("RPN", "ROI_HEADS", "SEM_SEG_HEAD"),
+    "ProposalNetwork": ("RPN",),
+    "SemanticSegmentor": ("SEM_SEG_HEAD",),
+    "RetinaNet": ("RETINANET",),
+    "KNRetinaNet": ("RETINANET",),
+}
+
 # What detectron2 looks for before it asks the registry.
 _UNREGISTERED = {"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals"}
 
@@ -53,6 +63,15 @@ _RULES = {
         "'BGR', 'RGB' or another mode of Pillow's",
     ),
     "INPUT.MIN_SIZE_TRAIN": (len, "one size or more"),
+    "INPUT.MIN_SIZE_TEST": (
+        lambda size: size >= 0,
+        "a size in pixels, or 0 to leave images as they are",
+    ),
+    "MODEL.PIXEL_STD": (
+        lambda values: min(values, default=0) > 0,
+        "positive, one for each channel",
+    ),
+    "MODEL.ANCHOR_GENERATOR.SIZES": (len, "one list of sizes or more"),
     "INPUT.RANDOM_FLIP": (
         ("horizontal", "vertical", "none").__contains__,
         "'horizontal', 'vertical' or 'none'",
@@ -89,3 +108,39 @@ def check_detectron2_keys(cfg):
         value = attrgetter(key)(cfg)
         if not accepts(value):
             raise InputError(f"{key} is {value!r}, but must be {wanted}.")
+    if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD):
+        raise InputError(
+            f"MODEL.PIXEL_MEAN is {cfg.MODEL.PIXEL_MEAN} and MODEL.PIXEL_STD is "
+            f"{cfg.MODEL.PIXEL_STD}, but both must have one number for each channel."
+        )
+    _check_features(cfg)
+
+
+def _check_features(cfg):
+    """Checks that detectron2's heads take features that a ResNet, with an FPN or without, has."""
+    out = list(cfg.MODEL.RESNETS.OUT_FEATURES)
+    children = ("stem", "res2", "res3", "res4", "res5", "linear")
+    levels = [name.replace("res", "p") for name in cfg.MODEL.FPN.IN_FEATURES]
+    by_backbone = {
+        "resnet_backbone": out,
+        "resnet_fpn_backbone": [*levels, "p6"],
+        "retinanet_resnet_fpn_backbone": [*levels, "p6", "p7"],
+    }
+    name = cfg.MODEL.BACKBONE.NAME
+    features = by_backbone.get(name.removeprefix("build_").removeprefix("kn_"))
+    if features is None:
+        return
+    if not out or not set(out) <= set(children):
+        raise InputError(
+            f"MODEL.RESNETS.OUT_FEATURES is {out}, but must be some of {', '.join(children[:-1])}."
+        )
+    for head in _HEADS.get(cfg.MODEL.META_ARCHITECTURE, ()):
+        wanted = cfg.MODEL[head].IN_FEATURES
+        if head == "RPN" and cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals":
+            continue
+        if not set(wanted) <= set(features):
+            raise InputError(
+                f"MODEL.{head}.IN_FEATURES is {wanted}, but MODEL.BACKBONE.NAME {name!r} has "
+                f"{', '.join(features)}: take a backbone with an FPN for features p2 to p7, and one "
+                "without for res2 to res5."
+            )

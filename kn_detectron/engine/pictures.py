@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..data import build_test_loader
+from ..errors import InputError
 from ..layers import kalman_layers
 from ..layers.modes import in_mode
 from .prediction import shown
@@ -77,7 +78,12 @@ def draw_predictions(
         path: of the picture.
         count: number of images.
         min_score: predictions below are left out.
+
+    Raises:
+        InputError: there is no such dataset.
     """
+    if not cfg.DATASETS.TEST:
+        raise InputError("DATASETS.TEST is empty: name the dataset to draw.")
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
     truth = {d["file_name"]: d for d in DatasetCatalog.get(name)}

@@ -201,10 +201,16 @@ def _resnet_of(calls: Sequence[_Call]) -> _Call:
     if any(call.target is KNResNet for call in calls):
         raise InputError("The lazy config has Kalman Normalization already: give it without.")
     resnets = [call for call in calls if call.target is ResNet]
-    if len(resnets) != 1:
+    if not resnets:
+        raise InputError(
+            "The lazy config has no ResNet of detectron2's, which is what with_kalman_norm takes: "
+            "convert another backbone with BatchNorm when it is built (docs/config.md, LazyConfig); "
+            "one with LayerNorm alone, such as ViT, has nothing to convert."
+        )
+    if len(resnets) > 1:
         raise InputError(
             f"The lazy config has {len(resnets)} of detectron2's ResNets, but with_kalman_norm takes "
-            "one: for other networks there is kn_detectron.layers.convert_kalman_norm."
+            "one: give it the model of one of them."
         )
     (resnet,) = resnets
     for call in calls:

@@ -74,6 +74,11 @@ def test_round_trip(tmp_path, kn_log):
     assert " loaded, 0 initialised, 0 not used." in kn_log.text
 
 
+def test_a_new_folder_is_made(tmp_path):
+    KNCheckpointer(_model(), str(tmp_path / "new" / "folder")).save("a")
+    assert (tmp_path / "new" / "folder" / "a.pth").is_file()
+
+
 @pytest.mark.parametrize("part", ["", "backbone", "backbone.res3"])
 def test_compiled_modules_load_what_they_have_saved(tmp_path, part):
     def compiled():

@@ -218,6 +218,24 @@ def test_without_a_name_the_dataset_has_to_be_given(cfg):
     assert build_train_loader(cfg, _draws, _dicts(3)).batch_size == 2
 
 
+@pytest.mark.parametrize("missing", [FileNotFoundError(2, "No such file", "VOC2007"), ImportError])
+def test_files_of_other_datasets_that_are_missing_are_a_sentence(cfg, missing):
+    """Only those in COCO's format are checked before."""
+
+    def load():
+        raise missing
+
+    DatasetCatalog.register("voc_like", load)
+    try:
+        cfg.DATASETS.TRAIN = ("voc_like",)
+        with pytest.raises(InputError, match="^voc_like cannot be loaded .*: put the files there"):
+            build_train_loader(cfg)
+        with pytest.raises(InputError, match="^voc_like cannot be loaded .*DETECTRON2_DATASETS"):
+            build_test_loader(cfg, "voc_like")
+    finally:
+        DatasetCatalog.remove("voc_like")
+
+
 def test_images_without_size_cannot_be_grouped(cfg):
     dicts = _dicts(3)
     del dicts[1]["width"]

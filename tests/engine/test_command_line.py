@@ -84,6 +84,20 @@ def test_ranks_are_refused_by_name_and_before_the_datasets(command, tmp_path, mo
             ["INPUT.RANDOM_FLIP", "diagonal"],
             ["INPUT.RANDOM_FLIP is 'diagonal', but must be 'horiz"],
         ),
+        (["INPUT.MIN_SIZE_TEST", "-5"], ["INPUT.MIN_SIZE_TEST is -5, but must be a size"]),
+        (["MODEL.PIXEL_STD", "[0.0, 1.0, 1.0]"], ["MODEL.PIXEL_STD is .*, but must be positive"]),
+        (["MODEL.PIXEL_MEAN", "[1.0]"], ["MODEL.PIXEL_MEAN is \\[1.0\\] and MODEL.PIXEL_STD is"]),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", "[]"], ["SIZES is \\[\\], but must be one list"]),
+        (
+            ["MODEL.RESNETS.OUT_FEATURES", "['res7']"],
+            ["OUT_FEATURES is \\['res7'\\], but must be some of stem, res2"],
+        ),
+        (
+            ["MODEL.RPN.IN_FEATURES", "['p2']"],
+            [
+                "MODEL.RPN.IN_FEATURES is \\['p2'\\], but .*'build_kn_resnet_backbone' has res4: take"
+            ],
+        ),
         (["MODEL.ANCHOR_GENERATOR.NAME", "Default"], ["'Default', which is not registered"]),
         (["MODEL.PROPOSAL_GENERATOR.NAME", "RPNN"], ["'RPNN', .* \\(is RPN or RRPN meant\\?"]),
         (

@@ -58,7 +58,9 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
     [
         (None, ["does not exist"]),
         ("MODEL: [", ["not valid YAML"]),
-        ("- a list", ["cannot be used"]),
+        ("- a list", ["holds no keys where some are expected"]),
+        ("a sentence", ["holds no keys where some are expected"]),
+        ("# für Köln".encode("latin-1"), ["is not text in UTF-8 .*: save it as that"]),
         ("", ["is empty: give a YAML file"]),
         ("VERSION: 2\nMODEL: {KN: {GAIN: 0}}", ["as in 0.0 for 0"]),
         ("VERSION: 2\nSOLVER: {STEPS: 100}", ['as in "\\(100,\\)" for a single 100']),
@@ -74,7 +76,7 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
 def test_bad_config_file(command, tmp_path, content, patterns):
     path = tmp_path / "bad.yaml"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_one_sentence(command(config=path), re.escape(str(path)), *patterns)
 
 

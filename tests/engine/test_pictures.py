@@ -3,11 +3,19 @@ import json
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
-from kn_detectron.engine.pictures import BrightVisualizer, draw_curves, draw_gains, read_metrics
+from kn_detectron import InputError
+from kn_detectron.engine.pictures import (
+    BrightVisualizer,
+    draw_curves,
+    draw_gains,
+    draw_predictions,
+    read_metrics,
+)
 from kn_detectron.layers import set_gain_scale
 
 from ..models import build_backbone, resnet_cfg
@@ -87,6 +95,11 @@ def test_draw_curves(tmp_path, evaluated):
     right = picture[:, picture.shape[1] // 2 :]
     colourful = (right.max(2).astype(int) - right.min(2) > 50).sum()
     assert (colourful > 50) == evaluated  # points of APs, or an empty plot
+
+
+def test_predictions_need_a_dataset(tmp_path):
+    with pytest.raises(InputError, match="DATASETS.TEST is empty: name the dataset"):
+        draw_predictions(get_cfg(), {}, str(tmp_path / "picture.png"))
 
 
 def test_draw_gains_shows_every_layer(tmp_path):

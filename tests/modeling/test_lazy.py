@@ -471,7 +471,7 @@ def _with_two_resnets():
             lambda: L(nn.Module)(pixel_std=[1.0] * 3),
             {},
             InputError,
-            "has 0 of detectron2's ResNets",
+            "has no ResNet of detectron2's, .*: convert another backbone",
         ),
         (_with_two_resnets, {}, InputError, "has 2 of detectron2's ResNets"),
         (_with_deformable_blocks, {}, InputError, "backbone.stages.block_class is Deform"),

@@ -108,6 +108,7 @@ def test_what_it_refuses(photos, tmp_path, command):
         ((photos, "--min-score", "70"), "--min-score is 70.0: scores are from 0 to 1"),
         ((tmp_path / "empty",), "empty has no images"),
         ((photos, "--config", config), "give --opts MODEL.WEIGHTS FILE"),
+        ((photos, "--config", config, "--opts", "MODEL.WEIGHTS", ""), "give --opts MODEL.WEIGHTS"),
         ((tmp_path / ("long" * 100),), "longlong does not exist"),
         ((photos, "--config", run / "config.yaml"), f"{run} has no checkpoint: give the config"),
         *(

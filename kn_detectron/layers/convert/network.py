@@ -7,7 +7,7 @@ import re
 import weakref
 from collections import OrderedDict
 from types import ModuleType
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import torch
 from torch import fx, nn
@@ -81,8 +81,9 @@ class KalmanNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, chain: Chain, programs: Dict[str, Program]):
         super().__init__()
+        self._graphs = None
         if isinstance(network, fx.GraphModule):  # its attributes include its graph and its code
-            self._original = None
+            self._original, self._graphs = _kind_and_graphs(network)
             self.training = network.training
             for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
                 setattr(self, kind, getattr(network, kind))
@@ -197,16 +198,7 @@ class KalmanNetwork(nn.Module):
         self._norms[name] = norm
 
     def restored(self) -> nn.Module:
-        """A copy of the network as it was before its conversion, with the present weights.
-
-        Raises:
-            InputError: the original was a GraphModule.
-        """
-        if self._original is None:
-            raise InputError(
-                "The network was a torch.fx.GraphModule, which cannot be restored: convert the "
-                "network that it was traced from."
-            )
+        """A copy of the network as it was before its conversion, with the present weights."""
         _renew_filters(self)  # what a training step has made of them cannot be copied
         copied = copy.deepcopy(self)
         for name, norm in copied._norms.items():
@@ -217,14 +209,36 @@ class KalmanNetwork(nn.Module):
             norm.train(layer.training)
             _replace(copied, layer, norm)
         network = self._original.__new__(self._original)
+        if copied._graphs is not None:
+            _put_graphs(network, copied._graphs, self.training)
         network.__dict__.update(copied.__dict__)
-        del network._original, network._programs, network._norms, network._modules[CHAIN]
+        del network._original, network._graphs, network._programs, network._norms
+        del network._modules[CHAIN]
         network._load_state_dict_post_hooks = OrderedDict(
             (key, hook)
             for key, hook in network._load_state_dict_post_hooks.items()
             if hook is not _calibrate_to_what_was_loaded
         )
         return network
+
+
+def _kind_and_graphs(network: fx.GraphModule) -> Tuple[type, Dict[str, Any]]:
+    """The class of a GraphModule, and the attributes that make it compute what it computes.
+
+    torch.fx has a class for each instance, below that of the GraphModule. Some kinds have several
+    graphs, as torchvision's create_feature_extractor has one for each mode.
+    """
+    kept = {name: value for name, value in vars(network).items() if isinstance(value, fx.Graph)}
+    kept["_tracer_cls"] = network._tracer_cls
+    return type(network).__mro__[1], {"training": network.training, **copy.deepcopy(kept)}
+
+
+def _put_graphs(network: fx.GraphModule, graphs: Dict[str, Any], training: bool) -> None:
+    """Has a new GraphModule, without modules yet, compute what another did in a mode."""
+    nn.Module.__init__(network)
+    network.__dict__.update(graphs)
+    network.graph = network._graph
+    network.train(training)  # which may be another graph
 
 
 @torch.no_grad()

@@ -55,7 +55,20 @@ def _recorded(function):
 
 
 class _Proxy(fx.Proxy):
-    """Records operators in place as such."""
+    """Records operators in place as such, and knows that the image has four dimensions."""
+
+    def dim(self):
+        """See :class:`torch.Tensor`."""
+        return 4 if self._is_image else self.tracer.create_proxy("call_method", "dim", (self,), {})
+
+    @property
+    def ndim(self):
+        """See :class:`torch.Tensor`."""
+        return 4 if self._is_image else fx.proxy.Attribute(self, "ndim")
+
+    @property
+    def _is_image(self) -> bool:
+        return self.node is next(iter(self.node.graph.nodes))
 
 
 for _function in IN_PLACE:

@@ -700,10 +700,42 @@ def test_what_cannot_be_folded(original):
             fold_network(network)
     with pytest.raises(InputError, match="no network that convert_kalman_norm made"):
         fold_network(original)
-    traced = convert_kalman_norm(torch.fx.symbolic_trace(original))
-    assert traced.train()(images()).shape and pickle.dumps(traced)
-    with pytest.raises(InputError, match="GraphModule"):
-        fold_network(traced)
+
+
+def extractor(network):
+    return create_feature_extractor(network, {"stem": "a", "last": "b"})
+
+
+@pytest.mark.parametrize("trace", [torch.fx.symbolic_trace, extractor])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
+def test_folding_gives_a_traced_network_back(original, trace, copied):
+    """It has one graph for each mode if the original had, and modes of its modules stay."""
+    traced = trace(original)
+    kind = type(traced).__mro__[1]
+    converted = convert_kalman_norm(traced).train()
+    converted(images())
+    converted = copied(converted).eval()
+    restored, folded = converted.restored(), fold_network(converted)
+    with torch.no_grad():
+        want = converted(images())
+        torch.testing.assert_close(folded(images()), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(restored(images()), want, rtol=1e-4, atol=1e-5)
+    for network in (restored, folded):
+        assert isinstance(network, kind) and not kalman_layers(network)
+        assert list(network.state_dict()) == list(trace(Branchy()).state_dict())
+        again = copied(network).train()
+        reference = trace(Branchy()).train()
+        reference.load_state_dict(network.state_dict())
+        torch.testing.assert_close(again(images()), reference(images()))
+
+
+def test_a_restored_extractor_has_a_graph_for_each_mode():
+    converted = convert_kalman_norm(create_feature_extractor(DropsOut(), {"dropout": "y"})).eval()
+    restored = converted.restored()
+    with torch.no_grad():
+        assert torch.equal(restored(images())["y"], restored(images())["y"])
+        restored.train()  # it drops features at random
+        assert not torch.equal(restored(images())["y"], restored(images())["y"])
 
 
 # What cannot be converted.

@@ -47,6 +47,14 @@ class _Within(nn.Module):
         return self.between(self, x * self.scale)
 
 
+class _Checked(_Two):
+    """Looks at the dimensions of the image, as detectron2's RegNet does."""
+
+    def forward(self, x):
+        assert x.dim() == 4 and x.ndim == 4, "expected (N, C, H, W)"
+        return super().forward(x)
+
+
 def _frozen(network, x):
     with torch.no_grad():
         return x * 2
@@ -239,3 +247,11 @@ def test_another_value_of_an_argument_with_a_default_is_a_sentence():
     converted = convert_kalman_norm(Optional())
     with pytest.raises(InputError, match="both has been specialized.*convert a subclass"):
         converted(_batch(), both=True)
+
+
+def test_the_image_is_known_to_have_four_dimensions():
+    network = trained(_Checked(lambda network, x: x.flatten(x.dim() - 2).reshape(x.shape)))
+    want = network.eval()(images())
+    converted = convert_kalman_norm(network, gain=0.0, learn_gain=False)
+    torch.testing.assert_close(converted.eval()(images()), want)
+    assert converted.train()(images()).shape == want.shape
