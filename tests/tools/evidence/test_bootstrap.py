@@ -14,18 +14,18 @@ NUM_PHOTOS = 12
 def truth():
     generator = np.random.default_rng(0)
     coco = COCO()
-    boxes = generator.uniform(10, 60, (NUM_PHOTOS, 3, 4))
+    boxes = generator.uniform(10, 60, (NUM_PHOTOS, 4, 4))
     coco.dataset = {
         "images": [{"id": i, "width": 200, "height": 200} for i in range(NUM_PHOTOS)],
         "categories": [{"id": 1, "name": "person"}, {"id": 2, "name": "dog"}],
         "annotations": [
             {
-                "id": 1 + 3 * i + j,
+                "id": 1 + 4 * i + j,
                 "image_id": i,
                 "category_id": 1 + j % 2,
                 "bbox": box.tolist(),
                 "area": float(box[2] * box[3]),
-                "iscrowd": 0,
+                "iscrowd": int(j == 3),  # neither it nor what is found in it counts
             }
             for i in range(NUM_PHOTOS)
             for j, box in enumerate(boxes[i])
@@ -104,6 +104,16 @@ def test_the_interval_is_that_of_the_mean_over_the_pairs(truth):
     ends = paired_bootstrap([good], [bad], samples=50)
     assert both["low"] == pytest.approx(ends["low"] / 2)
     assert both["high"] == pytest.approx(ends["high"] / 2)
+
+
+def test_the_interval_leaves_out_a_fortieth_of_the_samples_at_either_end(truth):
+    good, bad = run(truth, 1), run(truth, 8)
+    found = paired_bootstrap([good], [bad], samples=41)
+    generator = np.random.default_rng(0)
+    samples = [generator.integers(0, NUM_PHOTOS, NUM_PHOTOS) for _ in range(41)]
+    drawn = sorted(good.average_precision(s) - bad.average_precision(s) for s in samples)
+    assert (found["low"], found["high"]) == pytest.approx((drawn[1], drawn[-2]))
+    assert found["low"] < found["by_seed"][0] < found["high"]
 
 
 def test_a_run_that_detects_nothing_has_an_average_precision_of_0(truth):

@@ -54,6 +54,14 @@ def test_a_run_that_repeats_the_old_results_leaves_its_differences():
     assert report.added(old, new)["differences"] == [*kept, difference([1, 3], 0.3)]
 
 
+def test_results_that_are_collected_again_are_there_once():
+    data = {
+        "runs": [run("KN", 2, 1, 1.0), run("KN", 2, 2, 2.0)],
+        "differences": [difference([1], 0.1), difference([1, 2], 0.15)],
+    }
+    assert report.added(data, data) == data
+
+
 def test_a_run_that_was_repeated_beside_others_leaves_the_old_one_and_is_kept():
     old = {"runs": [run("BN", 2, 1, 1.0)], "differences": [difference([1], 0.1)]}
     repeat, other = run("BN", 2, 1, 1.5), run("BN", 2, 2, 2.0)
