@@ -1,6 +1,7 @@
 """Checkpoints are whole or not there, and fit or are refused."""
 
 import collections
+import contextlib
 import datetime
 import math
 import os
@@ -347,20 +348,36 @@ def test_killed_write_leaves_the_checkpoint_before(tmp_path):
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 0
 
 
+@contextlib.contextmanager
+def _room_for(size):
+    """As if the disk had no more room in a file than for some bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_full_disk_leaves_the_checkpoint_before(tmp_path):
     checkpointer = KNCheckpointer(torch.nn.Linear(300, 300), str(tmp_path))
     checkpointer.save("model", iteration=0)
     before = (tmp_path / "model.pth").read_bytes()
     torch.nn.init.zeros_(checkpointer.model.weight)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as if there were no more room
-    try:
+    with _room_for(100_000):
         with pytest.raises(InputError, match="model.pth cannot be written .*--resume"):
             checkpointer.save("model", iteration=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model.pth"]
     assert (tmp_path / "model.pth").read_bytes() == before
+
+
+def test_full_disk_leaves_the_name_of_the_checkpoint_before(tmp_path):
+    checkpointer = KNCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    checkpointer.tag_last_checkpoint("first.pth")
+    with _room_for(0), pytest.raises(OSError):
+        checkpointer.tag_last_checkpoint("second.pth")
+    assert os.listdir(tmp_path) == ["last_checkpoint"]
+    assert (tmp_path / "last_checkpoint").read_text() == "first.pth"
 
 
 class _Hook:
@@ -405,6 +422,14 @@ def test_nothing_is_written_without_a_folder_or_permission(tmp_path):
     KNCheckpointer(torch.nn.Linear(2, 2)).save("model")
     KNCheckpointer(torch.nn.Linear(2, 2), str(tmp_path), save_to_disk=False).save("model")
     assert os.listdir(tmp_path) == []
+
+
+def test_partial_files_are_removed_by_the_process_that_writes_alone(tmp_path):
+    (tmp_path / "model.pth.0123abcd.partial").touch()
+    for save_to_disk, left in ((False, 1), (True, 0)):
+        model = torch.nn.Linear(2, 2)
+        KNCheckpointer(model, str(tmp_path), save_to_disk=save_to_disk).remove_partial_files()
+        assert len(os.listdir(tmp_path)) == left
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])

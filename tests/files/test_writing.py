@@ -8,7 +8,12 @@ import stat
 import pytest
 
 from kn_detectron import InputError
-from kn_detectron.files import atomic_write, explained_write_errors, remove_partial_files
+from kn_detectron.files import (
+    atomic_write,
+    explained_write_errors,
+    is_full_disk,
+    remove_partial_files,
+)
 
 
 def test_it_gets_its_name_when_it_is_complete(tmp_path):
@@ -31,6 +36,26 @@ def test_a_write_that_fails_leaves_the_file_before(tmp_path, error):
             file.write(b"half")
             raise error
     assert os.listdir(tmp_path) == ["model.pth"] and path.read_bytes() == b"before"
+
+
+def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A crash of the machine would else leave an empty file under the name."""
+    sync, replace, done = os.fsync, os.replace, []
+
+    def fsync(descriptor):
+        sync(descriptor)
+        status = os.fstat(descriptor)
+        done.append("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes")
+
+    def rename(*paths):
+        replace(*paths)
+        done.append("name")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    with atomic_write(str(tmp_path / "model.pth")) as file:
+        file.write(b"whole")
+    assert done == ["5 bytes", "name", "folder"]
 
 
 @pytest.mark.parametrize("number, refused", [(errno.EINVAL, False), (errno.EIO, True)])
@@ -87,3 +112,10 @@ def test_an_error_without_a_number_is_told_too():
     with pytest.raises(InputError, match=r"a.png cannot be written \(no encoder\): make room."):
         with explained_write_errors("a.png", "make room."):
             raise OSError("no encoder")
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EFBIG", "EROFS"])
+def test_what_a_disk_says_that_takes_no_more(name):
+    number = getattr(errno, name)
+    assert is_full_disk(OSError(number, os.strerror(number)))
+    assert not is_full_disk(OSError(errno.EACCES, os.strerror(errno.EACCES)))
