@@ -109,6 +109,13 @@ def test_clip_is_as_exact_at_its_upper_bound_as_at_its_lower():
     assert got.mean[0, 0] == pytest.approx(6.0 - got.mean[0, 1].item(), abs=1e-6)
 
 
+def test_no_variance_within_bounds_is_larger_than_that_of_both_ends():
+    """Beyond its precision too, where float32 leaves nothing of the difference."""
+    mean = torch.linspace(-1e4, 1e4, 1001)[None]
+    got = clip(Belief(mean, torch.full_like(mean, 1e8)), 0.0, 6.0)
+    assert (got.var >= 0).all() and (got.var <= 9).all()
+
+
 def test_a_step_is_integrated_at_its_place():
     """A sigmoid that is narrow beside the belief is a step, whose mean is the normal cdf."""
     belief = Belief(torch.tensor([[0.3]]).double(), torch.tensor([[1.0]]).double())

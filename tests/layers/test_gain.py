@@ -66,8 +66,9 @@ def test_set_gain_scale_reaches_all_layers_but_heads():
     set_gain_scale(model, 0.5)
     assert model["a"].gain.item() == pytest.approx(0.05)
     assert model["b"].gain.item() == pytest.approx(0.05)
-    with pytest.raises(ValueError, match="between 0 and 1, not 1.5"):
-        set_gain_scale(model, 1.5)
+    for scale in (-0.5, 1.5):
+        with pytest.raises(ValueError, match=f"between 0 and 1, not {scale}"):
+            set_gain_scale(model, scale)
 
 
 class Waits(TorchDispatchMode):

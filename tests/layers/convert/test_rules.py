@@ -346,6 +346,7 @@ ENDS = {
     # As in attention by groups, which become images.
     "its output is no feature": lambda x: x.reshape(x.shape[0] * 2, -1, x.shape[2], x.shape[3]),
     "its output is no": lambda x: x.reshape(-1).view(x.shape),
+    "its output is": lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2),
     "it takes images or positions out of a batch": lambda x: x[:1],
     "there is no rule for bounds": lambda x: x.clamp(max=0.3),
     "there is no rule for a weighted sum": lambda x: torch.add(x, x, alpha=2),
