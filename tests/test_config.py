@@ -38,6 +38,7 @@ def test_adding_again_keeps_what_was_set(cfg):
         ("LEARN_GAIN", 1, "True or False"),
         ("GAIN_ANNEAL", [0.9, 0.6], "the first not above the second"),
         ("GAIN_ANNEAL", [0.6], "two fractions"),
+        ("GAIN_ANNEAL", [-0.1, 0.5], "two fractions of the schedule from 0 to 1"),
         ("GAIN_ANNEAL", [0.6, 90.0], "two fractions of the schedule from 0 to 1"),
         ("PROCESS_MODEL", "yes", "True or False"),
         ("PRIOR_GRADIENT", None, "True or False"),

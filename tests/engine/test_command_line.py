@@ -137,6 +137,14 @@ def test_a_file_that_may_not_be_read_is_a_sentence(capsys):
         run(about_no_file)
 
 
+def test_an_interrupt_ends_a_command_as_shells_expect(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert run(interrupted) == 130
+    assert capsys.readouterr().err == "error: interrupted.\n"
+
+
 def test_broken_dataset_is_found_before_the_model_is_built(command, tmp_path, datasets):
     shutil.copytree(datasets, tmp_path / "datasets")
     with tiny.shapes(tmp_path / "datasets"):

@@ -241,6 +241,17 @@ def test_kalman_statistics_leave_nothing_behind_and_change_nothing():
     assert heard.model.body.observer is None
 
 
+def test_kalman_statistics_stop_listening_when_a_step_fails():
+    def fail(_):
+        assert loop.model.body.observer is not None
+        raise FloatingPointError
+
+    loop = Loop(KalmanStatistics(period=1), in_step=fail)
+    with pytest.raises(FloatingPointError):
+        loop.train(0, 3)
+    assert loop.model.body.observer is None
+
+
 def test_kalman_statistics_do_without_regions():
     storage = _Storage()
     prior = Belief(torch.zeros(1, CHANNELS), torch.ones(1, CHANNELS))

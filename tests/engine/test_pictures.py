@@ -19,6 +19,7 @@ from kn_detectron.engine.pictures import (
 from kn_detectron.layers import set_gain_scale
 
 from ..models import build_backbone, resnet_cfg
+from .loop import TwoNorms
 
 
 def write_metrics(folder, entries):
@@ -110,6 +111,18 @@ def test_draw_gains_shows_every_layer(tmp_path):
     draw_gains(str(tmp_path), backbone, str(tmp_path / "b.png"))
     a, b = drawn(tmp_path / "a.png"), drawn(tmp_path / "b.png")
     assert a.shape != b.shape or (a != b).any()
+
+
+def test_draw_gains_draws_the_innovations_of_means_above_those_of_variances(tmp_path):
+    rows = []
+    for kind in ("mean", "logvar"):
+        name = f"kn/innovation_{kind}/body"
+        write_metrics(tmp_path, [{"iteration": 0, name: 0.5}])
+        draw_gains(str(tmp_path), TwoNorms(), str(tmp_path / "gains.png"))
+        orange = (drawn(tmp_path / "gains.png") == (255, 127, 14)).all(2)
+        rows.append(np.flatnonzero(orange.any(1)))
+    of_means, of_variances = rows
+    assert of_means.max() < of_variances.min()
 
 
 def test_draw_gains_draws_the_gain_in_effect(tmp_path):
