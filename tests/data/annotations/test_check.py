@@ -314,6 +314,14 @@ REFUSED = {
         of_object(2, category_id=3),
         r"category_id 3, .* entry 2 .*\(id 3\)",
     ),
+    "category_id may be either of two": (
+        lambda content: [
+            content["categories"][0].update(id="7"),
+            content["categories"][1].update(id="007"),
+            of_all("annotations", lambda entry: entry.update(category_id=7))(content),
+        ],
+        "category_id 7, which is none of its categories, in entry 0",
+    ),
     "category_id is a bool": (of_object(2, category_id=True), "category_id True"),
     "category_id is a list": (of_object(2, category_id=[1]), r"category_id \[1\]"),
     "iscrowd is 2": (of_object(0, iscrowd=2), "iscrowd 2 in entry 0 of annotations"),
@@ -328,12 +336,17 @@ REFUSED = {
         "bbox .* in entry 0",
     ),
     "bbox is far away": (of_object(0, bbox=[1e8, 0, 5, 5]), "far outside its image of 40 x 30"),
-    "bbox is too large": (of_object(0, bbox=[0, 0, 1e8, 5]), "far outside its image"),
+    "bbox is far to the left": (of_object(0, bbox=[-1e8, 0, 5, 5]), "far outside its image"),
+    "bbox is far above": (of_object(0, bbox=[0, -1e8, 5, 5]), "far outside its image"),
+    "bbox is far below": (of_object(0, bbox=[0, 1e8, 5, 5]), "far outside its image"),
+    "bbox is too wide": (of_object(0, bbox=[0, 0, 1e8, 5]), "far outside its image"),
+    "bbox is too high": (of_object(0, bbox=[0, 0, 5, 1e8]), "far outside its image"),
     "a coordinate is NaN": (
         of_object(0, segmentation=[[4, 5, nan, 5, 16, 15]]),
         "coordinate that is not a number or lies far outside the image in entry 0",
     ),
     "a coordinate is 1e8": (of_object(2, segmentation=[[4, 5, 1e8, 5, 16, 15]]), "in entry 2"),
+    "a coordinate is -1e8": (of_object(2, segmentation=[[4, 5, 9, -1e8, 16, 15]]), "in entry 2"),
     "a coordinate is null": (
         of_object(2, segmentation=[[4, 5, None, 5, 16, 15]]),
         "coordinate that is not a number in entry 2",
@@ -477,10 +490,18 @@ def test_text_ids_of_images_stay_what_they_are(tiny, tmp_path, kn_log):
     assert score_of_truth("tiny") == pytest.approx((100, 100))
 
 
-def test_boxes_without_area_are_counted(tiny, tmp_path, kn_log):
+@pytest.mark.parametrize(
+    "box",
+    [
+        *([4, 5, 0, 10], [4, 5, 12, 0]),
+        *([-8, 5, 8, 10], [WIDTH, 5, 8, 10], [4, -10, 8, 10], [4, HEIGHT, 8, 10]),
+    ],
+    ids=str,
+)
+def test_boxes_without_area_are_counted(tiny, tmp_path, kn_log, box):
     content = sound_content()
-    of_object(0, bbox=[4, 5, 0, 10])(content)
-    of_object(2, bbox=[50, 5, 8, 10])(content)
+    of_object(0, bbox=box)(content)
+    of_object(2, bbox=box)(content)
     tiny.write(content)
     assert check_dataset("tiny", tmp_path / "run").num_objects == 2
     assert "no area within its image, and its object is not learned, in 2" in kn_log.text
