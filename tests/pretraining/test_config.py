@@ -15,6 +15,7 @@ from .conftest import config
 def test_detector_decides_on_architecture_norm_and_pixels():
     detection = model_zoo.get_config("shapes/mask_rcnn_slim_R50_FPN_KN.yaml")
     detection.INPUT.FORMAT = "RGB"
+    detection.SOLVER.AMP.ENABLED = detection.CUDNN_BENCHMARK = True
     detection.MODEL.KN.VARIANT = "paper"
     cfg = classification_config(detection, data="d", num_classes=7, num_images=999, batch_size=9)
     assert cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
@@ -23,6 +24,7 @@ def test_detector_decides_on_architecture_norm_and_pixels():
     assert cfg.MODEL.RESNETS.NORM == cfg.PRETRAINING.NORM == "KN"
     assert cfg.MODEL.KN.VARIANT == "paper"
     assert cfg.INPUT.FORMAT == "RGB"
+    assert cfg.SOLVER.AMP.ENABLED and cfg.CUDNN_BENCHMARK
     assert cfg.MODEL.PIXEL_STD == detection.MODEL.PIXEL_STD
     assert (cfg.MODEL.DEVICE, cfg.SEED, cfg.DATALOADER.NUM_WORKERS) == ("cpu", 1, 1)
     assert (cfg.PRETRAINING.NUM_CLASSES, cfg.PRETRAINING.NUM_IMAGES) == (7, 999)
@@ -50,12 +52,17 @@ def test_imagenet_schedule():
     assert solver.WARMUP_ITERS == pytest.approx(5 * epoch, abs=1)
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MOMENTUM) == (256, 0.1, 0.9)
     assert solver.WEIGHT_DECAY == 1e-4
+    assert solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
     assert cfg.TEST.EVAL_PERIOD == pytest.approx(10 * epoch, abs=1)
 
 
 def test_learning_rate_follows_the_batch_size_unless_it_is_given():
     assert config("d", batch_size=8).SOLVER.BASE_LR == pytest.approx(0.1 / 32)
     assert config("d", batch_size=8, lr=0.7).SOLVER.BASE_LR == 0.7
+
+
+def test_the_weight_decay_is_the_one_that_is_given():
+    assert config("d", weight_decay=0.3).SOLVER.WEIGHT_DECAY == 0.3
 
 
 def test_short_schedules_evaluate_once_per_epoch():

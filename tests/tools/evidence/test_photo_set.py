@@ -19,10 +19,10 @@ def annotation(image, box, **changes):
 
 @pytest.fixture
 def content():
-    """Five photographs, of which only the first is fit for a set."""
+    """Seven photographs, of which only the first is fit for a set."""
     images = [
         {"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480, "license": 4}
-        for i in range(1, 6)
+        for i in range(1, 8)
     ]
     for image in images:
         image["flickr_url"] = f"http://farm1.staticflickr.com/1/{100 + image['id']}_ab_z.jpg"
@@ -34,6 +34,8 @@ def content():
         annotation(3, [100, 50, 20, 40]),  # small
         annotation(4, [0, 50, 100, 430]),  # cut off by two edges
         annotation(5, [100, 50, 100, 300], iscrowd=1),
+        annotation(6, [100, 50, 300, 100]),  # wide
+        *(annotation(7, [10 + 100 * i, 50, 50, 300], id=7 + i) for i in range(5)),  # too many
     ]
     categories = [{"id": 1, "name": "person"}]
     return dict(images=images, annotations=annotations, categories=categories, licenses=LICENSES)
@@ -85,8 +87,8 @@ def test_the_rest_has_all_others(content, tmp_path, monkeypatch):
         json.loads((rest / "annotations" / f"instances_{split}.json").read_text())
         for split in ("train", "val")
     )
-    assert [image["id"] for image in train["images"]] == [2, 3, 4, 5]
-    assert [a["image_id"] for a in train["annotations"]] == [2, 3, 4, 5]
+    assert [image["id"] for image in train["images"]] == [2, 3, 4, 5, 6, 7]
+    assert [a["image_id"] for a in train["annotations"]] == [2, 3, 4, 5, 6, *[7] * 5]
     assert val == content
     for split in ("train", "val"):
         assert (rest / split).samefile(folder / split)

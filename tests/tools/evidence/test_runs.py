@@ -148,9 +148,11 @@ def test_another_number_of_images_sees_as_many():
     cfg = get_cfg()
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR = 2, 0.01
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 100, (60, 80)
+    cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.CHECKPOINT_PERIOD = 10, 50
     cfg.merge_from_list(list(solver_options(cfg, 1)))
     assert cfg.SOLVER.IMS_PER_BATCH == 1 and cfg.SOLVER.BASE_LR == 0.005
     assert cfg.SOLVER.MAX_ITER == 200 and tuple(cfg.SOLVER.STEPS) == (120, 160)
+    assert cfg.SOLVER.WARMUP_ITERS == 20 and cfg.SOLVER.CHECKPOINT_PERIOD == 100
 
 
 def test_what_is_done_is_not_done_again(tmp_path, capsys):
