@@ -33,7 +33,7 @@ def test_without_gpu_the_default_device_is_replaced_but_a_wish_is_refused(tmp_pa
     arguments = ["--config", str(path), "OUTPUT_DIR", str(tmp_path / "run")]
     cfg = load_config(argument_parser().parse_args(arguments))
     assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
-    with pytest.raises(Exception, match="MODEL.DEVICE cuda asks for a GPU"):
+    with pytest.raises(InputError, match="MODEL.DEVICE cuda asks for a GPU"):
         load_config(argument_parser().parse_args([*arguments, "MODEL.DEVICE", "cuda"]))
 
 

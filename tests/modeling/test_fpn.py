@@ -172,7 +172,7 @@ def test_parts_in_evaluation():
     for name, value in want.items():
         torch.testing.assert_close(got[name], value)
     fpn.bottom_up.eval()
-    with pytest.raises(InputError, match="if only bottom_up is in evaluation mode, call train()"):
+    with pytest.raises(InputError, match=r"only bottom_up is in evaluation mode, call train\(\)"):
         fpn(images())
 
 

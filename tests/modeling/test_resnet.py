@@ -265,7 +265,7 @@ def test_all_norms_in_evaluation():
 def test_a_part_in_training_behind_a_backbone_in_evaluation():
     backbone = build_backbone(resnet_cfg("KN")).eval()
     backbone.res4.train()
-    with pytest.raises(InputError, match="the backbone, .* is in evaluation mode .* call train()"):
+    with pytest.raises(InputError, match=r"the backbone, .* in evaluation mode .* call train\(\)"):
         backbone(images())
 
 
