@@ -38,6 +38,17 @@ def test_it_converts_and_says_what_became_of_the_tensors(tmp_path, resnet, comma
         assert "num_batches" in name or torch.equal(state[name], value), name
 
 
+def test_half_the_size_for_the_priors_of_the_paper(tmp_path, resnet, command):
+    source, target = formats.write(tmp_path, formats.msra(resnet), "R-50.pkl"), tmp_path / "kn.pth"
+    status, _, err = command("convert_weights", source, target, "--variant", "paper", "--half")
+    assert status == 0, err
+    state = torch.load(target, weights_only=True)["model"]
+    leaves = {name.rpartition(".")[2] for name in state}
+    assert "process_noise" in leaves and not leaves & {"mean_offset", "log_var_scale"}
+    for name, tensor in state.items():
+        assert (tensor.dtype == torch.float16) == (tensor.dim() > 1), name
+
+
 class _Harmful:
     def __init__(self, path):
         self.path = path

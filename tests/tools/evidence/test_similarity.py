@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from evidence import similarity
+from evidence.classifiers import build_classifier, training_images
 
 from ...pretraining.conftest import config, folder, write_images  # noqa: F401
 from .test_runs import call
@@ -28,5 +29,11 @@ def test_the_network_of_a_run_is_measured(tmp_path, monkeypatch, folder, capsys)
     for output in ("one.json", "two.json"):
         call(monkeypatch, similarity, tmp_path / "run", "--output", tmp_path / output)
     (value,) = json.loads((tmp_path / "one.json").read_text()).values()
-    assert -1 < value < 1 and f"run: {value:.3f}" in capsys.readouterr().out
+    assert f"run: {value:.3f}" in capsys.readouterr().out
+    cfg, model = build_classifier(tmp_path / "run")
+    with torch.no_grad():
+        features = model.backbone(next(training_images(cfg, model)))["res5"]
+    units = torch.nn.functional.normalize(features.mean((2, 3)), dim=1)
+    pairs = (units @ units.T)[~torch.eye(len(units), dtype=torch.bool)]
+    assert len(units) == 8 and value == pytest.approx(pairs.mean().item(), abs=1e-3)
     assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
