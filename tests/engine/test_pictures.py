@@ -19,6 +19,7 @@ from kn_detectron.engine.pictures import (
 from kn_detectron.layers import set_gain_scale
 
 from ..models import build_backbone, resnet_cfg
+from . import tiny
 from .loop import TwoNorms
 
 
@@ -83,6 +84,28 @@ def test_an_object_has_one_bright_colour_in_truth_and_predictions():
         np.testing.assert_array_equal(other, edges[0])
     found = found[found.scores > 1]  # none
     BrightVisualizer(image, metadata).draw_instance_predictions(found)
+
+
+class Detector(torch.nn.Module):
+    """Finds two objects in every image."""
+
+    def forward(self, inputs):
+        corners = torch.tensor([[10.0, 10.0, 20.0, 20.0], [30.0, 30.0, 40.0, 40.0]])
+        found = Instances((64, 64), pred_boxes=Boxes(corners), scores=torch.tensor([0.2, 0.6]))
+        found.pred_classes = torch.tensor([0, 0])
+        return [{"instances": found}]
+
+
+def test_draw_predictions_draws_so_many_images_and_what_is_certain_enough(datasets, tmp_path):
+    def picture(count, min_score):
+        path = str(tmp_path / "predictions.png")
+        draw_predictions(tiny.config(tmp_path), {"model": Detector()}, path, count, min_score)
+        return drawn(path)
+
+    both, certain, of_two = picture(1, 0.1), picture(1, 0.5), picture(2, 0.5)
+    changed = (both != certain).any(2)
+    assert changed.any() and not changed[:, : changed.shape[1] // 2].any()  # the ground truth
+    assert len(of_two) > 1.5 * len(certain)
 
 
 @pytest.mark.parametrize("evaluated", [True, False])

@@ -105,6 +105,20 @@ def test_signal_during_evaluation_stops_it_and_saves(datasets, tmp_path):
     assert not (tmp_path / "inference" / "results.json").exists()
 
 
+def test_signal_behind_an_evaluation_finishes_its_step_again(tmp_path):
+    stop = StopOnSignal()
+
+    def in_step(iteration):
+        with stop.at_once():
+            pass
+        _send(signal.SIGTERM, at=1)(iteration)
+
+    loop = Loop(stop, folder=tmp_path, in_step=in_step)
+    with pytest.raises(Stopped):
+        loop.train(0, 9)
+    assert loop.steps == [0, 1] and (tmp_path / "model_1.pth").is_file()
+
+
 def test_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(datasets, tmp_path):
     trainer, _ = tiny.trainer(tiny.config(tmp_path, "SOLVER.MAX_ITER", 1))
     trainer.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
