@@ -90,9 +90,9 @@ def prepare_detectron2():
     stand_ins = {}
     if not _has_extension(spec):
         _define_operators(root)
-    # Newer layers import the extension inside a try.
-    if not _has_extension(spec) and _uses(root, _COMPILED_LAYERS, r"^from detectron2 import _C$"):
-        stand_ins.update(_extension_stand_ins())
+        # Newer layers import the extension inside a try.
+        if _uses(root, _COMPILED_LAYERS, r"^from detectron2 import _C$"):
+            stand_ins.update(_extension_stand_ins())
     if find_spec("pkg_resources") is None and _uses(
         root, ["model_zoo/model_zoo.py"], "^import pkg_resources$"
     ):

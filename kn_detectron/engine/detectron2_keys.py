@@ -119,7 +119,7 @@ def check_detectron2_keys(cfg):
 def _check_features(cfg):
     """Checks that detectron2's heads take features that a ResNet, with an FPN or without, has."""
     out = list(cfg.MODEL.RESNETS.OUT_FEATURES)
-    children = ("stem", "res2", "res3", "res4", "res5", "linear")
+    parts = ("stem", "res2", "res3", "res4", "res5")
     levels = [name.replace("res", "p") for name in cfg.MODEL.FPN.IN_FEATURES]
     by_backbone = {
         "resnet_backbone": out,
@@ -130,9 +130,9 @@ def _check_features(cfg):
     features = by_backbone.get(name.removeprefix("build_").removeprefix("kn_"))
     if features is None:
         return
-    if not out or not set(out) <= set(children):
+    if not out or not set(out) <= set(parts):
         raise InputError(
-            f"MODEL.RESNETS.OUT_FEATURES is {out}, but must be some of {', '.join(children[:-1])}."
+            f"MODEL.RESNETS.OUT_FEATURES is {out}, but must be some of {', '.join(parts)}."
         )
     for head in _HEADS.get(cfg.MODEL.META_ARCHITECTURE, ()):
         wanted = cfg.MODEL[head].IN_FEATURES

@@ -6,7 +6,37 @@ from typing import Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 from . import arms
 
-__all__ = ["FILES", "Lead", "by_comparison", "interval_over_seeds", "kn_leads"]
+__all__ = ["COMPARED", "FILES", "Lead", "by_comparison", "interval_over_seeds", "kn_leads"]
+
+# The differences that docs/evidence/ reports: (ours, theirs).
+COMPARED = (
+    ("KN", "BN_frozen"),
+    ("KN", "BN_affine"),
+    ("KN", "BN"),
+    ("KN", "KN_gain0"),
+    ("KN_gain0", "BN_frozen"),
+    ("KN_gain0", "BN_affine"),
+    ("KN_gain0", "BN"),
+    ("KN_gain0", "GN"),
+    ("GN", "BN_frozen"),
+    ("BN_affine", "BN_frozen"),
+    *((part, "KN_gain0") for part in arms.PARTS),
+    ("R50_KN", "R50_BN_frozen"),
+    ("R50_KN", "R50_BN_affine"),
+    ("R50_KN", "R50_BN"),
+    ("R50_KN", "R50_KN_gain0"),
+    ("R50_KN_gain0", "R50_BN_frozen"),
+    ("R50_KN_gain0", "R50_BN_affine"),
+    ("R50_KN_gain0", "R50_BN"),
+    ("R50_KN_gain0", "R50_GN"),
+    ("R50_KN_gain0", "R50_GKN"),
+    ("R50_KN_gain0", "R50_KN_from_BN"),
+    ("R50_KN_from_BN", "R50_BN_frozen"),
+    ("R50_GN", "R50_BN_frozen"),
+    ("R50_BN_affine", "R50_BN_frozen"),
+    ("R50_GKN", "R50_BN_frozen"),
+    ("R50_GKN", "R50_GN"),
+)
 
 # The files with runs of KN at gain 0 beside others, and what these runs start from.
 FILES = {
@@ -33,7 +63,8 @@ def by_comparison(differences: Sequence[Dict]) -> Dict[Tuple, Dict[str, Dict[int
     Returns:
         dict: by (ours, theirs, images, learning rate of ours, of theirs) and then by task, the
         difference for each seed. A seed that was compared twice has that of the entry with the
-        most seeds.
+        most seeds. The most images come first, then the pairs as :data:`COMPARED` has them, then
+        the lowest rates.
     """
     found: Dict[Tuple, Dict[str, Dict[int, float]]] = {}
     for entry in sorted(differences, key=lambda d: -len(d["seeds"])):
@@ -41,9 +72,14 @@ def by_comparison(differences: Sequence[Dict]) -> Dict[Tuple, Dict[str, Dict[int
         seeds = found.setdefault(comparison, {}).setdefault(entry["task"], {})
         for seed, value in zip(entry["seeds"], entry["by_seed"]):
             seeds.setdefault(seed, value)
+
+    def place(comparison):
+        ours, theirs, images, *rates = comparison
+        return -images, COMPARED.index((ours, theirs)), rates
+
     return {
-        comparison: {task: dict(sorted(seeds.items())) for task, seeds in tasks.items()}
-        for comparison, tasks in found.items()
+        comparison: {task: dict(sorted(seeds.items())) for task, seeds in found[comparison].items()}
+        for comparison in sorted(found, key=place)
     }
 
 
@@ -85,24 +121,13 @@ def kn_leads(files: Iterable[Dict]) -> List[Lead]:
     Args:
         files: the contents of :data:`FILES`, in that order.
     """
-
-    def place(comparison):
-        _, theirs, images, *rates = comparison
-        return -images, _OTHERS.index(theirs.removeprefix("R50_")), rates
-
     leads = []
     for network, data in zip(FILES.values(), files):
         steps = {(run["arm"], run["images"]): run["steps"] for run in data["runs"]}
-        found = {
-            comparison: by_seed
-            for comparison, by_seed in by_comparison(data["differences"]).items()
-            if comparison[0].removeprefix("R50_") == "KN_gain0"
-            and comparison[1].removeprefix("R50_") in _OTHERS
-        }
-        for comparison in sorted(found, key=place):
+        for comparison, by_seed in by_comparison(data["differences"]).items():
             ours, theirs, images, *rates = comparison
-            against, rates = arms.ARMS[theirs].label, " / ".join(map(str, rates))
-            leads.append(
-                Lead(network, steps[ours, images], images, against, rates, found[comparison])
-            )
+            pair = ours.removeprefix("R50_"), theirs.removeprefix("R50_")
+            if pair[0] == "KN_gain0" and pair[1] in _OTHERS:
+                against, rates = arms.ARMS[theirs].label, " / ".join(map(str, rates))
+                leads.append(Lead(network, steps[ours, images], images, against, rates, by_seed))
     return leads

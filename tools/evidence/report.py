@@ -129,7 +129,7 @@ def collect_detection(folder: Path, truth_file: str, samples: int = 1000) -> Dic
             for pair in itertools.product(sorted(matched), repeat=2):
                 (ours, our_rate), (theirs, their_rate) = pair
                 seeds = sorted(set(matched[pair[0]]) & set(matched[pair[1]]))
-                if (ours, theirs) not in tables.COMPARED or not seeds:
+                if (ours, theirs) not in leads.COMPARED or not seeds:
                     continue
                 pair = ([matched[setting][seed] for seed in seeds] for setting in pair)
                 difference = paired_bootstrap(*pair, samples=samples)

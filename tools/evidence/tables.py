@@ -11,10 +11,9 @@ from tabulate import tabulate
 from kn_detectron.model_zoo import get_config, released_weights
 
 from . import arms, classification
-from .leads import by_comparison, interval_over_seeds, kn_leads
+from .leads import COMPARED, by_comparison, interval_over_seeds, kn_leads
 
 __all__ = [
-    "COMPARED",
     "TASKS",
     "against_paper_table",
     "by_setting",
@@ -32,36 +31,6 @@ __all__ = [
 ]
 
 TASKS = {"bbox": "box", "segm": "mask"}
-# The differences that docs/evidence/ reports: (ours, theirs).
-COMPARED = (
-    ("KN", "BN_frozen"),
-    ("KN", "BN_affine"),
-    ("KN", "BN"),
-    ("KN", "KN_gain0"),
-    ("KN_gain0", "BN_frozen"),
-    ("KN_gain0", "BN_affine"),
-    ("KN_gain0", "BN"),
-    ("KN_gain0", "GN"),
-    ("GN", "BN_frozen"),
-    ("BN_affine", "BN_frozen"),
-    *((part, "KN_gain0") for part in arms.PARTS),
-    ("R50_KN", "R50_BN_frozen"),
-    ("R50_KN", "R50_BN_affine"),
-    ("R50_KN", "R50_BN"),
-    ("R50_KN", "R50_KN_gain0"),
-    ("R50_KN_gain0", "R50_BN_frozen"),
-    ("R50_KN_gain0", "R50_BN_affine"),
-    ("R50_KN_gain0", "R50_BN"),
-    ("R50_KN_gain0", "R50_GN"),
-    ("R50_KN_gain0", "R50_GKN"),
-    ("R50_KN_gain0", "R50_KN_from_BN"),
-    ("R50_KN_from_BN", "R50_BN_frozen"),
-    ("R50_GN", "R50_BN_frozen"),
-    ("R50_BN_affine", "R50_BN_frozen"),
-    ("R50_GKN", "R50_BN_frozen"),
-    ("R50_GKN", "R50_GN"),
-)
-
 # The paper's top-1 on CIFAR-10 (Tables 7 and 8), by arm.
 PAPER_NETWORKS = ("Inception, 2", "Inception, 128", "ResNet-32, 2", "ResNet-110, 128")
 PAPER = {
@@ -187,20 +156,13 @@ def _with_interval(centre: float, low: float, high: float) -> str:
 
 def _seed_rows(data: Dict, images: int) -> List[List]:
     """The comparisons of two seeds or more."""
-    found = by_comparison(data["differences"])
     rows = []
-    for comparison in sorted(found, key=_place):
-        seeds = found[comparison]["bbox"]
+    for comparison, by_task in by_comparison(data["differences"]).items():
+        seeds = by_task["bbox"]
         if comparison[2] == images and len(seeds) > 1:
-            cells = [cell for task in TASKS for cell in _seed_cells(found[comparison][task])]
+            cells = [cell for task in TASKS for cell in _seed_cells(by_task[task])]
             rows.append([_comparison(data, *comparison), ", ".join(map(str, seeds)), *cells])
     return rows
-
-
-def _place(comparison: Tuple) -> Tuple:
-    """Sorts what :func:`by_comparison` has as the tables do, the most images first."""
-    pair, (images, *rates) = comparison[:2], comparison[2:]
-    return -images, COMPARED.index(pair), rates
 
 
 def _seed_cells(by_seed: Dict[int, float]) -> Tuple[str, str]:
