@@ -62,12 +62,14 @@ def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
         float: the largest change that the process model makes, of a mean in standard deviations or
         of a log variance.
     """
-    mean, var = (v[0].to(layer.running_var.dtype) for v in prior)
+    mean, var = (v[0] for v in prior)
+    # In the dtype of the prior: the smallest number of half precision is larger than many variances.
+    running_mean, running_var = (v.to(var.dtype) for v in (layer.running_mean, layer.running_var))
     tiny = torch.finfo(var.dtype).tiny
-    difference = layer.running_mean - mean
+    difference = running_mean - mean
     offset = difference / var.clamp_min(tiny).sqrt()
-    log_scale = layer.running_var.clamp_min(tiny).log() - var.clamp_min(tiny).log()
-    dead = torch.maximum(layer.running_var, var) <= _NEGLIGIBLE * layer.eps
+    log_scale = running_var.clamp_min(tiny).log() - var.clamp_min(tiny).log()
+    dead = torch.maximum(running_var, var) <= _NEGLIGIBLE * layer.eps
     log_scale.masked_fill_(dead, 0.0)
     dead &= difference.abs() <= _NEGLIGIBLE * math.sqrt(layer.eps)
     offset.masked_fill_(dead, 0.0)

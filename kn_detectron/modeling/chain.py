@@ -7,9 +7,8 @@ return tensors, as detectron2's do.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Union
 
-import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -110,11 +109,6 @@ def value_of(x: Union[Tensor, Feature]) -> Tensor:
     return x.value if isinstance(x, Feature) else x
 
 
-def normalized_image_std(cfg: CfgNode) -> Tensor:
-    """The standard deviation of the training images behind pixel normalisation, shape (3,)."""
-    return torch.tensor(cfg.MODEL.KN.IMAGE_STD) / torch.tensor(cfg.MODEL.PIXEL_STD)
-
-
 # For torch.export, which refuses outputs of an unknown type.
 register_pytree_node(
     Features,
@@ -124,6 +118,11 @@ register_pytree_node(
     to_dumpable_context=lambda context: "",
     from_dumpable_context=lambda text: None,
 )
+
+
+def normalized_image_std(image_std: Sequence[float], pixel_std: Sequence[float]) -> List[float]:
+    """The standard deviation of the training images behind pixel normalisation, per channel."""
+    return [float(image / pixel) for image, pixel in zip(image_std, pixel_std)]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch import nn
 from ..config import IMAGE_STD
 from ..errors import InputError
 from ..layers.transition import Transition
-from .chain import ChainConfig, build_norm
+from .chain import ChainConfig, build_norm, normalized_image_std
 from .fpn import KNFPN
 from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
 from .resnet import KNBasicBlock, KNBasicStem, KNBottleneckBlock, KNResNet
@@ -155,7 +155,7 @@ def with_kalman_norm(
             dots = "." * (len(call.path) + 1)
             chain = "${" + dots + ".".join(map(str, (*resnet.path, "chain"))) + "}"
             _rewrite(call, has_norm, chain)
-        resnet.node.image_std = [float(i / p) for i, p in zip(image_std, model.pixel_std)]
+        resnet.node.image_std = normalized_image_std(image_std, model.pixel_std)
         # By name, since OmegaConf takes a dataclass for a schema of its own.
         chain = LazyCall(f"{ChainConfig.__module__}.{ChainConfig.__name__}")(**settings)
         resnet.node.chain = chain

@@ -184,11 +184,11 @@ def convert_network(
     See :func:`~kn_detectron.layers.convert_kalman_norm` for its arguments and errors.
     """
     chain = ChainConfig.from_config(cfg)
-    image_std = normalized_image_std(cfg)
+    image_std = normalized_image_std(cfg.MODEL.KN.IMAGE_STD, cfg.MODEL.PIXEL_STD)
     return convert_kalman_norm(
         network,
         image_mean=[0.0] * len(image_std),
-        image_std=image_std.tolist(),
+        image_std=image_std,
         eval_statistics=chain.eval_statistics,
         transition=chain.transition,
         return_beliefs=return_beliefs,

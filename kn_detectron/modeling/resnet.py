@@ -16,9 +16,8 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor
 
 from ..errors import InputError
-from ..layers import Belief
 from ..layers.belief import max_pool2d
-from ..layers.passes import statistics_dtype
+from ..layers.image import ImageBelief
 from .chain import (
     ChainConfig,
     ChainConv2d,
@@ -117,9 +116,8 @@ class KNResNet(ResNet):
     def __init__(self, stem, stages, *, image_std: Sequence[float], chain: ChainConfig, **kwargs):
         super().__init__(stem, stages, **kwargs)
         self.chain = chain
-        # It belongs to the config and not to the weights, so it is not in the checkpoint.
-        image_var = torch.tensor([float(std) for std in image_std]).square()
-        self.register_buffer("image_var", image_var, persistent=False)
+        # Pixel normalisation takes the mean away.
+        self.image = ImageBelief([0.0] * len(image_std), image_std)
 
     def forward(self, x: Tensor) -> Features:
         """
@@ -134,9 +132,7 @@ class KNResNet(ResNet):
         if not (self.training or self.chain.predicts_in_evaluation):
             return Features(super().forward(x))
         transition = self.chain.transition
-        image_var = self.image_var[None]
-        image_var = image_var.to(statistics_dtype(image_var))
-        feature = started(Feature(x, Belief(torch.zeros_like(image_var), image_var)), transition)
+        feature = started(Feature(x, self.image.belief()), transition)
         outputs = Features()
         for name in ("stem", *self.stage_names):
             feature = getattr(self, name)(feature)
@@ -247,7 +243,7 @@ def build_kn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> KNResNet:
     return KNResNet(
         stem,
         stages,
-        image_std=normalized_image_std(cfg),
+        image_std=normalized_image_std(cfg.MODEL.KN.IMAGE_STD, cfg.MODEL.PIXEL_STD),
         chain=chain,
         out_features=resnets.OUT_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,

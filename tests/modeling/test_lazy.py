@@ -225,7 +225,7 @@ def test_the_settings_are_those_of_a_yaml_config():
     lazy = built(with_kalman_norm(c4(), gain=0.3, variant="paper", num_groups=4))
     cfg = rcnn_cfg("KN", MODEL__KN__GAIN=0.3, MODEL__KN__VARIANT="paper")
     yaml = build_rcnn(cfg)
-    assert torch.equal(lazy.backbone.image_var, yaml.backbone.image_var)
+    assert torch.equal(lazy.backbone.image.belief().var, yaml.backbone.image.belief().var)
     assert repr(lazy.backbone.chain) == repr(yaml.backbone.chain)
     assert lazy.backbone.stem.conv1.norm.is_head  # as the paper's variant has it
 

@@ -176,7 +176,7 @@ def test_classification_network():
         backbone.stem,
         [list(stage) for stage in backbone.stages],
         num_classes=10,
-        image_std=backbone.image_var.sqrt(),
+        image_std=[1.0, 1.0, 1.0],
         chain=backbone.chain,
     )
     assert set(net(images())) == {"linear"} and net.eval()(images())["linear"].shape == (2, 10)
@@ -397,8 +397,7 @@ def test_config_reaches_the_layers():
         MODEL__PIXEL_STD=[1.0, 2.0, 5.0],
     )
     backbone = build_backbone(cfg)
-    assert torch.equal(backbone.image_var, torch.tensor([100.0, 100.0, 36.0]))
-    assert "image_var" not in backbone.state_dict()
+    assert torch.equal(backbone.image.belief().var, torch.tensor([[100.0, 100.0, 36.0]]))
     for layer in kalman_layers(backbone).values():
         assert layer.gain.item() == pytest.approx(0.25)
         assert not layer.has_process_model and not layer.prior_gradient
@@ -450,7 +449,7 @@ def test_what_it_refuses(options, sentence):
 
 def test_it_is_a_detectron2_resnet():
     backbone = build_backbone(resnet_cfg("KN"))
-    assert isinstance(backbone, ResNet) and backbone.image_var.shape == (3,)
+    assert isinstance(backbone, ResNet) and backbone.image.belief().var.shape == (1, 3)
     assert backbone.output_shape()["res4"] == ShapeSpec(channels=64, stride=16)
 
 
@@ -485,3 +484,13 @@ def test_training_and_evaluation_have_the_same_keys_and_call_the_same_modules(
     assert set(convs) <= set(calls[0])
     if not backbone.chain.predicts_in_evaluation:  # as in any other network
         assert types[False] == {torch.Tensor}
+
+
+def test_a_backbone_that_gets_its_values_later():
+    cfg = resnet_cfg(MODEL__KN__GAIN=0.0, MODEL__KN__LEARN_GAIN=False)
+    want = build_backbone(cfg).train()
+    with torch.device("meta"):
+        late = build_backbone(cfg)
+    late.to_empty(device="cpu").load_state_dict(want.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(dict(late.train()(images())), dict(want(images())))

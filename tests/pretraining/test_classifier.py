@@ -187,7 +187,7 @@ def test_the_chain_of_a_network_starts_at_the_pixels_of_the_config():
     cfg = config("d", "KN", image_size=32, network="cifar_resnet32")
     cfg.MODEL.PIXEL_STD = [114.75, 57.12, 58.395]
     chain = NetworkClassifier(cfg).backbone.kalman_chain
-    torch.testing.assert_close(chain.image_var, torch.tensor([[0.25, 1.0, 1.0]]))
+    torch.testing.assert_close(chain.image.belief().var, torch.tensor([[0.25, 1.0, 1.0]]))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from ...errors import InputError
 from .. import belief as closed_form
 from ..belief import Belief
+from ..image import ImageBelief
 from ..introspection import forward_of, has_hooks
 from ..kalman_norm import KalmanNorm2d
-from ..passes import pooled_moments, statistics_dtype
+from ..passes import pooled_moments
 from ..transition import ClosedFormTransition, Source, Transition
 
 __all__ = ["Chain", "ConvArguments"]
@@ -68,19 +69,7 @@ class Chain(nn.Module):
                 f"image_std is {list(image_std)}: give positive numbers, one for each channel of the "
                 "images."
             )
-        mean, var = [float(v) for v in image_mean], [float(v) ** 2 for v in image_std]
-        self._image = mean, var
-        # They belong to the data and not to the weights, so they are not in the checkpoint.
-        self.register_buffer("image_mean", torch.tensor([mean]), persistent=False)
-        self.register_buffer("image_var", torch.tensor([var]), persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        # Written anew: half precision may not have them, and to_empty() fills in anything.
-        like = {"device": self.image_mean.device, "dtype": statistics_dtype(self.image_mean)}
-        mean, var = self._image
-        self.image_mean, self.image_var = (torch.tensor([v], **like) for v in (mean, var))
-        return self
+        self.image = ImageBelief(image_mean, image_std)
 
     def in_closed_form(self) -> "Chain":
         """A copy that does not sample, for calibration."""
@@ -90,7 +79,7 @@ class Chain(nn.Module):
 
     def start(self) -> Belief:
         """The belief about the images."""
-        return Belief(self.image_mean, self.image_var)
+        return self.image.belief()
 
     def frozen(self, norm: nn.Module) -> Belief:
         """The belief behind a frozen BatchNorm: its running statistics are the posterior."""
@@ -105,7 +94,7 @@ class Chain(nn.Module):
 
     def nothing(self, channels: int) -> Tensor:
         """The features of an empty batch."""
-        return self.image_var.new_zeros(0, channels, 1, 1)
+        return self.image.var.new_zeros(0, channels, 1, 1)
 
     def of_batch(self, belief: Belief) -> Belief:
         """The belief about all images together, for a KN in a network that has GKN too."""

@@ -47,7 +47,7 @@ def test_only_entries_of_kn_are_added(original, converted):
     before, after = original.state_dict(), converted.state_dict()
     assert [key for key in after if key.rpartition(".")[2] not in KN_STATE] == list(before)
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert {n for n, _ in original.named_modules()} | {"kalman_chain"} == {
+    assert {n for n, _ in original.named_modules()} | {"kalman_chain", "kalman_chain.image"} == {
         n for n, _ in converted.named_modules()
     }
 
