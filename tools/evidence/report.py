@@ -80,6 +80,27 @@ def added(old: Dict, new: Dict) -> Dict:
     return data
 
 
+def check_schedules(old: Dict, new: Dict) -> None:
+    """Checks that new runs have the schedules of the runs that they replace.
+
+    Args:
+        old, new: entries as in :func:`added`.
+
+    Raises:
+        InputError: one is longer or shorter.
+    """
+    before = {tuple(_settings(run)): run for run in old["runs"]}
+    for run in new["runs"]:
+        replaced = before.get(tuple(_settings(run)), run)
+        for length in ("steps", "epochs"):
+            if run.get(length) != replaced.get(length):
+                raise InputError(
+                    f"A run of {run['arm']} has {run.get(length)} {length}, and the one with the same"
+                    f" settings in docs/evidence has {replaced.get(length)}: expected one schedule in"
+                    " a file, so give the option for that schedule, or repeat the run."
+                )
+
+
 def without_repeats(old: Dict, new: Dict, arms: Sequence[str]) -> Dict:
     """New results, of which the runs that only repeat old ones beside others are set apart.
 
@@ -247,6 +268,7 @@ def _add(path: Path, new: Dict, repeated: Sequence[str] = ()) -> None:
     data = new
     if path.is_file():
         old = _read(path)
+        check_schedules(old, new)
         data = added(old, without_repeats(old, new, repeated))
     path.write_text(json.dumps(data, indent=1) + "\n")
 

@@ -47,6 +47,13 @@ def test_new_runs_join_the_old_ones_and_replace_those_with_their_settings():
     assert found == [([1], [0.1]), ([2], [0.3])]
 
 
+def test_a_run_of_another_schedule_does_not_replace_one():
+    run = dict(arm="BN", images=2, seed=1, learning_rate=0.1, steps=800)
+    report.check_schedules({"runs": [run]}, {"runs": [run, {**run, "seed": 2, "steps": 900}]})
+    with pytest.raises(InputError, match="A run of BN has 3000 steps, .* has 800"):
+        report.check_schedules({"runs": [run]}, {"runs": [{**run, "steps": 3000}]})
+
+
 def test_a_run_that_repeats_the_old_results_leaves_its_differences():
     kept = [difference([1, 2], 0.15), {**difference([1], 0.4), "task": "segm"}]
     old = {"runs": [run("KN", 2, 1, 1.0)], "differences": [difference([1], 0.1), *kept]}
