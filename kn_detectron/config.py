@@ -7,10 +7,9 @@ from detectron2.config import CfgNode as CN
 from .errors import InputError
 from .layers.kalman_norm import EVAL_STATISTICS
 from .layers.mixin import VARIANTS
+from .layers.transition import PREDICTIONS
 
 __all__ = ["add_kn_config", "check_config", "without_kn_config"]
-
-PREDICTIONS = ("closed_form", "monte_carlo")
 
 # Of ImageNet's pixels in 0..255, blue, green and red.
 IMAGE_STD = (57.375, 57.120, 58.395)

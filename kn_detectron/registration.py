@@ -12,7 +12,7 @@ from torch import nn
 from .errors import InputError
 from .layers import GroupKalmanNorm2d, KalmanNorm2d
 
-__all__ = ["NORMS", "register_norms", "unregister_norms"]
+__all__ = ["register_norms", "unregister_norms"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def _group_head(channels: int) -> nn.Module:
     return GroupKalmanNorm2d(_GROUPS, channels, gain=None)
 
 
-NORMS = {"KN": lambda channels: KalmanNorm2d(channels, gain=None), "GKN": _group_head}
+_NORMS = {"KN": lambda channels: KalmanNorm2d(channels, gain=None), "GKN": _group_head}
 
 _EQUIVALENT = {"KN": "BatchNorm", "GKN": "GroupNorm"}
 _told = set()
@@ -94,7 +94,7 @@ def get_norm(norm, out_channels):
             "MODEL.BACKBONE.NAME, MODEL.ROI_HEADS.NAME, MODEL.ROI_BOX_HEAD.NAME and "
             "MODEL.ROI_MASK_HEAD.NAME."
         )
-    return NORMS[norm](out_channels)
+    return _NORMS[norm](out_channels)
 
 
 def _rebind(old: Callable, new: Callable) -> None:

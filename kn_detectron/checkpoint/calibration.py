@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers import Belief, ClosedFormTransition, KalmanNetwork, KalmanNorm2d, kalman_layers
-from ..layers.calibration import fit_prior, is_exact, is_fresh, on_priors
+from ..layers.calibration import fit_prior, can_be_calibrated, is_fresh, on_priors
 from ..layers.gain import logit_of
 from ..layers.mixin import INITIAL_PROCESS_NOISE
 from ..layers.modes import in_mode
@@ -77,7 +77,7 @@ def calibrate(model: nn.Module, names: Optional[Iterable[str]] = None) -> Dict[s
             'build it with MODEL.RESNETS.NORM "KN"'
         )
     for name, layer in layers.items():
-        if not is_exact(layer):
+        if not can_be_calibrated(layer):
             raise InputError(
                 f"{name} cannot be calibrated, for which it takes moving statistics and a process "
                 'model that can express them: set MODEL.RESNETS.NORM "KN", MODEL.KN.VARIANT '

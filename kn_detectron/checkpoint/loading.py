@@ -11,7 +11,7 @@ from fvcore.common.checkpoint import get_missing_parameters_message
 from ..errors import InputError
 from ..files import renamed, without_wrappers
 from ..layers import KN_STATE, KalmanNorm2d, kalman_layers
-from ..layers.calibration import is_exact
+from ..layers.calibration import can_be_calibrated
 from ..layers.gain import GAINS
 from ..modeling import KNRetinaNetHead
 from .calibration import calibrate, fit_process_noise, predicted_priors
@@ -261,7 +261,7 @@ def _plan_priors(model, found):
             continue
         if parts & unused:  # the gain came with a process model, and the model has none
             hopeless.append(prefix)
-        elif is_exact(layer):
+        elif can_be_calibrated(layer):
             if parts & missing:
                 exact.append(prefix)
         elif (parts | {f"{prefix}.gain_logit"}) & missing:

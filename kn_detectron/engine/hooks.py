@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import calibrate
 from ..checkpoint.calibration import predicted_priors
 from ..layers import KN_STATE, KalmanNorm2d, kalman_layers, set_gain_scale
-from ..layers.calibration import is_exact
+from ..layers.calibration import can_be_calibrated
 
 __all__ = [
     "AverageRunningStatistics",
@@ -108,7 +108,9 @@ class GainAnneal(HookBase):
         average_running_statistics(self.trainer.model)  # or the ranks' weights would diverge
         model = unwrapped(self.trainer.model)
         layers = kalman_layers(model)
-        names = [name for name, layer in layers.items() if layer.training and is_exact(layer)]
+        names = [
+            name for name, layer in layers.items() if layer.training and can_be_calibrated(layer)
+        ]
         reached = predicted_priors(model) if names else ()
         calibrated = calibrate(model, [name for name in names if name in reached])
         broadcast_filters(model)

@@ -36,18 +36,27 @@ def clip(belief: Belief, low: float, high: float) -> Belief:
 
         mean = low + E U - E W        var = Var U - Var W - 2 E W (h - E U + E W)
 
-    If m is nearer to the upper bound, the mirror image is computed, so that W stays small.
+    If m is nearer to the upper bound, the mirror image is computed, so that W stays small. With one
+    bound only it is the ReLU, shifted or mirrored.
 
     In float32 the error of the variance is some 1e-7 v. So it is exact enough for standard deviations
     of up to a hundred times h, and meaningless beyond a thousand.
 
     Args:
         belief: in front of it, any shape.
-        low, high: the bounds, low <= high.
+        low, high: the bounds, low <= high. An infinite one is none.
 
     Returns:
         Belief: of the same shape.
     """
+    if math.isinf(low) and math.isinf(high):
+        return belief
+    if math.isinf(high):
+        mean, var = relu(Belief(belief.mean - low, belief.var))
+        return Belief(low + mean, var)
+    if math.isinf(low):
+        mean, var = relu(Belief(high - belief.mean, belief.var))
+        return Belief(high - mean, var)
     height = high - low
     mirrored = belief.mean > 0.5 * (low + high)
     from_bound = torch.where(mirrored, high - belief.mean, belief.mean - low)

@@ -14,6 +14,7 @@ residual sum       means add, variances add              released code
 max-pool           identity                              ours
 upsampling         identity                              exact (nearest)
 multiplication     mean c m, variance c^2 v              exact
+product of two     :func:`product`                       exact, if independent
 scale and shift    mean w m + b, variance w^2 v          exact
 RoIAlign           identity, an image's belief goes to   ours
                    each of its regions

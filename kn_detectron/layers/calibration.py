@@ -15,7 +15,7 @@ from torch import nn
 from .belief import Belief
 from .kalman_norm import KalmanNorm2d
 
-__all__ = ["fit_prior", "is_exact", "is_fresh", "on_priors"]
+__all__ = ["fit_prior", "can_be_calibrated", "is_fresh", "on_priors"]
 
 _logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _LARGEST_LOG_SCALE = 50.0
 _NEGLIGIBLE = 1e-6
 
 
-def is_exact(layer: nn.Module) -> bool:
+def can_be_calibrated(layer: nn.Module) -> bool:
     """Whether the process model of a layer can make its prior equal to its running statistics."""
     return (
         isinstance(layer, KalmanNorm2d)
@@ -55,7 +55,7 @@ def fit_prior(layer: KalmanNorm2d, prior: Belief) -> float:
     stays off by the rest.
 
     Args:
-        layer: a layer for which :func:`is_exact` is true.
+        layer: a layer for which :func:`can_be_calibrated` is true.
         prior: the belief predicted for it, shape (1, C).
 
     Returns:
@@ -90,7 +90,7 @@ def on_priors(layers: Dict[str, nn.Module], action: Callable):
         def hook(layer, args, kwargs):
             prior = kwargs["prior"]
             before = first.setdefault(name, prior)
-            again = before is not prior and is_exact(layer)
+            again = before is not prior and can_be_calibrated(layer)
             if again and not all(map(torch.allclose, before, prior)):
                 _logger.warning(
                     "%s is called more than once, with different priors, and its process model can "

@@ -140,13 +140,14 @@ def gate(prior: Belief, measured: Belief) -> Tuple[Belief, Tensor]:
 
     A row of the prior is dropped if the mean over its channels of var_prior / var_measured reaches
     :data:`GATE_LIMIT`, as it does where one channel does not vary in the batch. The posterior of this
-    row is then the measurement, whatever the gain is.
+    row is then the measurement, whatever the gain is. Equal variances have the ratio 1, also where a
+    channel varies in neither (ours): 0 / 0 would keep the prior of the whole row.
 
     Returns:
         The prior to use, and whether its rows are the given ones, shape (rows, 1).
     """
-    ratio = (prior.var / measured.var).detach().mean(1, keepdim=True)
-    fits = ~(ratio >= GATE_LIMIT)
+    ratio = torch.where(prior.var == measured.var, 1.0, (prior.var / measured.var).detach())
+    fits = ~(ratio.mean(1, keepdim=True) >= GATE_LIMIT)
     return Belief(*(torch.where(fits, p, m) for p, m in zip(prior, measured))), fits
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .absorb import absorb
 from .belief import Belief, frozen
-from .filter import Running, Spec, Vectors, group_belief
+from .filter import Running, Vectors, group_belief
 from .introspection import has_hooks
 from .mixin import KN_STATE, OUTSIDE, KalmanNormMixin, Prior
 from .normalize import filter_and_normalize
@@ -31,7 +31,7 @@ class KalmanNorm2d(KalmanNormMixin, nn.BatchNorm2d):
     r"""Kalman Normalization of a batch of feature maps (Sec. 3.2, Eq. 7).
 
     BatchNorm measures a layer's mean and variance on the images at hand. This layer also takes a
-    *prior*: the belief predicted from the layer below. It blends the two by a gain q in (0, 1),
+    *prior*: the belief predicted from the layer below. It blends the two by a gain q in [0, 1],
 
     .. math::
 
@@ -71,7 +71,7 @@ class KalmanNorm2d(KalmanNormMixin, nn.BatchNorm2d):
     Args:
         num_features: C.
         eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`.
-        gain: the initial gain q. 0 and 1 are allowed if the gain is not learned. None makes the
+        gain: the initial gain q, strictly between 0 and 1 if it is learned. None makes the
             layer the head of a chain, which is BatchNorm: it has no prior and no parameters of KN.
         learn_gain: whether q is a parameter (a scalar, as in the paper) or fixed (released code).
         variant: ``"network"`` or ``"paper"``.
@@ -118,15 +118,17 @@ class KalmanNorm2d(KalmanNormMixin, nn.BatchNorm2d):
         self.eval_statistics = eval_statistics
         self.norm_batch_size: Optional[int] = None  # images per micro-batch; None: all of them
         self._init_filter(
-            num_features,
-            gain,
-            learn_gain,
-            variant,
-            process_model,
-            prior_gradient,
-            device,
-            dtype,
+            gain=gain,
+            learn_gain=learn_gain,
+            variant=variant,
+            process_model=process_model,
+            prior_gradient=prior_gradient,
+            device=device,
+            dtype=dtype,
         )
+
+    # Each channel has statistics of its own.
+    channels = groups = property(lambda self: self.num_features, doc="C.")
 
     @property
     def needs_prior(self) -> bool:
@@ -139,7 +141,7 @@ class KalmanNorm2d(KalmanNormMixin, nn.BatchNorm2d):
 
     def forward(
         self, input: Tensor, prior: Prior = OUTSIDE
-    ) -> Union[Tensor, Tuple[Tensor, Optional[Belief]]]:
+    ) -> Union[Tensor, Tuple[Tensor, Belief]]:
         """Normalises x: ``y = norm(x)`` outside a chain, ``y, belief = norm(x, prior=...)`` in one.
 
         Args:
@@ -148,8 +150,9 @@ class KalmanNorm2d(KalmanNormMixin, nn.BatchNorm2d):
                 the head of a chain, and may be None in evaluation with moving statistics.
 
         Returns:
-            y alone without the argument ``prior``, else y and the belief to pass on. The belief is
-            None only in evaluation with moving statistics and ``prior=None``.
+            y alone without the argument ``prior``, else y and the belief to pass on. In evaluation
+            with moving statistics that is the belief behind a frozen BatchNorm
+            (:func:`~kn_detectron.layers.belief.frozen`).
 
         Raises:
             ValueError: x is not 4-dimensional or has a wrong number of channels; a head is given a
@@ -158,10 +161,10 @@ class KalmanNorm2d(KalmanNormMixin, nn.BatchNorm2d):
                 channel; or the batch is not a multiple of ``norm_batch_size``.
         """
         x = input  # the name that callers of a BatchNorm2d may use
-        self._check_channels(x, self.num_features)
-        self._check_prior(prior, self.num_features)
+        self._check_channels(x)
+        self._check_prior(prior)
         if self._uses_moving_statistics():
-            in_chain = isinstance(prior, Belief)
+            in_chain = prior is not OUTSIDE
             bias = self._bias_with_gradients_for_all() if in_chain else self.bias
             y = nn.functional.batch_norm(
                 *(x, self.running_mean, self.running_var, self.weight, bias),
@@ -197,10 +200,6 @@ class KalmanNorm2d(KalmanNormMixin, nn.BatchNorm2d):
             var = torch.ones_like(mean)
         weight, bias = self._scale_and_shift(dtype)
         return Vectors(mean, var, weight=weight, bias=bias)
-
-    def _spec(self, x: Tensor, rows: int, measures: bool) -> Spec:
-        sets = Sets(x.shape[0], self.num_features, rows, self.num_features)
-        return Spec(sets, self.eps, self.variant == "paper", measures)
 
     def _filter(self, x: Tensor, prior: Prior) -> Tuple[Tensor, Belief]:
         rows = self._rows(x)
@@ -261,7 +260,7 @@ class KalmanNorm2d(KalmanNormMixin, nn.BatchNorm2d):
         Raises:
             ValueError: the convolution has a wrong number of channels, or the layer is a head.
         """
-        self._check_prior(prior, self.num_features)
+        self._check_prior(prior)
         weight, bias = conv.weight, conv.bias  # once: a parametrization computes them each time
         channels = weight.shape[0]
         if channels != self.num_features:
@@ -324,6 +323,8 @@ class GroupKalmanNorm2d(KalmanNormMixin, nn.GroupNorm):
         - prior: mean and var of shape (1, C) or (N, C).
     """
 
+    channels = property(lambda self: self.num_channels, doc="C.")
+    groups = property(lambda self: self.num_groups, doc="G.")
     needs_prior = property(lambda self: not self.is_head, doc="Whether forward needs a prior.")
 
     def __init__(
@@ -343,14 +344,13 @@ class GroupKalmanNorm2d(KalmanNormMixin, nn.GroupNorm):
     ):
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self._init_filter(
-            num_channels,
-            gain,
-            learn_gain,
-            variant,
-            process_model,
-            prior_gradient,
-            device,
-            dtype,
+            gain=gain,
+            learn_gain=learn_gain,
+            variant=variant,
+            process_model=process_model,
+            prior_gradient=prior_gradient,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(
@@ -359,7 +359,8 @@ class GroupKalmanNorm2d(KalmanNormMixin, nn.GroupNorm):
         """Normalises x: ``y = norm(x)`` outside a chain, ``y, belief = norm(x, prior=...)`` in one.
 
         Args:
-            input: features x, shape (N, C, H, W).
+            input: features x, shape (N, C, H, W). The head of a chain takes any shape (N, C, ...),
+                as GroupNorm does.
             prior: the predicted belief about x, before this layer's process model. It is None for
                 the head of a chain.
 
@@ -369,8 +370,7 @@ class GroupKalmanNorm2d(KalmanNormMixin, nn.GroupNorm):
         Raises:
             ValueError: x is not 4-dimensional or has a wrong number of channels, a head is given a
                 prior, another layer is given none, or the prior is no Belief about x's channels,
-                with one row or one for each image. A head takes x of any shape (N, C, ...), as
-                GroupNorm does.
+                with one row or one for each image.
         """
         x = input  # the name that callers of a GroupNorm may use
         if self.is_head and x.dim() != 4 and x.dim() > 1:
@@ -378,8 +378,8 @@ class GroupKalmanNorm2d(KalmanNormMixin, nn.GroupNorm):
             y, belief = self.forward(as_maps, None)
             y = y.reshape(x.shape)
             return y if prior is OUTSIDE else (y, belief)
-        self._check_channels(x, self.num_channels)
-        self._check_prior(prior, self.num_channels)
+        self._check_channels(x)
+        self._check_prior(prior)
         in_chain = isinstance(prior, Belief) and not torch.jit.is_tracing()  # see _check_channels
         if in_chain and prior.mean.shape[0] not in (1, x.shape[0]):
             raise ValueError(
@@ -395,10 +395,6 @@ class GroupKalmanNorm2d(KalmanNormMixin, nn.GroupNorm):
         y, belief = filter_and_normalize(x, vectors, self._spec(x, rows, measures))
         self._observe(x, prior)
         return y if prior is OUTSIDE else (y, belief)
-
-    def _spec(self, x: Tensor, rows: int, measures: bool) -> Spec:
-        sets = Sets(x.shape[0], self.num_channels, rows, self.num_groups)
-        return Spec(sets, self.eps, self.variant == "paper", measures)
 
     @torch.no_grad()
     def innovation(self, x: Tensor, prior: Belief) -> Tuple[Tensor, Tensor]:
@@ -442,7 +438,15 @@ def kalman_layers(module: nn.Module) -> Dict[str, Union[KalmanNorm2d, GroupKalma
 
 
 def set_gain_scale(module: nn.Module, scale: float) -> None:
-    """Multiplies the gain of every KN and GKN layer of a model by ``scale``, for annealing."""
+    """Multiplies the gain of every KN and GKN layer of a model by ``scale``, for annealing.
+
+    Args:
+        module: the model.
+        scale: from 0 to 1. It takes the place of an earlier one.
+
+    Raises:
+        ValueError: it is out of range.
+    """
     for layer in kalman_layers(module).values():
         layer.set_gain_scale(scale)
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .belief import Belief
-from .filter import Vectors, process
+from .filter import Spec, Vectors, process
 from .gain import GAINS, Gain
+from .sets import Sets
 
 __all__ = [
     "INITIAL_PROCESS_NOISE",
@@ -45,6 +46,7 @@ class KalmanNormMixin(Gain):
     It is a mixin for a norm of torch.
 
     Attributes:
+        channels, groups: C, and the number of groups of channels that are measured together.
         observer: if not None, it is called with the two results of ``innovation`` in each forward
             pass that has a prior and images. Unlike a hook it does not keep a convolution from
             absorbing the layer. What is measured for it is not kept for the backward pass.
@@ -57,7 +59,7 @@ class KalmanNormMixin(Gain):
 
     def _init_filter(
         self,
-        channels: int,
+        *,
         gain: Optional[float],
         learn_gain: bool,
         variant: str,
@@ -74,7 +76,7 @@ class KalmanNormMixin(Gain):
         self._init_gain(gain, learn_gain, device, dtype)
 
         def empty() -> Tensor:
-            return torch.empty(channels, device=device, dtype=dtype)
+            return torch.empty(self.channels, device=device, dtype=dtype)
 
         if self.has_process_model and variant == "network":
             self.mean_offset = nn.Parameter(empty())
@@ -98,7 +100,7 @@ class KalmanNormMixin(Gain):
         if hasattr(self, "initial_gain"):  # torch's constructor calls this before it is set
             self._reset_filter()
 
-    def _check_prior(self, prior: Prior, channels: int) -> None:
+    def _check_prior(self, prior: Prior) -> None:
         if not isinstance(prior, (Belief, _OutsideAChain, type(None))):
             raise ValueError(f"a prior is a Belief(mean, var), not a {type(prior).__name__}")
         if self.is_head and isinstance(prior, Belief):
@@ -112,9 +114,9 @@ class KalmanNormMixin(Gain):
             )
         if isinstance(prior, Belief) and not torch.jit.is_tracing():
             for part, shape in (("mean", prior.mean.shape), ("var", prior.var.shape)):
-                if shape[-1] != channels or shape != prior.mean.shape:
+                if shape[-1] != self.channels or shape != prior.mean.shape:
                     raise ValueError(
-                        f"expected a prior about {channels} channels, mean and var of one shape (got "
+                        f"expected a prior about {self.channels} channels, mean and var of one shape (got "
                         f"a {part} of shape {tuple(shape)})"
                     )
 
@@ -122,14 +124,18 @@ class KalmanNormMixin(Gain):
         if self.observer is not None and isinstance(prior, Belief) and x.numel() > 0:
             self.observer(*self.innovation(x, prior))
 
-    def _check_channels(self, x: Tensor, channels: int) -> None:
+    def _check_channels(self, x: Tensor) -> None:
         if x.dim() != 4:
             raise ValueError(f"expected 4D input (got {x.dim()}D input)")
         # Under torch.jit.trace a size is a tensor, and comparing it gives a warning.
-        if not torch.jit.is_tracing() and x.shape[1] != channels:
+        if not torch.jit.is_tracing() and x.shape[1] != self.channels:
             raise ValueError(
-                f"expected {channels} channels (got an input of shape {tuple(x.shape)})"
+                f"expected {self.channels} channels (got an input of shape {tuple(x.shape)})"
             )
+
+    def _spec(self, x: Tensor, rows: int, measures: bool) -> Spec:
+        sets = Sets(x.shape[0], self.channels, rows, self.groups)
+        return Spec(sets, self.eps, self.variant == "paper", measures)
 
     def _process_model(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """The arguments of :func:`~.filter.process` that follow the prior."""

@@ -16,7 +16,16 @@ from . import belief as closed_form
 from .activations import ACTIVATIONS
 from .belief import Belief
 
-__all__ = ["ClosedFormTransition", "MonteCarloTransition", "Source", "build_transition"]
+__all__ = [
+    "ClosedFormTransition",
+    "MonteCarloTransition",
+    "PREDICTIONS",
+    "Source",
+    "Transition",
+    "build_transition",
+]
+
+PREDICTIONS = ("closed_form", "monte_carlo")
 
 Source = Union[Belief, Tensor]
 
@@ -27,7 +36,7 @@ class ClosedFormTransition:
     They have no noise, and the cost does not depend on the image size.
     """
 
-    def start(self, belief: Belief, x: Tensor) -> Belief:
+    def source(self, belief: Belief, x: Tensor) -> Belief:
         """The source if there is no activation in between, as behind the image."""
         return belief
 
@@ -67,7 +76,7 @@ class MonteCarloTransition:
     def __init__(self, size: int = 0):
         self.size = size
 
-    def start(self, belief: Belief, x: Tensor) -> Tensor:
+    def source(self, belief: Belief, x: Tensor) -> Tensor:
         """Samples a feature map from the belief: shape (rows, C, H, W)."""
         height, width = (self.size, self.size) if self.size else x.shape[-2:]
         mean, std = belief.mean, belief.var.clamp_min(torch.finfo(belief.var.dtype).tiny).sqrt()
@@ -76,7 +85,7 @@ class MonteCarloTransition:
 
     def activation(self, belief: Belief, x: Tensor, name: str, *parameters) -> Tensor:
         """Samples a feature map from the belief and applies an activation."""
-        return ACTIVATIONS[name].function(self.start(belief, x), *parameters)
+        return ACTIVATIONS[name].function(self.source(belief, x), *parameters)
 
     def conv(self, source: Tensor, conv: nn.Conv2d) -> Belief:
         """Convolves the sampled map as the network does, and measures it."""
@@ -116,4 +125,4 @@ def build_transition(prediction: str, size: int = 0) -> Transition:
         return ClosedFormTransition()
     if prediction == "monte_carlo":
         return MonteCarloTransition(size)
-    raise ValueError(f"prediction is 'closed_form' or 'monte_carlo', not {prediction!r}")
+    raise ValueError(f"prediction is one of {PREDICTIONS}, not {prediction!r}")

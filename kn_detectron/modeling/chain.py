@@ -29,6 +29,7 @@ __all__ = [
     "Features",
     "TRAIN_ALL",
     "WithBelief",
+    "as_source",
     "build_norm",
     "feature_of",
     "link_convolutions",
@@ -37,7 +38,6 @@ __all__ = [
     "normalized_image_std",
     "rectified",
     "residual_sum",
-    "started",
     "value_of",
 ]
 
@@ -206,7 +206,13 @@ class ChainConfig:
 def build_norm(
     chain: ChainConfig, channels: int, head: bool = False, affine: bool = True
 ) -> nn.Module:
-    """Builds a KN or GKN layer of a chain; with ``head`` it has no prior.
+    """Builds a KN or GKN layer of a chain.
+
+    Args:
+        chain: the settings of the chain.
+        channels: C.
+        head: whether the layer is the head of the chain, which has no prior.
+        affine: whether it scales and shifts.
 
     Raises:
         InputError: if the groups of GKN do not divide the channels.
@@ -231,7 +237,8 @@ class ChainConv2d(Conv2d):
     A tensor goes through it as through any Conv2d. With a :class:`Feature`, the prior is predicted
     from its belief and goes to the norm, and the belief about the norm's output is handed on. A
     FrozenBatchNorm2d needs no prior, since its running statistics are the posterior. Without a
-    norm, the prediction is handed on. The activation is None or a ReLU.
+    norm, the prediction is handed on. The activation is None or a ReLU. :meth:`from_conv` makes one;
+    the constructor is detectron2's, and knows no ``chain``.
     """
 
     chain: ChainConfig
@@ -326,8 +333,7 @@ def normalized(x: Tensor, prior: Optional[Belief], norm: nn.Module, chain: Chain
     if isinstance(norm, FrozenBatchNorm2d):
         return Feature(norm(x), frozen(norm, chain.variant))
     check_takes_prior(norm)
-    y, belief = norm(x, prior=prior)
-    return Feature(y, frozen(norm, chain.variant) if belief is None else belief)
+    return Feature(*norm(x, prior=prior))
 
 
 def link_convolutions(
@@ -353,9 +359,9 @@ def link_convolutions(
     return list(links.values())
 
 
-def started(x: Feature, transition: Transition) -> Feature:
+def as_source(x: Feature, transition: Transition) -> Feature:
     """Makes the belief about a feature a source for convolutions."""
-    return Feature(x.value, transition.start(x.belief, x.value))
+    return Feature(x.value, transition.source(x.belief, x.value))
 
 
 def rectified(x: Feature, transition: Transition) -> Feature:

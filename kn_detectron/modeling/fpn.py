@@ -22,10 +22,10 @@ from .chain import (
     ChainConfig,
     Feature,
     Features,
+    as_source,
     build_norm,
     feature_of,
     link_convolutions,
-    started,
     value_of,
 )
 from .network import build_kn_network_backbone
@@ -93,9 +93,9 @@ class KNFPN(FPN):
                     'start from: set MODEL.FPN.NORM to one without priors, such as "GN", or take '
                     f"another feature, or, if only bottom_up is in evaluation mode, {TRAIN_ALL}"
                 )
-            below = lateral(started(feature, transition))
+            below = lateral(as_source(feature, transition))
             fused = below if fused is None else self._fuse(below, fused)
-            levels.insert(0, output(started(fused, transition)))
+            levels.insert(0, output(as_source(fused, transition)))
         outputs = Features()
         for name, level in zip(self._out_features, levels):
             outputs[name], outputs.beliefs[name] = level
@@ -107,7 +107,7 @@ class KNFPN(FPN):
         upsampled = F.interpolate(above.value, scale_factor=2.0, mode="nearest")
         # Not in place: a hook may have kept the lateral feature.
         value = lateral.value + upsampled
-        belief = add(lateral.belief, self.chain.transition.moments(above.belief))
+        belief = add(lateral.belief, above.belief)
         if self._fuse_type == "sum":
             return Feature(value, belief)
         return Feature(value / 2, scale(belief, 0.5))
@@ -127,7 +127,7 @@ class KNFPN(FPN):
         if not isinstance(self.top_block, LastLevelP6P7):
             return []
         transition = self.chain.transition
-        p6 = transition.conv(transition.start(below.belief, below.value), self.top_block.p6)
+        p6 = transition.conv(transition.source(below.belief, below.value), self.top_block.p6)
         p7 = transition.conv(transition.activation(p6, values[0], "relu"), self.top_block.p7)
         return [p6, p7]
 

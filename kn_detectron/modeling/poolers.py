@@ -65,7 +65,7 @@ class BeliefPooler(ROIPooler):
             return x
         beliefs = [feature.belief for feature in features]
         belief = mixture(beliefs) if self.chain.norm == "KN" else self._by_region(beliefs, boxes)
-        return Feature(x, self.chain.transition.start(belief, x))
+        return Feature(x, self.chain.transition.source(belief, x))
 
     def _by_region(self, beliefs: List[Belief], boxes: List[Boxes]) -> Belief:
         if not boxes:  # calibration runs without images

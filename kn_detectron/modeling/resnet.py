@@ -23,11 +23,12 @@ from .chain import (
     ChainConv2d,
     Feature,
     Features,
+    as_source,
     build_norm,
+    link_convolutions,
     normalized_image_std,
     rectified,
     residual_sum,
-    started,
 )
 
 __all__ = [
@@ -72,10 +73,8 @@ class _KNBlock(CNNBlockBase):
         norm = functools.partial(build_norm, chain)
         super().__init__(in_channels, out_channels, norm=norm, **kwargs)
         self.chain = chain
-        for name in (*self.branch, "shortcut"):
-            conv = getattr(self, name)
-            if conv is not None:
-                setattr(self, name, ChainConv2d.from_conv(conv, chain))
+        convs = (getattr(self, name) for name in (*self.branch, "shortcut"))
+        link_convolutions(self, [conv for conv in convs if conv is not None], chain)
 
     def forward(self, x: Union[Tensor, Feature]) -> Union[Tensor, Feature]:
         """A feature with the belief about it, or a feature alone."""
@@ -132,7 +131,7 @@ class KNResNet(ResNet):
         if not (self.training or self.chain.predicts_in_evaluation):
             return Features(super().forward(x))
         transition = self.chain.transition
-        feature = started(Feature(x, self.image.belief()), transition)
+        feature = as_source(Feature(x, self.image.belief()), transition)
         outputs = Features()
         for name in ("stem", *self.stage_names):
             feature = getattr(self, name)(feature)

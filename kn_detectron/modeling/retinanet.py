@@ -24,11 +24,11 @@ from .chain import (
     Feature,
     Features,
     WithBelief,
+    as_source,
     build_norm,
     normalized,
     normalized_convolution,
     rectified,
-    started,
     value_of,
 )
 
@@ -137,14 +137,14 @@ class KNRetinaNetHead(RetinaNetHead):
         """
         logits, deltas = [], []
         for level, feature in enumerate(features):
-            x = self._started(feature)
+            x = self._as_source(feature)
             logits.append(self.cls_score(self._run(self.cls_subnet, x, level)))
             deltas.append(self.bbox_pred(self._run(self.bbox_subnet, x, level)))
         return logits, deltas
 
-    def _started(self, x: Union[Tensor, Feature]) -> Union[Tensor, Feature]:
+    def _as_source(self, x: Union[Tensor, Feature]) -> Union[Tensor, Feature]:
         if isinstance(x, Feature):
-            return started(x, self.chain.transition)
+            return as_source(x, self.chain.transition)
         if self.training or self.chain.predicts_in_evaluation:
             raise InputError(
                 "The priors of RetinaNet's towers start from the beliefs about the levels, of which "

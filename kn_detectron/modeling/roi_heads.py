@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..layers import kalman_layers
 from ..layers.belief import Belief, roi_align
-from .chain import TRAIN_ALL, ChainConfig, Feature, Features, WithBelief, started, value_of
+from .chain import TRAIN_ALL, ChainConfig, Feature, Features, WithBelief, as_source, value_of
 from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
 from .poolers import BeliefPooler
 from .resnet import make_kn_stage
@@ -68,7 +68,7 @@ class KNRes5ROIHeads(Res5ROIHeads):
             return super()._shared_roi_transform(features, boxes)
         x = self.pooler([value_of(feature) for feature in features], boxes)
         belief = roi_align(features[0].belief, [len(b) for b in boxes])
-        return self.res5(started(Feature(x, belief), self.res5[0].chain.transition)).value
+        return self.res5(as_source(Feature(x, belief), self.res5[0].chain.transition)).value
 
     def pass_beliefs(self, features: Features) -> None:
         """Runs the chain of res5 on no region, for calibration."""

@@ -55,6 +55,17 @@ def test_moments_against_mpmath(name, mean, std):
     assert got.var.item() == pytest.approx(want_var, rel=1e-4, abs=1e-6 * std**2)
 
 
+@pytest.mark.parametrize("low, high", [(-0.3, math.inf), (-math.inf, 0.4), (-math.inf, math.inf)])
+def test_one_bound_or_none(low, high):
+    belief = Belief(torch.tensor([[-1.0, 0.2]]).double(), torch.tensor([[4.0, 0.3]]).double())
+    want = [
+        moments_by_mpmath(lambda x: min(max(x, low), high), [low, high], m.item(), v.sqrt().item())
+        for m, v in zip(belief.mean[0], belief.var[0])
+    ]
+    got = clip(belief, low, high)
+    assert torch.stack([got.mean[0], got.var[0]], 1).tolist() == [pytest.approx(w) for w in want]
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_moments_against_monte_carlo_of_torch_own_module(name):
     belief = random_belief(1, 6)

@@ -51,6 +51,13 @@ def test_gate_keeps_a_prior_of_a_channel_that_never_varies():
     assert fits.item() and got.mean.item() == 1
 
 
+def test_gate_does_not_count_a_channel_that_varies_nowhere():
+    """In the first row the other channel is far too wide; 0 / 0 would hide it."""
+    prior = Belief(torch.zeros(2, 2), torch.tensor([[1e6, 0.0], [50.0, 0.0]]))
+    measured = Belief(torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    assert KF.gate(prior, measured)[1].tolist() == [[False], [True]]
+
+
 def test_gate_keeps_an_infinite_prior_out_of_the_gradients():
     prior = Belief(torch.tensor([[float("inf")]]), torch.tensor([[float("inf")]]))
     mean = torch.zeros(1, 1, requires_grad=True)

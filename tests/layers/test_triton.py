@@ -180,6 +180,16 @@ def test_convolution(shape):
         close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@kernels
+def test_gate_where_a_channel_varies_nowhere():
+    """0 / 0 must not keep the other channel's prior, which is far too wide."""
+    layer = KalmanNorm2d(2, gain=0.5, variant="paper", process_model=False).to(DEVICE)
+    x = torch.linspace(-1, 1, 18, device=DEVICE).view(1, 2, 3, 3)
+    x[:, 1] = 0
+    prior = Belief(torch.zeros(1, 2, device=DEVICE), torch.tensor([[1e6, 0.0]], device=DEVICE))
+    close(layer(x, prior=prior)[1].var, x.double().var((0, 2, 3), unbiased=False)[None])
+
+
 WITH_KERNELS = cases(lambda case: case.cls is KalmanNorm2d and not case.is_head)
 
 

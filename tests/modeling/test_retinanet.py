@@ -123,7 +123,7 @@ def test_statistics_of_a_layer_are_those_of_its_level():
     with torch.no_grad():
         features = tower_inputs(model.train(), images(2, 256))
         for level in (1, 0):  # a level that was seen alone changes no other's place
-            model.head._run(model.head.cls_subnet, model.head._started(features[level]), level)
+            model.head._run(model.head.cls_subnet, model.head._as_source(features[level]), level)
         found = model.head(features)
         values = [feature.value for feature in features]
         assert_close_maps(found, head_by_torch(model.head, values, normalize))

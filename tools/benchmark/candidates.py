@@ -319,7 +319,7 @@ def _predict(group: Group, norm: str, device: torch.device) -> Candidate:
         (name,) = map(str, model.roi_heads.in_features)
         belief = features.beliefs[name]
         regions = features[name].new_zeros(0, belief.mean.shape[1], 14, 14)
-        result = model.roi_heads.res5(Feature(regions, transition.start(belief, regions)))
+        result = model.roi_heads.res5(Feature(regions, transition.source(belief, regions)))
         return [features[name], result.value, *transition.moments(result.belief)]
 
     def backward(results):

@@ -85,13 +85,6 @@ class Chain(nn.Module):
         """The belief behind a frozen BatchNorm: its running statistics are the posterior."""
         return closed_form.frozen(norm, self.variant)
 
-    def behind_head(self, belief: Optional[Belief], norm: nn.Module) -> Belief:
-        """The belief behind the head of a chain.
-
-        A head in evaluation returns none if its network is in training. It then counts as frozen.
-        """
-        return self.frozen(norm) if belief is None else belief
-
     def nothing(self, channels: int) -> Tensor:
         """The features of an empty batch."""
         return self.image.var.new_zeros(0, channels, 1, 1)
@@ -125,7 +118,7 @@ class Chain(nn.Module):
 
     def source(self, belief: Belief, x: Tensor) -> Source:
         """The transition's source for the belief about x, if no activation made x."""
-        return self.transition.start(belief, x)
+        return self.transition.source(belief, x)
 
     def activation(self, belief: Belief, x: Tensor, name: str, *parameters) -> Source:
         """The transition's source behind the activation that made x."""

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from ...errors import InputError, one_line
-from ..calibration import fit_prior, is_exact, is_fresh, on_priors
+from ..calibration import fit_prior, can_be_calibrated, is_fresh, on_priors
 from ..kalman_norm import check_takes_prior, kalman_layers
 from ..modes import in_mode
 from .chain import Chain
@@ -175,7 +175,9 @@ class KalmanNetwork(nn.Module):
     def fit_priors(self, layers: Dict[str, nn.Module]) -> None:
         """Calibrates layers whose statistics are not the initial ones, as far as they can be."""
         layers = {
-            name: layer for name, layer in layers.items() if is_exact(layer) and not is_fresh(layer)
+            name: layer
+            for name, layer in layers.items()
+            if can_be_calibrated(layer) and not is_fresh(layer)
         }
         if layers:
             with on_priors(layers, lambda name, prior: fit_prior(layers[name], prior)):

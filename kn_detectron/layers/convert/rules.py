@@ -8,6 +8,7 @@ cannot. The arguments behind the first have torch's names. The rules for channel
 :class:`~.chain.Chain`.
 """
 
+import math
 import operator
 from typing import Any, Callable, Dict, Optional
 
@@ -81,12 +82,10 @@ def _activation_module(name: str, activation: Activation) -> Callable:
 
 
 def _clamp(walk, x, min=None, max=None) -> About:
-    about = walk.about(x)
-    if min == 0 and max is None:
-        return walk.activated(about, "relu")
-    if not (isinstance(min, (int, float)) and isinstance(max, (int, float))):
-        raise End("there is no rule for bounds that are open or computed")
-    return walk.activated(about, "hardtanh", float(min), float(max))
+    low, high = -math.inf if min is None else min, math.inf if max is None else max
+    if not (isinstance(low, (int, float)) and isinstance(high, (int, float))):
+        raise End("there is no rule for bounds that are computed")
+    return walk.activated(walk.about(x), "hardtanh", float(low), float(high))
 
 
 # Convolutions.

@@ -28,12 +28,10 @@ class NormCall(NamedTuple):
     Attributes:
         node: its node.
         end: why it has no prior, or None if it has one.
-        about: what is known about its output.
     """
 
     node: fx.Node
     end: Optional[End]
-    about: About
 
 
 # None is for constants and sizes, which are no features.
@@ -169,19 +167,12 @@ class Walk:
         for call in self.norms:
             if call.node.target in heads:
                 call.node.kwargs = {"prior": None}
-                self._put_behind_head(call)
         if return_beliefs:
             output = next(iter(reversed(self.graph.nodes)))
             self._here = output.prev
             self._beliefs = fx.node.map_arg(output.args[0], self._returned)
             output.args = ((output.args[0], self._beliefs),)
         _remove_unused(self.graph, self.own)
-
-    def _put_behind_head(self, call: NormCall) -> None:
-        belief = self._here = call.about.belief
-        norm = self._add("get_attr", call.node.target)
-        behind = call.about.belief = self._insert("behind_head", belief, norm)
-        belief.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
 
     def _returned(self, x: fx.Node) -> Optional[fx.Node]:
         known = self._known.get(x)
@@ -314,7 +305,7 @@ class Walk:
         node.replace_all_uses_with(y, delete_user_cb=lambda user: user is not y)
         belief = self._add("call_function", operator.getitem, (node, 1), f"about_{node.name}")
         about = About((_channels(norm),), belief=belief)
-        self.norms.append(NormCall(node, end, about))
+        self.norms.append(NormCall(node, end))
         self._known[y] = about
         self._memory.note(y)
         return about

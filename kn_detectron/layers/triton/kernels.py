@@ -319,7 +319,8 @@ def _filtered(
         x_m = tl.load(measured_mean + i, mask=inside, other=0.0)
         x_v = tl.load(measured_var + i, mask=inside, other=1.0)
     if MEASURES and PAPER:
-        ratio = tl.sum(tl.where(inside, v / x_v, 0.0), 0) / channels
+        ratio = tl.where(v == x_v, 1.0, v / x_v)  # 1 for 0 / 0
+        ratio = tl.sum(tl.where(inside, ratio, 0.0), 0) / channels
         fits = (ratio < _GATE_LIMIT) | (ratio != ratio)
         m = tl.where(fits, m, x_m)
         v = tl.where(fits, v, x_v)
