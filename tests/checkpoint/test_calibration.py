@@ -252,6 +252,15 @@ def test_sampled_priors_are_calibrated_in_closed_form():
     assert "MonteCarlo" in repr(monte_carlo.backbone.chain.transition)
 
 
+def test_sampling_goes_on_where_no_prior_could_be_predicted():
+    options = dict(MODEL__FPN__NORM="GN1", MODEL__KN__PREDICTION="monte_carlo")
+    model = build_rcnn(fpn_rcnn_cfg("KN", **options)).eval()
+    with pytest.raises(InputError, match="MODEL.FPN.NORM"):
+        predicted_priors(model)
+    assert "MonteCarlo" in repr(model.backbone.bottom_up.chain.transition)
+    assert not any(module.training for module in model.modules())
+
+
 def test_a_dead_channel_keeps_everything_finite():
     backbone = build_backbone(resnet_cfg("KN"))
     backbone.res2[0].conv1.norm.running_var[0] = 0.0

@@ -68,3 +68,10 @@ def test_rounding_is_no_difference():
         == []
     )
     assert differences(Conventions(pixel_std=(57.4,)), Conventions(pixel_std=(58.4,)))
+
+
+def test_another_number_of_channels_is_a_difference():
+    gray, rgb = Conventions(pixel_mean=(103.53,)), Conventions(pixel_mean=(103.53, 116.28, 123.675))
+    for source, model in ((gray, rgb), (rgb, gray)):
+        (clause,) = differences(source, model)
+        assert "channel order" not in clause

@@ -243,6 +243,12 @@ def test_what_cannot_be_converted(tmp_path, detector):
     _refused(tmp_path, state, "cannot be read off")
 
 
+def test_norms_and_variants_that_there_are_not(tmp_path):
+    for options, said in ((("FrozenBN",), "norm is one of"), (("KN", "papers"), "variant of")):
+        with pytest.raises(ValueError, match=said):
+            convert_weights("in.pth", str(tmp_path / "out.pth"), *options)
+
+
 def test_where_it_cannot_be_written(tmp_path, detector):
     path = formats.write(tmp_path, detector)
     link = tmp_path / "link.pth"

@@ -260,6 +260,17 @@ def test_basic_blocks_have_no_stride_convention(tmp_path):
     net = {n: t for n, t in torchvision.models.resnet18(num_classes=2).state_dict().items()}
     want = dataclasses.replace(RGB, stride_in_1x1=None)
     assert _conventions(tmp_path, net, "resnet18.pth") == want
+    renamed = read_weights(str(tmp_path / "resnet18.pth")).state
+    assert _conventions(tmp_path, formats.model_zoo(renamed, "torchvision")) == want
+
+
+def test_the_classifier_that_detectron2s_script_puts_into_the_stem(tmp_path, resnet):
+    """tools/convert-torchvision-to-d2.py renames all that is in no stage."""
+    state = {**resnet, "stem.fc.weight": torch.rand(10, 4), "stem.fc.bias": torch.rand(10)}
+    path = formats.write(tmp_path, formats.model_zoo(state, "torchvision"), "r50.pkl")
+    found = read_weights(path).state
+    assert set(found) - set(resnet) == {"linear.weight", "linear.bias"}
+    assert torch.equal(found["linear.weight"], state["stem.fc.weight"])
 
 
 def test_an_entry_of_ours_that_is_not(tmp_path, resnet):
