@@ -12,7 +12,7 @@ import pytest
 from kn_detectron import InputError
 from kn_detectron.engine import output_dir
 from kn_detectron.engine.command_line import argument_parser
-from kn_detectron.engine.output_dir import make_output_dir
+from kn_detectron.engine.output_dir import folder_of_run, make_output_dir
 
 from . import tiny
 
@@ -33,6 +33,18 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         folder.chmod(0o500)
     with pytest.raises(InputError, match=f"^OUTPUT_DIR {folder} cannot be written to .*: give"):
         make_output_dir(tiny.config(folder), ARGS)
+
+
+def test_the_folder_of_a_run_is_that_of_its_config(tmp_path, monkeypatch):
+    (tmp_path / "last_checkpoint").touch()
+    monkeypatch.chdir(tmp_path)
+    for path, folder in (
+        ("config.yaml", "."),
+        (str(tmp_path / "config.yaml"), str(tmp_path)),
+        ("other.yaml", None),
+        ("new/config.yaml", None),
+    ):
+        assert folder_of_run(path) == folder, path
 
 
 def test_one_process_makes_its_folder_as_often_as_it_likes(tmp_path):

@@ -86,12 +86,15 @@ def test_machines_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
     assert os.listdir(tmp_path) == ["annotations.json"] and path.read_bytes() == b"first half"
 
 
-def test_only_what_killed_writes_left_is_removed(tmp_path):
+@pytest.mark.parametrize("name", ["run", "run [1]"])
+def test_only_what_killed_writes_left_is_removed(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
     kept = ["model.pth", "notes.partial", "last_checkpoint"]
     for name in (*kept, "model.pth.0123abcd.partial", "last_checkpoint.0123abcd.partial"):
-        (tmp_path / name).touch()
-    remove_partial_files(str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+        (folder / name).touch()
+    remove_partial_files(str(folder))
+    assert sorted(os.listdir(folder)) == sorted(kept)
 
 
 def test_a_folder_that_is_not_there_is_a_sentence(tmp_path):
