@@ -120,6 +120,44 @@ def test_nothing_found_has_cocos_numbers_where_there_are_objects(medium_objects,
         assert of_nothing["AP"] == of_nothing["APm"] == 0.0 and np.isnan(of_nothing["APl"])
 
 
+def test_recalls_are_cocos(tmp_path):
+    """Counted by hand: 12 small objects are all found, and 2 of 4 medium ones, the best a medium one."""
+    small = [(10.0 + 20 * i, 10.0, 8.0, 8.0) for i in range(12)]
+    medium = [(10.0 + 60 * i, 100.0, 40.0, 40.0) for i in range(4)]
+    boxes = small + medium
+    annotations = [
+        {"id": i + 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": b, "area": b[2] * b[3]}
+        for i, b in enumerate(boxes)
+    ]
+    image = {"id": 1, "file_name": "1.png", "width": 300, "height": 200}
+    categories = [{"id": 1, "name": "square"}]
+    content = {"images": [image], "categories": categories, "annotations": annotations}
+    (tmp_path / "squares.json").write_text(json.dumps(content))
+    metadata = MetadataCatalog.get("squares")
+    metadata.set(json_file=str(tmp_path / "squares.json"), thing_classes=["square"])
+    metadata.thing_dataset_id_to_contiguous_id = {1: 0}
+    x, y, width, height = torch.tensor(boxes[:14]).T
+    found = Instances(
+        (200, 300),
+        pred_boxes=Boxes(torch.stack([x, y, x + width, y + height], 1)),
+        scores=torch.tensor([0.5] * 12 + [0.9, 0.4]),
+        pred_classes=torch.zeros(14, dtype=torch.long),
+    )
+    try:
+        evaluator = build_coco_evaluator(tiny.config(tmp_path, "MODEL.MASK_ON", False), "squares")
+        evaluator.reset()
+        evaluator.process([{"image_id": 1}], [{"instances": found}])
+        numbers = evaluator.evaluate()["bbox"]
+    finally:
+        MetadataCatalog.remove("squares")
+    recalls = {"AR1": 1 / 16, "AR10": 10 / 16, "AR100": 14 / 16, "ARs": 12 / 12, "ARm": 2 / 4}
+    for name, recall in recalls.items():
+        assert numbers[name] == pytest.approx(100 * recall), name
+    assert np.isnan(numbers["ARl"])
+    # Up to the recall 14/16 the precision is 1: at 88 of COCO's 101 points.
+    assert numbers["AP"] == pytest.approx(100 * 88 / 101)
+
+
 def test_norms_in_evaluation_mode_stay_there_through_an_evaluation(datasets, tmp_path):
     """They keep their statistics while the rest is trained, and the rest goes on being trained."""
     cfg = tiny.config(tmp_path)
