@@ -102,6 +102,27 @@ def test_compiled_modules_load_what_they_have_saved(tmp_path, part):
         assert torch.equal(value, plain.state_dict()[name.replace("_orig_mod.", "")]), name
 
 
+def test_a_part_that_is_called_module_is_no_wrapper_beside_one_of_its_names(tmp_path):
+    def pair(value):
+        linear = torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(linear.weight, value)
+        return torch.nn.ModuleDict({"fc": linear})
+
+    model, other = pair(1.0), pair(0.0)
+    model["module"], other["module"] = pair(2.0), pair(0.0)
+    KNCheckpointer(model, str(tmp_path)).save("model")
+    KNCheckpointer(other).load_for_evaluation(str(tmp_path / "model.pth"))
+    assert (other["fc"].weight == 1).all() and (other["module"]["fc"].weight == 2).all()
+
+
+def test_evaluation_takes_the_weights_that_are_named_where_there_is_no_run(tmp_path):
+    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    KNCheckpointer(one, str(tmp_path)).save("named")
+    checkpointer = KNCheckpointer(other, str(tmp_path / "run"))
+    checkpointer.load_for_evaluation(str(tmp_path / "named.pth"), resume=True)
+    assert torch.equal(one.weight, other.weight)
+
+
 def test_bare_weights_go_into_a_compiled_backbone(tmp_path):
     parts = ("backbone.", "roi_heads.res5.")
     state = _model(*_BN).state_dict()

@@ -17,10 +17,18 @@ from detectron2.layers import FrozenBatchNorm2d
 
 import kn_detectron
 from kn_detectron import InputError, KalmanNorm2d
-from kn_detectron.checkpoint import KNCheckpointer, fold, fold_weights
+from kn_detectron.checkpoint import (
+    Conventions,
+    KNCheckpointer,
+    fold,
+    fold_into,
+    fold_weights,
+    read_weights,
+)
 from kn_detectron.checkpoint.folding import _carry_eps, stock_config
+from kn_detectron.layers import GroupKalmanNorm2d
 
-from ..models import build_rcnn, fpn_rcnn_cfg, images, rcnn_cfg, retinanet_cfg
+from ..models import build_rcnn, fpn_rcnn_cfg, images, randomize, rcnn_cfg, retinanet_cfg
 from .deployed import assert_same_detections, c4_cfg, detect, fpn_cfg, pictures, trained
 
 CONFIGS = {
@@ -134,6 +142,11 @@ def test_files_have_nothing_of_this_package(name, stock):
         assert not re.search("gain|offset|log_var|noise|num_batches", tensor)
 
 
+def test_weights_say_what_images_they_are_for(models, stock):
+    for name, (weights, _) in stock[1].items():
+        assert read_weights(weights).conventions == Conventions.of_config(models[name][0])
+
+
 def test_config_has_the_stock_names(models):
     c4, fpn = (stock_config(models[name][0]).MODEL for name in ("c4", "fpn"))
     assert (c4.BACKBONE.NAME, c4.ROI_HEADS.NAME) == ("build_resnet_backbone", "Res5ROIHeads")
@@ -161,7 +174,11 @@ def test_keys_of_other_projects_stay(models, checkpoint, tmp_path):
     cfg.DATASETS.CLASS_NAMES = ["circle"]
     cfg.MODEL.WEIGHTS = checkpoint
     cfg.MODEL.POINT_HEAD = CfgNode({"NORM": "KN", "POINTS": 3})
+    cfg.MODEL.DEVICE = "cuda"  # the folding is done on the CPU
+    cfg.freeze()
+    before = cfg.dump()
     _, config = fold_weights(cfg, str(tmp_path / "folded"))
+    assert cfg.is_frozen() and cfg.dump() == before
     stock = get_cfg()
     stock.MODEL.POINT_HEAD = CfgNode({"NORM": "", "POINTS": 0})
     stock.merge_from_file(config)
@@ -235,6 +252,16 @@ def test_another_eps_of_a_norm_that_shares_its_scale():
     torch.testing.assert_close(stock(x), norm(x))
 
 
+def test_a_head_of_its_own_chain_is_group_norm():
+    """GKN without a prior, as a mask head of detectron2's has it under the norm "GKN"."""
+    norm = randomize(torch.nn.Sequential(GroupKalmanNorm2d(2, 4, gain=None)))
+    folded = fold_into(norm, torch.nn.Sequential(torch.nn.GroupNorm(2, 4)))
+    x = images(2, 8)[:, [0, 1, 2, 0]]
+    torch.testing.assert_close(folded(x), norm.eval()(x))
+    with pytest.raises(InputError, match="^0 takes its statistics from the images at hand"):
+        fold_into(torch.nn.Sequential(GroupKalmanNorm2d(2, 4)), folded)
+
+
 # RetinaNet, whose towers have statistics for each level, as detectron2 has them from 0.6 on.
 
 PER_LEVEL = hasattr(detectron2.layers, "CycleBatchNormList")
@@ -283,7 +310,7 @@ def test_towers_where_detectron2_has_no_batch_norm_per_level(monkeypatch):
         (lambda: fpn_rcnn_cfg("GKN"), ('MODEL.RESNETS.NORM is "GKN"', "from each image")),
         (lambda: fpn_cfg(MODEL__FPN__NORM="GN8"), ('MODEL.FPN.NORM is "GN8"',)),
         (lambda: c4_cfg(MODEL__KN__GAIN=2), ("MODEL.KN.GAIN is 2",)),
-        (lambda: stock_config(c4_cfg()), ("has no MODEL.KN",)),
+        (lambda: stock_config(c4_cfg()), ("has no MODEL.KN", "runs without this package already")),
     ],
 )
 def test_configs_that_cannot_be_folded(build, patterns, tmp_path):

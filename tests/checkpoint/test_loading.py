@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 
 from kn_detectron import InputError
 from kn_detectron.checkpoint import KNCheckpointer, calibrate, fit_process_noise
-from kn_detectron.layers import KN_STATE, kalman_layers, set_gain_scale
+from kn_detectron.layers import KN_STATE, KalmanNorm2d, kalman_layers, set_gain_scale
 
 from ..models import build_rcnn, fpn_rcnn_cfg, randomize, rcnn_cfg, rcnn_inputs, retinanet_cfg
 from . import formats
@@ -133,6 +133,18 @@ def test_priors_without_their_process_models_do_not_fit(tmp_path, caplog):
     with caplog.at_level("WARNING", "kn_detectron"):
         load(model_of("KN", MODEL__KN__PROCESS_MODEL=False), tmp_path, trained_kn().state_dict())
     assert "priors of 53 Kalman layers do not fit" in caplog.text
+
+
+def test_a_layer_that_no_chain_leads_to_keeps_its_prior_and_is_told(tmp_path, caplog):
+    """It is of another project, which hands it beliefs itself; the others are calibrated."""
+    source, model = trained_batch_norm(), model_of("KN")
+    source.extra, model.extra = torch.nn.BatchNorm2d(4), KalmanNorm2d(4)
+    source.extra.running_mean.fill_(1.0)
+    with caplog.at_level("INFO", "kn_detectron"):
+        load(model, tmp_path, source.state_dict())
+    assert "priors of 53 Kalman layers were set" in caplog.text
+    assert "priors of 1 Kalman layers do not fit" in caplog.text
+    assert model.extra.running_mean.tolist() == [1.0] * 4 and not model.extra.mean_offset.any()
 
 
 def test_scales_of_group_norm_in_the_fpn_bring_no_statistics(tmp_path, caplog):
@@ -319,6 +331,12 @@ def test_a_stage_that_the_model_does_not_have_is_left(tmp_path, caplog):
     with caplog.at_level("INFO", "kn_detectron"):
         load(build_backbone(resnet_cfg("KN")), tmp_path, content)
     assert re.search(r"\nres5 +50\n", caplog.text) and f" {50 + 1} not used" in caplog.text
+
+
+def test_weights_of_which_nothing_fits_are_refused_without_a_resnet_too(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1))
+    with pytest.raises(InputError, match="another architecture .*0 tensors fit, 2 missing"):
+        load(model, tmp_path, {"encoder.bias": torch.ones(3)})
 
 
 # The report.
