@@ -1,14 +1,16 @@
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from kn_detectron import InputError
+from kn_detectron.engine import pictures
 from kn_detectron.engine.pictures import (
     BrightVisualizer,
     draw_curves,
@@ -64,7 +66,7 @@ def test_an_object_has_one_bright_colour_in_truth_and_predictions():
             {"bbox": box.tolist(), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0} for box in boxes
         ]
     }
-    pictures = [BrightVisualizer(image, metadata).draw_dataset_dict(record)]
+    drawings = [BrightVisualizer(image, metadata).draw_dataset_dict(record)]
     for order in ([0, 1], [1, 0]):
         found = Instances(
             (60, 90),
@@ -72,10 +74,10 @@ def test_an_object_has_one_bright_colour_in_truth_and_predictions():
             scores=torch.ones(2),
             pred_classes=torch.zeros(2, dtype=torch.long),
         )
-        pictures.append(BrightVisualizer(image, metadata).draw_instance_predictions(found))
+        drawings.append(BrightVisualizer(image, metadata).draw_instance_predictions(found))
     edges = []
-    for picture in pictures:
-        picture = picture.get_image().astype(int)
+    for drawing in drawings:
+        picture = drawing.get_image().astype(int)
         edges.append((picture[45, 3:8].max(0), picture[45, 82:88].max(0)))
         # detectron2 draws boxes half transparent, here on black.
         for edge, bright in zip(edges[-1], ((255, 59, 48), (52, 199, 89))):
@@ -106,6 +108,16 @@ def test_draw_predictions_draws_so_many_images_and_what_is_certain_enough(datase
     changed = (both != certain).any(2)
     assert changed.any() and not changed[:, : changed.shape[1] // 2].any()  # the ground truth
     assert len(of_two) > 1.5 * len(certain)
+
+
+def test_draw_predictions_leaves_out_images_without_objects(datasets, tmp_path, monkeypatch):
+    first, second = copy.deepcopy(DatasetCatalog.get("shapes_val"))
+    first["annotations"] = []
+    monkeypatch.setattr(pictures, "DatasetCatalog", {"shapes_val": [first, second]})
+    detector, seen = Detector(), []
+    detector.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]["file_name"]))
+    draw_predictions(tiny.config(tmp_path), {"model": detector}, str(tmp_path / "a.png"), 1)
+    assert seen == [second["file_name"]]
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
@@ -150,13 +162,13 @@ def test_draw_gains_draws_the_innovations_of_means_above_those_of_variances(tmp_
 
 def test_draw_gains_draws_the_gain_in_effect(tmp_path):
     write_metrics(tmp_path, [{"iteration": 0}])
-    pictures = []
+    drawings = []
     for gain, scale in ((0.4, 0.0), (0.0, 1.0), (0.4, 1.0)):
         learned = dict(MODEL__KN__GAIN=gain, MODEL__KN__LEARN_GAIN=gain > 0)
         backbone = build_backbone(resnet_cfg("KN", **learned))
         set_gain_scale(backbone, scale)
         draw_gains(str(tmp_path), backbone, str(tmp_path / "gains.png"))
-        pictures.append(drawn(tmp_path / "gains.png"))
-    annealed, same, other = pictures
+        drawings.append(drawn(tmp_path / "gains.png"))
+    annealed, same, other = drawings
     assert annealed.shape == same.shape and (annealed == same).all()
     assert annealed.shape != other.shape or (annealed != other).any()
