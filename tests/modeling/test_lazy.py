@@ -332,6 +332,31 @@ def test_groups_that_fit_the_head_only_stay():
     assert all("head" not in name for name in kalman_layers(built(with_kalman_norm(config))))
 
 
+def test_a_box_head_without_convolutions_has_no_norm_to_replace():
+    config = fpn("BN", fpn_norm="BN", head_norm="BN")
+    config.roi_heads.box_head.conv_dims = []
+    model = built(with_kalman_norm(config))
+    assert type(model.roi_heads.box_head) is roi_heads.FastRCNNConvFCHead
+    assert kalman_layers(model.roi_heads.mask_head)
+
+
+def test_values_that_are_set_later():
+    config = c4()
+    config.roi_heads.num_classes = "???"
+    changed = with_kalman_norm(config)
+    changed.roi_heads.num_classes = 5
+    assert kalman_layers(built(changed))
+
+
+def test_stages_of_another_network_keep_their_norm():
+    """Nothing would give them a prior."""
+    config, other = c4("BN"), resnet("BN", 18, ["res2"])
+    other["_target_"] = nn.Module
+    config.second = other
+    before = copy.deepcopy(config.second)
+    assert with_kalman_norm(config).second == before
+
+
 def test_norms_that_refer_to_each_other():
     config = fpn("BN", fpn_norm="BN", head_norm="BN")
     config.backbone.bottom_up.stages.norm = "${..stem.norm}"

@@ -146,6 +146,12 @@ def test_what_it_refuses():
     )
     with pytest.raises(InputError, match="DEPTH is 18, but KNRes5ROIHeads"):
         build_rcnn(cfg)
+    deformable = dict(
+        MODEL__RESNETS__DEFORM_ON_PER_STAGE=[False, False, False, True],
+        MODEL__BACKBONE__NAME="build_resnet_backbone",
+    )
+    with pytest.raises(InputError, match="DEFORM_ON_PER_STAGE asks .* KNRes5ROIHeads does not"):
+        build_rcnn(rcnn_cfg("KN", **deformable))
     cfg = rcnn_cfg("BN", MODEL__ROI_HEADS__NAME="KNRes5ROIHeads")
     with pytest.raises(InputError, match="NORM is 'BN'"):
         build_rcnn(cfg)
