@@ -193,10 +193,17 @@ def _starts_alike(rank, folder, datasets):
         for layer in layers:
             assert layer.gain.item() == pytest.approx(0.1)
             assert not layer.mean_offset.any()
+            layer.running_mean.fill_(rank)
+        # What a stopped run saves belongs to all of its processes.
+        trainer.iter = 0
+        trainer.save_checkpoint()
+        state = tiny.read(Path(folder, "model_0000000.pth"))["model"]
+        means = [value for name, value in state.items() if name.endswith("running_mean")]
+        assert len(means) == len(layers) and all((mean == 0.5).all() for mean in means)
     Path(folder, f"alike{rank}").touch()
 
 
-def test_two_processes_start_with_the_same_priors(datasets, tmp_path):
+def test_two_processes_start_with_the_same_priors_and_save_averages(datasets, tmp_path):
     spawn_two(_starts_alike, str(tmp_path), datasets)
     assert (tmp_path / "alike0").exists() and (tmp_path / "alike1").exists()
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,16 @@ def test_undisturbed_run_gives_the_signals_back():
     Loop(StopOnSignal(), in_step=lambda _: within.append(_handlers())).train(0, 2)
     assert _handlers() == handlers
     assert all(step[0] == step[1] not in handlers for step in within) and len(within) == 2
+
+
+def test_a_run_in_a_thread_leaves_signals_alone():
+    """Python lets only the main thread handle them."""
+    handlers, within = _handlers(), []
+    loop = Loop(StopOnSignal(), in_step=lambda _: within.append(_handlers()))
+    thread = threading.Thread(target=loop.train, args=(0, 2))
+    thread.start()
+    thread.join()
+    assert loop.steps == [0, 1] and within == [handlers] * 2
 
 
 @pytest.fixture
@@ -103,6 +114,29 @@ def test_signal_during_evaluation_stops_it_and_saves(datasets, tmp_path):
     assert list(losses.of) == [0]  # its hook comes after the evaluation
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
     assert not (tmp_path / "inference" / "results.json").exists()
+
+
+def test_signal_before_an_evaluation_stops_it_before_it_begins(kn_log):
+    stop = StopOnSignal()
+    stop.trainer, stop.requested = SimpleNamespace(iter=1, max_iter=9), signal.SIGTERM
+    with pytest.raises(Stopped):
+        with stop.at_once():
+            pytest.fail("it has begun")
+    assert "after iteration 1" in kn_log.text
+
+
+def test_a_process_that_loads_for_the_training_leaves_signals_to_it(monkeypatch):
+    """It is forked, with the handlers, and would end before the step that needs its images."""
+    process = os.getpid()
+
+    def in_step(_):
+        with monkeypatch.context() as forked:
+            forked.setattr(os, "getpid", lambda: process + 1)
+            os.kill(process, signal.SIGTERM)
+
+    loop = Loop(StopOnSignal(), in_step=in_step)
+    loop.train(0, 2)
+    assert loop.steps == [0, 1]
 
 
 def test_signal_behind_an_evaluation_finishes_its_step_again(tmp_path):

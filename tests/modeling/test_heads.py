@@ -1,7 +1,7 @@
 import pytest
 import torch
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from kn_detectron import Belief, InputError
@@ -166,6 +166,30 @@ def test_the_chain_starts_from_the_mixture_of_the_levels(heads):
         torch.testing.assert_close(prior, B.conv2d(mixed, conv.weight))
 
 
+def test_each_stage_of_a_cascade_gives_its_share_of_the_gradient():
+    """A third to the features, as detectron2's, and a third to the beliefs about them."""
+    heads = randomize(build_rcnn(fpn_rcnn_cfg("KN", **CASCADE))).roi_heads.train()
+    proposals = Instances((96, 96))
+    proposals.proposal_boxes = boxes_of([[40.0, 80.0]])[0]
+
+    def gradients(run):
+        g = torch.Generator().manual_seed(0)
+        levels = [torch.randn(1, 16, side, side, generator=g) for side in (24, 12, 6, 3)]
+        beliefs = [Belief(*torch.rand(2, 1, 16, generator=g)) for _ in levels]
+        leaves = [leaf.requires_grad_() for leaf in (*levels, *sum(map(tuple, beliefs), ()))]
+        outputs = run([Feature(*parts) for parts in zip(levels, beliefs)])
+        return torch.autograd.grad(sum(out.square().sum() for out in outputs), leaves)
+
+    def unscaled(features):
+        x = heads.box_pooler(features, [proposals.proposal_boxes])
+        return heads.box_predictor[1](heads.box_head[1](x))
+
+    got = gradients(lambda features: heads._run_stage(features, [proposals], 1))
+    for share, whole in zip(got, gradients(unscaled), strict=True):
+        torch.testing.assert_close(3 * share, whole)
+    assert all(part.any() for part in got[4:])
+
+
 def test_the_second_prior_is_predicted_behind_a_relu():
     model, given = randomize(build_rcnn(fpn_rcnn_cfg("KN"))), []
     first, second = model.roi_heads.box_head.conv1, model.roi_heads.box_head.conv2
@@ -203,6 +227,14 @@ def test_heads_without_norms_beside_those_with():
     train_step(model, rcnn_inputs())
     calibrate(model)
     assert all("box_head" not in name for name in kalman_layers(model))
+
+
+@HEADS
+def test_a_detector_of_boxes_alone(heads):
+    model = build_rcnn(fpn_rcnn_cfg("KN", MODEL__MASK_ON=False, **heads))
+    randomize(model)
+    assert set(calibrate(model)) == set(kalman_layers(model))
+    assert "loss_mask" not in train_step(model, rcnn_inputs())
 
 
 def test_an_fpn_without_norms_hands_beliefs_on_too():

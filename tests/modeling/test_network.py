@@ -11,6 +11,7 @@ from kn_detectron.checkpoint import KNCheckpointer, calibrate
 from kn_detectron.checkpoint.folding import stock_config
 from kn_detectron.layers import kalman_layers, set_gain_scale
 from kn_detectron.modeling import KNFPN, KNNetwork, PlainNetwork
+from kn_detectron.modeling.network import _features
 from kn_detectron.model_zoo import get_config
 
 from ..models import (
@@ -74,6 +75,17 @@ def test_features_are_what_the_last_block_of_their_stride_puts_out(name, channel
     assert not backbone.eval()(images(2, 64)).beliefs
 
 
+def test_a_feature_that_its_stride_does_not_divide_is_none():
+    """As Inception's, without padding: 31 pixels of 128 cannot be pooled as those of stride 4."""
+    for kernel, padding, found in ((8, 2, True), (7, 0, False)):
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, kernel, 4, padding))
+        if found:
+            assert _features(network, "own", ["res2"])[1]["res2"] == ShapeSpec(channels=5, stride=4)
+        else:
+            with pytest.raises(InputError, match="'res2', which own does not have: give another"):
+                _features(network, "own", ["res2"])
+
+
 @pytest.mark.parametrize("kind", ["wrapped", "arrays"])
 def test_its_weights_may_be_of_a_wrapped_network_or_arrays(tmp_path, kind):
     network, path = trained_mobilenet(tmp_path)
@@ -88,6 +100,21 @@ def test_its_weights_may_be_of_a_wrapped_network_or_arrays(tmp_path, kind):
         for p in (other, path)
     )
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_weights_without_counters_of_batches_are_whole(tmp_path):
+    """As files of other projects are, which leave out what no layer computes with."""
+    network, path = trained_mobilenet(tmp_path)
+    torch.save({k: v for k, v in network.state_dict().items() if "num_batches" not in k}, path)
+    state = build_backbone(network_cfg(MODEL__KN__NETWORK_WEIGHTS=path)).state_dict()
+    name = "features.1.conv.0.1.running_var"
+    assert any(
+        k.endswith(name) and torch.equal(v, network.state_dict()[name]) for k, v in state.items()
+    )
+
+
+def test_weights_of_the_network_are_not_read_where_those_of_the_model_will_be():
+    build_backbone(network_cfg(MODEL__KN__NETWORK_WEIGHTS="/gone.pth", MODEL__WEIGHTS="model.pth"))
 
 
 @pytest.mark.trains
@@ -226,15 +253,17 @@ def test_it_is_not_folded():
 
 
 @pytest.mark.parametrize(
-    "value, sentence",
+    "state, sentence",
     [
-        (torch.full((32, 3, 3, 3), math.nan), "not finite in 1 of 1 tensors"),
-        ("text", "its entry 'features.0.0.weight' is of type str"),
+        ({"features.0.0.weight": torch.full((32, 3, 3, 3), math.nan)}, "not finite in 1 of 1 ten"),
+        ({"features.0.0.weight": "text"}, "its entry 'features.0.0.weight' is of type str"),
+        ({"features.0.1.running_var": -torch.ones(32)}, "negative variances in 1 tensors"),
+        ({"classifier.1.bias": torch.ones(1000)}, "has no features.0.0.weight, which mobilenet_v2"),
     ],
 )
-def test_weights_that_are_no_finite_tensors(tmp_path, value, sentence):
+def test_weights_that_cannot_be_those_of_the_network(tmp_path, state, sentence):
     path = tmp_path / "broken.pth"
-    torch.save({"model": {"features.0.0.weight": value}}, path)
+    torch.save({"model": state}, path)
     with pytest.raises(InputError, match=f"NETWORK_WEIGHTS .*broken.pth .*{sentence}"):
         build_backbone(network_cfg(MODEL__KN__NETWORK_WEIGHTS=str(path)))
 
