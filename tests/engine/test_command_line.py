@@ -92,6 +92,7 @@ def test_ranks_are_refused_by_name_and_before_the_datasets(command, tmp_path, mo
             ["MODEL.RESNETS.OUT_FEATURES", "['res7']"],
             ["OUT_FEATURES is \\['res7'\\], but must be some of stem, res2"],
         ),
+        (["MODEL.RESNETS.OUT_FEATURES", "[]"], ["OUT_FEATURES is \\[\\], but must be some of"]),
         (
             ["MODEL.RPN.IN_FEATURES", "['p2']"],
             [
@@ -363,6 +364,7 @@ def test_the_config_that_a_run_wrote_is_enough(command, own_data, tmp_path):
     shutil.rmtree(own_data)
     run = run.rename(tmp_path / "moved again")
     cfg = load_run(run)
+    assert cfg.OUTPUT_DIR == str(run)
     predictor = DefaultPredictor(cfg)
     assert predictor.metadata.thing_classes == classes
     state = tiny.read(run / "model_final.pth")["model"]
@@ -409,6 +411,41 @@ def test_a_folder_with_the_classes_in_another_order_is_refused(own_data, tmp_pat
         load("square", "circle", "triangle")
     for names in ((), ("circle", "square", "triangle")):
         assert load(*names).DATASETS.CLASS_NAMES == ["circle", "square", "triangle"]
+
+
+def test_what_the_annotations_of_a_folder_decide(own_data, tmp_path):
+    """A training may begin with the config of a run that had other classes."""
+
+    def encode(content):
+        first = content["annotations"][0]
+        (image,) = (i for i in content["images"] if i["id"] == first["image_id"])
+        size = [image["height"], image["width"]]
+        first["segmentation"] = {"size": size, "counts": [0, size[0] * size[1]]}
+
+    _change(own_data, encode, ("train",))
+    arguments = ["--config", str(tiny.write_config(tmp_path / "tiny.yaml"))]
+    arguments += ["OUTPUT_DIR", str(tmp_path / "run"), "DATASETS.CLASS_NAMES", "['cat']"]
+    args = argument_parser().parse_args([*arguments, "INPUT.MASK_FORMAT", "polygon"])
+    args.dataset = str(own_data)
+    cfg = load_config(args)
+    assert cfg.DATASETS.CLASS_NAMES == ["circle", "square", "triangle"]
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 3
+    assert cfg.INPUT.MASK_FORMAT == "bitmask"
+
+
+def test_only_what_goes_on_with_a_run_uses_its_folder(datasets, tmp_path):
+    """A new run with its config, which has been copied or moved, must not replace it."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    (run / "last_checkpoint").write_text("model_final.pth")
+    (run / "config.yaml").write_text(tiny.config(other).dump())
+
+    def output_dir(*flags):
+        args = argument_parser().parse_args(["--config", str(run / "config.yaml"), *flags])
+        return load_config(args).OUTPUT_DIR
+
+    assert output_dir() == str(other)
+    assert output_dir("--resume") == output_dir("--eval-only") == str(run)
 
 
 def test_names_of_classes_are_for_unregistered_folders_only(own_data, tmp_path):

@@ -92,11 +92,14 @@ def test_a_schedule_that_is_cut_to_what_is_done_has_a_final_model(whole, tmp_pat
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
 
 
-def test_a_new_run_forgets_the_one_before(whole, tmp_path):
+def test_a_new_run_forgets_the_one_before(whole, tmp_path, kn_log):
     """Or --resume would go on from that, where the new run died before its first checkpoint."""
     folder = _folder_with(whole[1] / "model_0000002.pth", tmp_path)
+    (folder / "model_0000005.pth.0123abcd.partial").touch()  # it was killed
     trainer, _ = tiny.trainer(tiny.config(folder, *_BUSY))
     assert (folder / "last_checkpoint").is_file()  # the run may still be refused
+    assert "has a checkpoint that this run does not go on from" in kn_log.text
+    assert not list(folder.glob("*.partial"))
 
     def die():
         raise RuntimeError("killed")
@@ -107,6 +110,16 @@ def test_a_new_run_forgets_the_one_before(whole, tmp_path):
     assert (folder / "model_0000002.pth").is_file()
     trainer, _ = tiny.trainer(tiny.config(folder, *_BUSY), resume=True)
     assert trainer.start_iter == 0
+
+
+def test_a_resumed_run_that_dies_at_once_can_be_resumed_again(whole, tmp_path):
+    folder = _folder_with(whole[1] / "model_0000002.pth", tmp_path)
+    for _ in range(2):
+        trainer, _ = tiny.trainer(tiny.config(folder, *_BUSY), resume=True)
+        assert trainer.start_iter == 3
+        trainer.before_step = lambda: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
 
 
 def test_a_schedule_scaled_to_other_processes_is_refused(datasets, tmp_path):
@@ -225,13 +238,15 @@ def test_a_scheduler_of_ones_own_goes_on(datasets, tmp_path, kn_log):
     assert "SOLVER.BASE_LR 0.5 is not in force" in kn_log.text and "a StepLR goes on" in kn_log.text
 
 
-def test_another_gain_is_warned_of(whole, tmp_path, kn_log):
+def test_another_gain_and_seed_are_warned_of(whole, tmp_path, kn_log):
     folder = _folder_with(whole[1] / "model_0000002.pth", tmp_path)
-    options = (*_BUSY, "MODEL.KN.GAIN", 0.3, "MODEL.WEIGHTS", "other.pth")
+    options = (*_BUSY, "MODEL.KN.GAIN", 0.3, "MODEL.WEIGHTS", "other.pth", "SEED", 3)
     trainer, _ = tiny.trainer(tiny.config(folder, *options), resume=True)
     warnings = [r.getMessage() for r in kn_log.records if r.levelname == "WARNING"]
     assert any("MODEL.KN.GAIN 0.3 is not in force" in w and "began with 0.1" in w for w in warnings)
     assert any("MODEL.WEIGHTS 'other.pth' is not in force" in w for w in warnings)
+    assert any(f"has seed {whole[0].seed}, and keeps it instead of SEED 3" in w for w in warnings)
+    assert trainer.seed == whole[0].seed
     state = tiny.read(whole[1] / "model_0000002.pth")["model"]
     name = "backbone.res2.0.conv1.norm.gain_logit"
     assert torch.equal(trainer.model.state_dict()[name], state[name])
@@ -277,6 +292,18 @@ def test_broken_image_loses_nothing(plain, datasets, tmp_path, num_workers):
         trainer.train()
     assert losses.of == {i: plain_losses[i] for i in range(k, 6)}
     tiny.assert_same_state(run / "model_final.pth", plain_folder / "model_final.pth")
+
+
+def test_a_first_step_without_its_images_leaves_no_checkpoint(datasets, tmp_path):
+    def broken():
+        raise InputError("The image is broken.")
+        yield
+
+    trainer, _ = tiny.trainer(tiny.config(tmp_path))
+    trainer._batches._iterator = broken()
+    with pytest.raises(InputError, match="The image is broken."):
+        trainer.train()
+    assert not list(tmp_path.glob("*.pth")) and not (tmp_path / "last_checkpoint").exists()
 
 
 def test_divergence_is_a_sentence(datasets, tmp_path):
