@@ -332,6 +332,14 @@ def test_groups_that_fit_the_head_only_stay():
     assert all("head" not in name for name in kalman_layers(built(with_kalman_norm(config))))
 
 
+def test_parts_that_name_the_norm_get_it():
+    """By itself a "GKN" has 32 groups, which do not divide the 16 channels here."""
+    config = fpn("GN8", fpn_norm="GKN", head_norm="GKN")
+    names = kalman_layers(built(with_kalman_norm(config, norm="GKN", num_groups=8)))
+    for part in ("fpn_output2", "box_head", "mask_head"):
+        assert any(part in name for name in names), part
+
+
 def test_a_box_head_without_convolutions_has_no_norm_to_replace():
     config = fpn("BN", fpn_norm="BN", head_norm="BN")
     config.roi_heads.box_head.conv_dims = []
