@@ -7,6 +7,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError
+from ..files import fetch
 from .annotations import Uses
 
 __all__ = ["check_requirements", "num_classes_node", "uses_of"]
@@ -233,7 +234,9 @@ def _check_proposals(cfg, truths):
                 f"files for the {len(names)} datasets of DATASETS.{key}: give one for each."
             )
         for name, path in zip(names, files):
-            if not PathManager.isfile(path):
+            if "://" in path:  # iopath does not know whether it is there before it downloads it
+                fetch(path)
+            elif not PathManager.isfile(path):
                 raise InputError(
                     f"{path} of DATASETS.PROPOSAL_FILES_{key} does not exist: give a file of "
                     f"proposals for dataset {name}."

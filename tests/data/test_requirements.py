@@ -90,6 +90,11 @@ def test_what_fits_passes(kn_log):
             {},
             "a.pkl of DATASETS.PROPOSAL_FILES_TRAIN does not exist",
         ),
+        (  # an address, as detectron2's configs of Fast R-CNN have it
+            ["MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN", ("catalog://a.pkl",)],
+            {},
+            "catalog://a.pkl cannot be downloaded",
+        ),
         (
             ["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"],
             {},
