@@ -156,6 +156,11 @@ class KNCheckpointer(DetectionCheckpointer):
     def _local_file(self, path):
         tag = self._tag_file()
         is_last = self.has_checkpoint() and path == self.get_checkpoint_file()
+        if is_last and not os.path.basename(path):  # a disk that was full may leave it empty
+            raise InputError(
+                f"{tag} is empty, but must name the last checkpoint: put the name of one beside it "
+                "into it."
+            )
         if is_last and not os.path.isfile(path):
             raise InputError(
                 f"{path} does not exist although {tag} names it as the last checkpoint: put it "

@@ -325,10 +325,17 @@ def test_resuming_takes_no_bare_weights(tmp_path, kn_state):
     assert path in str(error.value)
 
 
-def test_last_checkpoint_that_is_gone(tmp_path):
-    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
+@pytest.mark.parametrize(
+    "named, sentence",
+    [
+        ("model_0000004.pth", "model_0000004.pth does not exist although .*last_check"),
+        ("", "last_checkpoint is empty, but must name the last checkpoint: "),
+    ],
+)
+def test_last_checkpoint_that_is_gone(named, sentence, tmp_path):
+    (tmp_path / "last_checkpoint").write_text(named)
     checkpointer = KNCheckpointer(_model(), str(tmp_path))
-    with pytest.raises(InputError, match="model_0000004.pth does not exist although .*last_check"):
+    with pytest.raises(InputError, match=sentence):
         checkpointer.resume_or_load("", resume=True)
 
 

@@ -1,7 +1,7 @@
 """The module that computes the beliefs in a converted network."""
 
 import copy
-from typing import NamedTuple, Optional, Sequence, Tuple, Union
+from typing import NamedTuple, Optional, Sequence, Tuple, Union, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class Chain(nn.Module):
     Raises:
         InputError: mean and standard deviation are about different numbers of channels, or a
             standard deviation is not positive.
+        ValueError: ``transition`` is none, such as the name of one.
     """
 
     def __init__(
@@ -60,6 +61,10 @@ class Chain(nn.Module):
             raise InputError(
                 f"image_mean has {len(image_mean)} numbers and image_std has {len(image_std)}: give "
                 "one number for each channel of the images."
+            )
+        if not isinstance(transition, get_args(Transition)):
+            raise ValueError(
+                f"transition is what kn_detectron.layers.build_transition returns, not {transition!r}"
             )
         self.transition = transition
         self.variant = variant

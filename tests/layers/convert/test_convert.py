@@ -948,6 +948,11 @@ def test_mean_and_deviation_are_about_the_same_channels():
         convert_kalman_norm(Branchy(), image_std=[0.0, 1.0, 1.0])
 
 
+def test_a_transition_is_no_name():  # as MODEL.KN.PREDICTION is
+    with pytest.raises(ValueError, match="build_transition returns, not 'monte_carlo'"):
+        convert_kalman_norm(Branchy(), transition="monte_carlo")
+
+
 def test_a_norm_under_two_names_is_replaced_under_both():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     network.same = network[1]
