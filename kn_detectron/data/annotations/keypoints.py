@@ -32,7 +32,7 @@ def check_keypoints(objects, count, report):
                 raise report.fault(
                     "has keypoints that are not x, y and visibility of each of the "
                     f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {count}",
-                    "correct them",
+                    "correct them, or that number if these objects have another",
                     "annotations",
                     annotation,
                     index,

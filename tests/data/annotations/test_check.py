@@ -550,7 +550,7 @@ def test_keypoints_that_are_learned(tiny, tmp_path, kn_log):
     mended = json.loads(Path(MetadataCatalog.get("tiny").json_file).read_text())
     assert mended["annotations"][0]["keypoints"] == [0] * 6
     assert [a["num_keypoints"] for a in mended["annotations"]] == [0, 1, 1, 1, 1]
-    with pytest.raises(InputError, match="NUM_KEYPOINTS 3 in entry 1"):
+    with pytest.raises(InputError, match="NUM_KEYPOINTS 3 in entry 1.* or that number"):
         check_dataset("tiny", tmp_path / "run", Uses(keypoints=3))
 
 
