@@ -1,6 +1,7 @@
 """Backbones and heads for detectron2."""
 
-from .chain import ChainConfig, ChainConv2d, Feature, Features
+from .chain import ChainConfig, ChainConv2d
+from .features import Feature, Features
 from .fpn import (
     KNFPN,
     build_kn_network_fpn_backbone,

@@ -1,44 +1,39 @@
-"""The parts of a chain in detectron2's networks: features with beliefs, and convolutions.
+"""The layers of a chain in detectron2's networks: norms, and convolutions with their norms.
 
-Stem, blocks and stages take and return a :class:`Feature`, which is a feature map with the belief
-about it. In evaluation with moving statistics no beliefs are kept. The same modules then take and
-return tensors, as detectron2's do.
+Stem, blocks and stages take and return a :class:`~.features.Feature`, which is a feature map with
+the belief about it. In evaluation with moving statistics no beliefs are kept. The same modules then
+take and return tensors, as detectron2's do.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from torch import Size, Tensor, nn
-from torch.utils._pytree import register_pytree_node
+from torch import Tensor, nn
 
 from ..config import check_config
 from ..errors import InputError
 from ..layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
 from ..layers.belief import add, frozen
 from ..layers.kalman_norm import check_takes_prior
-from ..layers.transition import Source, Transition
+from ..layers.transition import Transition
+from .features import Feature
 
 __all__ = [
     "ChainConfig",
     "ChainConv2d",
-    "Feature",
-    "Features",
     "TRAIN_ALL",
-    "WithBelief",
     "as_source",
     "build_norm",
-    "feature_of",
     "link_convolutions",
     "normalized",
     "normalized_convolution",
     "normalized_image_std",
     "rectified",
     "residual_sum",
-    "value_of",
 ]
 
 
@@ -46,77 +41,6 @@ __all__ = [
 TRAIN_ALL = (
     "call train() of the whole model, and then eval() of those norms or stages that should keep "
     "their statistics"
-)
-
-
-class Feature(NamedTuple):
-    """A feature map and the belief about it.
-
-    Attributes:
-        value: shape (N, C, H, W).
-        belief: the belief about ``value``, or a source of the transition that stands for it.
-    """
-
-    value: Tensor
-    belief: Source
-
-    @property
-    def shape(self) -> Size:
-        """The shape of ``value``. It is all that an anchor generator asks for."""
-        return self.value.shape
-
-
-class WithBelief(str):
-    """The name of a feature that is looked up with its belief.
-
-    detectron2's detectors look up their features by name and hand a list of them to the heads.
-    For a name of this type :class:`Features` returns a :class:`Feature` if there is a belief. Other
-    dicts take it for an ordinary name.
-    """
-
-
-class Features(Dict[str, Tensor]):
-    """The features of a backbone by name, as detectron2 has them, with the beliefs about them.
-
-    For a name of type :class:`WithBelief` the item is a :class:`Feature`, if there is a belief.
-
-    Attributes:
-        beliefs (Dict[str, Belief]): the beliefs by name, for the features that have one.
-    """
-
-    def __init__(
-        self,
-        features: Optional[Dict[str, Tensor]] = None,
-        beliefs: Optional[Dict[str, Belief]] = None,
-    ):
-        super().__init__(features or {})
-        self.beliefs: Dict[str, Belief] = dict(beliefs or {})
-
-    def __getitem__(self, name: str) -> Union[Tensor, Feature]:
-        if isinstance(name, WithBelief):
-            return feature_of(self, str(name))
-        return super().__getitem__(name)
-
-
-def feature_of(features: Dict[str, Tensor], name: str) -> Union[Tensor, Feature]:
-    """One of the features of a backbone, with its belief if there is one."""
-    value, belief = features[name], getattr(features, "beliefs", {}).get(name)
-    return value if belief is None else Feature(value, belief)
-
-
-def value_of(x: Union[Tensor, Feature]) -> Tensor:
-    """The feature map, with or without a belief about it."""
-    return x.value if isinstance(x, Feature) else x
-
-
-# For torch.export, which refuses outputs of an unknown type.
-register_pytree_node(
-    Features,
-    lambda features: ([dict(features), features.beliefs], None),
-    lambda parts, _: Features(*parts),
-    serialized_type_name="kn_detectron.modeling.Features",
-    to_dumpable_context=lambda context: "",
-    from_dumpable_context=lambda text: None,
 )
 
 

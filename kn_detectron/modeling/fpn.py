@@ -17,17 +17,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..layers import Belief
 from ..layers.belief import add, scale
-from .chain import (
-    TRAIN_ALL,
-    ChainConfig,
-    Feature,
-    Features,
-    as_source,
-    build_norm,
-    feature_of,
-    link_convolutions,
-    value_of,
-)
+from .chain import TRAIN_ALL, ChainConfig, as_source, build_norm, link_convolutions
+from .features import Feature, Features, feature_of, value_of
 from .network import build_kn_network_backbone
 from .resnet import build_kn_resnet_backbone
 

@@ -14,7 +14,8 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsamp
 from torch import Tensor
 
 from ..errors import InputError
-from .chain import ChainConfig, Feature, build_norm, link_convolutions, value_of
+from .chain import ChainConfig, build_norm, link_convolutions
+from .features import Feature, value_of
 
 __all__ = ["KNFastRCNNConvFCHead", "KNMaskRCNNConvUpsampleHead"]
 

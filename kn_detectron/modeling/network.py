@@ -23,7 +23,8 @@ from ..files import (
 from ..layers import Belief, KalmanNetwork, convert_kalman_norm
 from ..networks import build_network
 from ..networks.efficientnet import is_efficientnet_port, timm_names
-from .chain import ChainConfig, Features, normalized_image_std
+from .chain import ChainConfig, normalized_image_std
+from .features import Features
 
 __all__ = ["KNNetwork", "PlainNetwork", "build_kn_network_backbone", "convert_network"]
 

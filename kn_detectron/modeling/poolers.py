@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..layers import Belief
 from ..layers.belief import mixture
-from .chain import TRAIN_ALL, ChainConfig, Feature, value_of
+from .chain import TRAIN_ALL, ChainConfig
+from .features import Feature, value_of
 
 __all__ = ["BeliefPooler"]
 

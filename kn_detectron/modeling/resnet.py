@@ -21,8 +21,6 @@ from ..layers.image import ImageBelief
 from .chain import (
     ChainConfig,
     ChainConv2d,
-    Feature,
-    Features,
     as_source,
     build_norm,
     link_convolutions,
@@ -30,6 +28,7 @@ from .chain import (
     rectified,
     residual_sum,
 )
+from .features import Feature, Features
 
 __all__ = [
     "KNBasicBlock",

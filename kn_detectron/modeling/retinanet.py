@@ -21,16 +21,13 @@ from .chain import (
     TRAIN_ALL,
     ChainConfig,
     ChainConv2d,
-    Feature,
-    Features,
-    WithBelief,
     as_source,
     build_norm,
     normalized,
     normalized_convolution,
     rectified,
-    value_of,
 )
+from .features import Feature, Features, WithBelief, value_of
 
 __all__ = ["KNRetinaNet", "KNRetinaNetHead", "LevelNorms"]
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..layers import kalman_layers
 from ..layers.belief import Belief, roi_align
-from .chain import TRAIN_ALL, ChainConfig, Feature, Features, WithBelief, as_source, value_of
+from .chain import TRAIN_ALL, ChainConfig, as_source
+from .features import Feature, Features, WithBelief, value_of
 from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
 from .poolers import BeliefPooler
 from .resnet import make_kn_stage

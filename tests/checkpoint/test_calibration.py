@@ -16,7 +16,7 @@ from kn_detectron.layers import (
     kalman_layers,
     set_gain_scale,
 )
-from kn_detectron.modeling.chain import feature_of
+from kn_detectron.modeling.features import feature_of
 
 from ..models import (
     build_backbone,

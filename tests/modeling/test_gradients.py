@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kn_detectron.layers import set_gain_scale
-from kn_detectron.modeling.chain import feature_of
+from kn_detectron.modeling.features import feature_of
 
 from ..gradients import slopes
 from ..models import (

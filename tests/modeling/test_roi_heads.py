@@ -7,7 +7,7 @@ from detectron2.utils.events import EventStorage
 from kn_detectron import InputError
 from kn_detectron.layers import KN_STATE, kalman_layers
 from kn_detectron.layers import belief as B
-from kn_detectron.modeling.chain import feature_of
+from kn_detectron.modeling.features import feature_of
 
 from ..models import build_rcnn, images, randomize, rcnn_cfg, rcnn_inputs
 
