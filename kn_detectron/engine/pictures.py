@@ -80,7 +80,7 @@ def draw_predictions(
         min_score: predictions below are left out.
 
     Raises:
-        InputError: there is no such dataset.
+        InputError: there is no such dataset, or no image of it has objects.
     """
     if not cfg.DATASETS.TEST:
         raise InputError("DATASETS.TEST is empty: name the dataset to draw.")
@@ -108,6 +108,8 @@ def draw_predictions(
             rows.append(np.concatenate([picture.get_image() for picture in drawn], axis=1))
             if len(rows) == count:
                 break
+    if not rows:
+        raise InputError(f"No image of the dataset {name} has objects: name another one to draw.")
     titles = ["ground truth", *models]
     heights = [row.shape[0] / row.shape[1] for row in rows]
     figure = Figure(figsize=(_WIDTH, _WIDTH * sum(heights)), layout="constrained")

@@ -120,6 +120,13 @@ def test_draw_predictions_leaves_out_images_without_objects(datasets, tmp_path, 
     assert seen == [second["file_name"]]
 
 
+def test_draw_predictions_needs_an_object(datasets, tmp_path, monkeypatch):
+    records = [dict(record, annotations=[]) for record in DatasetCatalog.get("shapes_val")]
+    monkeypatch.setattr(pictures, "DatasetCatalog", {"shapes_val": records})
+    with pytest.raises(InputError, match="No image of the dataset shapes_val has objects: "):
+        draw_predictions(tiny.config(tmp_path), {"model": Detector()}, str(tmp_path / "a.png"))
+
+
 @pytest.mark.parametrize("evaluated", [True, False])
 def test_draw_curves(tmp_path, evaluated):
     entries = [{"iteration": i, "total_loss": 3.0 / (i + 1), "loss_cls": 0.1} for i in range(5)]
