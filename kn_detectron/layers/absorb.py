@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from .belief import Belief
 from .filter import Running, Spec, Vectors, filter_belief, track
+from .filter_gradient import Filter, scale_of
 from .introspection import is_traced
-from .normalize import Filter, scale_of
 from .triton import fastest
 
 __all__ = ["absorb"]

@@ -21,7 +21,7 @@ from kn_detectron.layers import Belief, ClosedFormTransition, KalmanNorm2d, pass
 from kn_detectron.layers import triton as choice
 from kn_detectron.layers.belief import Convolve, Rectify
 from kn_detectron.layers.filter import Running, Spec, Vectors
-from kn_detectron.layers.normalize import Filter
+from kn_detectron.layers.filter_gradient import Filter
 from kn_detectron.layers.sets import Sets
 
 from ..models import randomize

@@ -1,8 +1,9 @@
 """The arithmetic on vectors of channels in Triton: one launch instead of dozens of tiny operations.
 
 Each class computes on float32 vectors what the class of the same name in
-:mod:`~kn_detectron.layers.belief` or :mod:`~kn_detectron.layers.normalize` computes with torch's
-operators. The class with torch's operators is the reference, and runs wherever the kernels cannot.
+:mod:`~kn_detectron.layers.belief` or :mod:`~kn_detectron.layers.filter_gradient` computes with
+torch's operators. The class with torch's operators is the reference, and runs wherever the kernels
+cannot.
 ``variant`` tells which compiled form of the kernels a call would launch. It returns None if no form
 fits the call.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import passes
 from ..belief import Belief
 from ..filter import GATE_LIMIT, Running, Spec, Vectors
-from ..normalize import Gradients, Statistics
+from ..filter_gradient import Gradients, Statistics
 from . import tensors_in
 
 __all__ = ["Convolve", "Filter", "Rectify"]
@@ -543,7 +544,7 @@ def _filter_backward(
 
 
 class Filter:
-    """Triton's :class:`kn_detectron.layers.normalize.Filter`."""
+    """Triton's :class:`kn_detectron.layers.filter_gradient.Filter`."""
 
     @staticmethod
     def variant(
