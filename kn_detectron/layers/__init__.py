@@ -10,7 +10,7 @@ from .kalman_norm import (
     set_norm_batch_size,
 )
 from .mixin import KN_STATE
-from .transition import ClosedFormTransition, MonteCarloTransition, build_transition
+from .transition import ClosedFormTransition, MonteCarloTransition, Transition, build_transition
 
 __all__ = [
     "Belief",
@@ -20,6 +20,7 @@ __all__ = [
     "KalmanNetwork",
     "KalmanNorm2d",
     "MonteCarloTransition",
+    "Transition",
     "build_transition",
     "convert_kalman_norm",
     "kalman_layers",
