@@ -211,6 +211,8 @@ def main():
     metadata = Metadata(thing_classes=classes or None)
     results, faults, count = [], [], 0
     taken = {path.resolve() for path in photos}
+    if output.resolve() in {path.parent for path in taken}:  # its other pictures are the user's
+        taken |= {path.resolve() for path in output.glob("*.png")}
     try:
         for path in tqdm.tqdm(photos, unit="photo"):
             try:
@@ -223,8 +225,8 @@ def main():
             count += len(found)
             picture = BrightVisualizer(image, metadata).draw_instance_predictions(found)
             target = _free(output, path.stem, taken)
-            with explained_write_errors(target, _ADVICE):
-                Image.fromarray(picture.get_image()).save(target)
+            with explained_write_errors(target, _ADVICE), atomic_write(str(target)) as file:
+                Image.fromarray(picture.get_image()).save(file, "png")
     finally:  # what was found is not lost, whatever ends the run
         target = output / "detections.json"
         with explained_write_errors(target, _ADVICE), atomic_write(str(target)) as file:

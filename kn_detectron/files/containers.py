@@ -21,6 +21,15 @@ from ..errors import InputError, one_line
 
 __all__ = ["read_container", "unreadable_type"]
 
+
+def _plain_dtype(*args):
+    """numpy.dtype of numbers and text only: an array of objects would hold pointers from the file."""
+    dtype = np.dtype(*args)
+    if dtype.kind not in "biufcSU":
+        raise pickle.UnpicklingError(f"it holds an array of {dtype}")
+    return dtype
+
+
 # What numpy needs to unpickle plain arrays, under its old and its new module names.
 _NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _HARMLESS = {
@@ -78,10 +87,9 @@ def _allowing_harmless_globals():
         "scalar": np.float64(0.0).__reduce__()[0],
     }
     named = [(f, f"{m}.{name}") for name, f in constructors.items() for m in _NUMPY_MODULES]
+    named.append((_plain_dtype, "numpy.dtype"))
     types = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efd"}
-    return torch.serialization.safe_globals(
-        [argparse.Namespace, np.ndarray, np.dtype, *types, *named]
-    )
+    return torch.serialization.safe_globals([argparse.Namespace, np.ndarray, *types, *named])
 
 
 def unreadable_type(path):
@@ -177,6 +185,8 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) not in _HARMLESS:
             raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        if (module, name) == ("numpy", "dtype"):
+            return _plain_dtype
         return super().find_class(module, name)
 
 

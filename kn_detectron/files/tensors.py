@@ -36,7 +36,12 @@ def checked_tensors(
         )
     broken = []
     for name, value in state.items():
-        if not isinstance(name, str) or not is_numeric(value):
+        if not isinstance(name, str):
+            raise InputError(
+                f"{path} is not a checkpoint of a model: the name of its entry {name!r} is no text; "
+                "give the file that a training run wrote."
+            )
+        if not is_numeric(value):
             raise InputError(
                 f"{path} is not a checkpoint of a model: its entry {name!r} is of type "
                 f"{type(value).__name__} where a tensor was expected; give the file that a "

@@ -75,6 +75,23 @@ def test_a_file_that_would_run_code(tmp_path, name):
     assert not (tmp_path / "it_ran").exists()
 
 
+class Pointers:
+    """Makes an array of objects whose addresses are in the file."""
+
+    def __reduce__(self):
+        return np.ndarray, ((1,), np.dtype("O"), b"AAAAAAAA")
+
+
+@pytest.mark.parametrize("name", ["m.pkl", "m.pth"])
+def test_a_file_that_would_make_pointers(tmp_path, name):
+    path = tmp_path / name
+    if name == "m.pth":
+        torch.save({"__author__": Pointers()}, path)
+    else:
+        path.write_bytes(pickle.dumps({"__author__": Pointers()}))
+    assert_refused(path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
 def test_a_truncated_file(tmp_path, tensors, kind, share):

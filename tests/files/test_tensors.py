@@ -31,7 +31,7 @@ def test_arrays_become_tensors_of_their_own(array):
     [
         ([], "file.pth is not a checkpoint of a model: a dict of tensors was expected"),
         ({}, "file.pth is not a checkpoint of a model: a dict of tensors was expected"),
-        ({3: torch.ones(1)}, "its entry 3 is of type Tensor"),
+        ({3: torch.ones(1)}, "the name of its entry 3 is no text"),
         ({"a": "text"}, "its entry 'a' is of type str where a tensor was expected"),
         ({"a": torch.ones(1, dtype=torch.cfloat)}, "its entry 'a' is of type Tensor"),
         (
