@@ -8,6 +8,8 @@ Examples:
 """
 
 import argparse
+import os
+import re
 import shlex
 import sys
 
@@ -17,6 +19,7 @@ from kn_detectron.checkpoint import fold_weights
 from kn_detectron.engine import trained_weights
 from kn_detectron.engine.command_line import run
 from kn_detectron.engine.config_file import read_config
+from kn_detectron.errors import InputError
 
 from detectron2.utils.logger import setup_logger  # isort: skip  # made importable by kn_detectron
 
@@ -61,6 +64,11 @@ def main():
         help="for the config; without MODEL.WEIGHTS a run's config.yaml means its last checkpoint",
     )
     args = parser.parse_intermixed_args()
+    config = re.sub(r"\.(pth|yaml)$", "", args.output) + ".yaml"
+    if os.path.realpath(config) == os.path.realpath(args.config_file):
+        raise InputError(
+            f"{config} is the config itself, which folding would overwrite: give another --output."
+        )
     setup_logger(name="kn_detectron")
     cfg = read_config(args)
     cfg.MODEL.WEIGHTS = trained_weights(args.config_file, args.opts) or cfg.MODEL.WEIGHTS

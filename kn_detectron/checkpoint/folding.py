@@ -265,7 +265,7 @@ def fold_weights(cfg, output):
 
     Raises:
         InputError: the model cannot be folded, the checkpoint cannot be read or is of another
-            config, or the files cannot be written. If the config cannot, the weights are not.
+            config, or the files cannot be written. If the weights cannot, the config is not.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -302,7 +302,7 @@ def fold_weights(cfg, output):
     }
     with explained_write_errors(output, "make room, or give another folder for the output."):
         os.makedirs(os.path.dirname(weights), exist_ok=True)
-        with atomic_write(weights) as weights_file, atomic_write(config) as config_file:
+        with atomic_write(config) as config_file, atomic_write(weights) as weights_file:
             torch.save(content, weights_file)
             config_file.write(changes.dump().encode())
     return weights, config

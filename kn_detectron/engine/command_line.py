@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -155,12 +156,18 @@ def set_up(cfg, args):
 @contextlib.contextmanager
 def _former_config_kept(cfg):
     """Keeps detectron2 from replacing the config.yaml of an earlier run."""
-    path = Path(cfg.OUTPUT_DIR, "config.yaml")
-    written = path.read_bytes() if path.is_file() else None
-    yield
-    if written is not None and comm.is_main_process():
-        with atomic_write(str(path)) as file:
-            file.write(written)
+    path, former = Path(cfg.OUTPUT_DIR, "config.yaml"), Path(cfg.OUTPUT_DIR, "config.yaml.former")
+    if not comm.is_main_process():
+        yield
+        return
+    if path.is_file() and not former.exists():  # else a process was killed below
+        with atomic_write(str(former)) as file:
+            file.write(path.read_bytes())
+    try:
+        yield
+    finally:
+        if former.exists():
+            os.replace(former, path)  # which takes no room on a full disk
 
 
 def _escape_what_the_locale_lacks():

@@ -37,10 +37,10 @@ def read_config(args, *extensions):
     _refuse_flags(args.opts)  # --config may be one
     _merge_file(cfg, args.config_file)
     merge_options(cfg, args.opts)
-    # Only commands that train have several ranks.
-    _choose_device(cfg, args.opts, getattr(args, "num_gpus", 1))
     check_config(cfg)
     check_detectron2_keys(cfg)
+    # Only commands that train have several ranks.
+    _choose_device(cfg, args.opts, getattr(args, "num_gpus", 1))
     return cfg
 
 
@@ -62,10 +62,16 @@ def _merge_file(cfg, path):
     if not Path(path).read_bytes().strip():
         raise InputError(f"Config file {path} is empty: give a YAML file with keys of the config.")
     try:
-        cfg.merge_from_file(path)
+        # That of a run holds plain values only, and comes with weights of others. detectron2's own
+        # have Python in them.
+        cfg.merge_from_file(path, allow_unsafe=os.path.basename(path) != "config.yaml")
     except yaml.YAMLError as error:
         raise InputError(
             f"Config file {path} is not valid YAML ({one_line(error)}): correct it."
+        ) from error
+    except RecursionError as error:
+        raise InputError(
+            f"Config file {path} has a _BASE_ that leads back to itself: name another file."
         ) from error
     except OSError as error:  # of _BASE_
         raise InputError(

@@ -51,9 +51,17 @@ _UNREGISTERED = {"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals"}
 def _is_device(name):
     try:
         torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return False
     return True
+
+
+def _in_order(steps):
+    return list(steps) == sorted(set(steps)) and all(isinstance(step, int) for step in steps)
+
+
+def _one_of(*names):
+    return names.__contains__, f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
 
 
 _RULES = {
@@ -72,16 +80,21 @@ _RULES = {
         "positive, one for each channel",
     ),
     "MODEL.ANCHOR_GENERATOR.SIZES": (len, "one list of sizes or more"),
-    "INPUT.RANDOM_FLIP": (
-        ("horizontal", "vertical", "none").__contains__,
-        "'horizontal', 'vertical' or 'none'",
-    ),
-    "INPUT.MASK_FORMAT": (("polygon", "bitmask").__contains__, "'polygon' or 'bitmask'"),
+    "INPUT.MAX_SIZE_TRAIN": (lambda size: size >= 1, "a size in pixels"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": _one_of("choice", "range"),
+    "INPUT.CROP.TYPE": _one_of("relative_range", "relative", "absolute", "absolute_range"),
+    "INPUT.RANDOM_FLIP": _one_of("horizontal", "vertical", "none"),
+    "INPUT.MASK_FORMAT": _one_of("polygon", "bitmask"),
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": (lambda number: number >= 1, "1 or more"),
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (lambda number: number >= 1, "1 or more"),
     "DATALOADER.NUM_WORKERS": (lambda number: number >= 0, "0 or more"),
     "SOLVER.MAX_ITER": (lambda number: number >= 1, "1 or more"),
     "SOLVER.BASE_LR": (lambda rate: rate >= 0, "0 or more"),
-    "SOLVER.STEPS": (lambda steps: list(steps) == sorted(set(steps)), "in ascending order"),
-    "SOLVER.WARMUP_METHOD": (("linear", "constant").__contains__, "'linear' or 'constant'"),
+    "SOLVER.MOMENTUM": (lambda momentum: momentum >= 0, "0 or more"),
+    "SOLVER.WEIGHT_DECAY": (lambda decay: decay >= 0, "0 or more"),
+    "SOLVER.STEPS": (_in_order, "whole numbers in ascending order"),
+    "SOLVER.WARMUP_METHOD": _one_of("linear", "constant"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": _one_of("value", "norm"),
 }
 
 
@@ -106,7 +119,11 @@ def check_detectron2_keys(cfg):
         )
     for key, (accepts, wanted) in _RULES.items():
         value = attrgetter(key)(cfg)
-        if not accepts(value):
+        try:
+            accepted = accepts(value)
+        except TypeError:  # such as None, where a YAML file has a key without a value
+            accepted = False
+        if not accepted:
             raise InputError(f"{key} is {value!r}, but must be {wanted}.")
     if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD):
         raise InputError(

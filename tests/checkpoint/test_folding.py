@@ -411,8 +411,8 @@ def test_output_that_cannot_be_written(models, checkpoint, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file/out cannot be written .*another folder"):
         fold_weights(cfg, str(tmp_path / "file" / "out"))
-    (tmp_path / "out.yaml").mkdir()  # in the way of the second file
+    (tmp_path / "out.pth").mkdir()  # in the way of the weights, without which the config is no use
     with pytest.raises(InputError, match="out cannot be written"):
         fold_weights(cfg, str(tmp_path / "out"))
-    assert sorted(os.listdir(tmp_path)) == ["file", "out.yaml"]
-    assert list((tmp_path / "out.yaml").iterdir()) == []
+    assert sorted(os.listdir(tmp_path)) == ["file", "out.pth"]
+    assert list((tmp_path / "out.pth").iterdir()) == []

@@ -1,6 +1,8 @@
 """tools/train_net.py: what it takes, what it refuses, and what it prints."""
 
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -15,7 +17,7 @@ from PIL import Image
 from kn_detectron import InputError
 from kn_detectron.checkpoint import fold_weights
 from kn_detectron.data import CATEGORIES, register_named_folders
-from kn_detectron.engine import load_run
+from kn_detectron.engine import command_line, load_run
 from kn_detectron.engine.command_line import argument_parser, load_config, run
 
 from . import tiny
@@ -72,7 +74,24 @@ def test_ranks_are_refused_by_name_and_before_the_datasets(command, tmp_path, mo
         (["SOLVER.MAX_ITER", "0"], ["SOLVER.MAX_ITER is 0, but must be 1 or more"]),
         (
             ["SOLVER.STEPS", "(4, 2)"],
-            ["SOLVER.STEPS is \\(4, 2\\), but must be in ascending order"],
+            ["SOLVER.STEPS is \\(4, 2\\), but must be whole numbers in ascending order"],
+        ),
+        (["SOLVER.MOMENTUM", "-1.0"], ["SOLVER.MOMENTUM is -1.0, but must be 0 or more"]),
+        (["SOLVER.WEIGHT_DECAY", "-1.0"], ["SOLVER.WEIGHT_DECAY is -1.0, but must be 0 or more"]),
+        (
+            ["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "mean"],
+            ["CLIP_TYPE is 'mean', but must be 'value' or 'norm'"],
+        ),
+        (["INPUT.MAX_SIZE_TRAIN", "0"], ["INPUT.MAX_SIZE_TRAIN is 0, but must be a size"]),
+        (
+            ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "all"],
+            ["MIN_SIZE_TRAIN_SAMPLING is 'all', but must be 'choice' or 'range'"],
+        ),
+        (["INPUT.CROP.TYPE", "round"], ["TYPE is 'round', but must be .* or 'absolute_range'"]),
+        (["MODEL.RPN.BATCH_SIZE_PER_IMAGE", "0"], ["RPN.BATCH_SIZE_PER_IMAGE is 0, but must be 1"]),
+        (
+            ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "0"],
+            ["ROI_HEADS.BATCH_SIZE_PER_IMAGE is 0, but must be 1 or more"],
         ),
         (["SOLVER.BASE_LR", "-0.1"], ["SOLVER.BASE_LR is -0.1, but must be 0 or more"]),
         (
@@ -334,6 +353,22 @@ def test_fine_tuning_on_a_folder(command, plain, own_data, tmp_path):
     assert status == 0, err
     assert (run / "config.yaml").read_text() == written
     assert results == json.loads((run / "inference/results.json").read_text())
+
+
+def test_the_config_of_a_run_survives_a_start_that_fails(tmp_path, datasets, monkeypatch):
+    cfg = tiny.config(tmp_path)
+    args = argument_parser().parse_args([])
+    (tmp_path / "config.yaml").write_text("the former one")
+
+    def killed(cfg, args):
+        (tmp_path / "config.yaml").write_text("")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(command_line, "default_setup", killed)
+    with pytest.raises(OSError):
+        command_line.set_up(cfg, args)
+    assert (tmp_path / "config.yaml").read_text() == "the former one"
+    assert os.listdir(tmp_path) == ["config.yaml"]
 
 
 def test_the_config_that_a_run_wrote_is_enough(command, own_data, tmp_path):

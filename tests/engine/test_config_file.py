@@ -69,6 +69,9 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
             ["is that of a pre-training: .* MODEL.WEIGHTS .*backbone.pth"],
         ),
         ("_BASE_: nothing.yaml", ["_BASE_ that cannot be read"]),
+        ("_BASE_: bad.yaml", ["_BASE_ that leads back to itself"]),
+        ("VERSION: 2\nMODEL: {DEVICE: }", ["MODEL.DEVICE is None, but must be a device"]),
+        ("VERSION: 2\nSOLVER: {STEPS: }", ["SOLVER.STEPS is None, but must be whole numbers"]),
         ("MODEL: {KN: {GIAN: 1}}\nVERSION: 2", ["MODEL.KN.GIAN"]),
         ("SOLVER: {MAX_ITER: many}\nVERSION: 2", ["many"]),
     ],
@@ -77,7 +80,20 @@ def test_bad_config_file(command, tmp_path, content, patterns):
     path = tmp_path / "bad.yaml"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert_one_sentence(command(config=path), re.escape(str(path)), *patterns)
+    status, out, err = command(config=path)
+    assert_one_sentence((status, out, err), *patterns)
+    assert str(path) in err or " is None, but " in err
+
+
+def test_only_the_config_of_a_run_may_not_run_code(tmp_path):
+    content = "VERSION: 2\nSOLVER: {MAX_ITER: !!python/object/apply:eval ['2 + 3']}\n"
+    for name in ("own.yaml", "config.yaml"):
+        (tmp_path / name).write_text(content)
+    args = argparse.Namespace(config_file=str(tmp_path / "own.yaml"), opts=[])
+    assert read_config(args).SOLVER.MAX_ITER == 5
+    args.config_file = str(tmp_path / "config.yaml")
+    with pytest.raises(InputError, match="config.yaml is not valid YAML .*python/object/apply"):
+        read_config(args)
 
 
 def test_no_config_file(command, tmp_path):

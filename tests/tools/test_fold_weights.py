@@ -79,6 +79,16 @@ def test_says_what_is_wrong_in_a_sentence(folder, process):
     assert sorted(os.listdir(folder)) == left
 
 
+@pytest.mark.parametrize("name", ["trained", "trained.pth", "trained.yaml"])
+def test_the_config_is_not_overwritten(name, folder, command):
+    before = (folder / "trained.yaml").read_bytes()
+    (folder / "trained.pth").rename(folder / "weights.pth")
+    arguments = ["--config", folder / "trained.yaml", "--output", name]
+    status, _, err = command("fold_weights", *arguments, "MODEL.WEIGHTS", "weights.pth")
+    assert status == 1 and "error: trained.yaml is the config itself" in err
+    assert (folder / "trained.yaml").read_bytes() == before
+
+
 def test_a_folder_is_no_name_of_two_files(folder, command):
     status, _, err = command(
         "fold_weights", "--config", "trained.yaml", "--output", ".", "MODEL.WEIGHTS", "trained.pth"

@@ -86,11 +86,15 @@ def test_photos_are_never_replaced(tmp_path, photos, command, monkeypatch):
     folder.mkdir()
     with Image.open(next(photos.iterdir())) as photo:
         photo.save(folder / "one.png")
-    before = (folder / "one.png").read_bytes()
+        photo.save(folder / "two.png")
+        photo.save(folder / "two.jpg")
+    before = [(folder / name).read_bytes() for name in ("one.png", "two.png")]
     monkeypatch.chdir(tmp_path)
-    status, _, _ = command("predict", "my photos", "--output", folder)
+    photos = folder / "one.png", "my photos/two.jpg"  # and not two.png
+    status, _, _ = command("predict", *photos, "--output", folder)
     assert status == 0
-    assert (folder / "one.png").read_bytes() == before
+    assert [(folder / name).read_bytes() for name in ("one.png", "two.png")] == before
+    assert (folder / "two_2.png").is_file()
     with Image.open(folder / "one.png") as photo, Image.open(folder / "one_2.png") as drawn:
         assert drawn.size == photo.size
 
