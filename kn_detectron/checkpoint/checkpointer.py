@@ -167,7 +167,13 @@ class KNCheckpointer(DetectionCheckpointer):
                 f"back, or put the name of another checkpoint into {tag}."
             )
         try:
-            return fetch(path)
+            local = fetch(path)
+            if "?" in local:
+                raise InputError(
+                    f"{local} has a question mark in its path, behind which detectron2 reads no "
+                    "further: rename it"
+                )
+            return local
         except InputError as error:
             otherwise = "" if self._strict else ', or MODEL.WEIGHTS "" to train from scratch'
             raise InputError(f"MODEL.WEIGHTS {one_line(error)}{otherwise}.") from error

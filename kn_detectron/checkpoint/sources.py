@@ -177,7 +177,7 @@ def _from_detectron2(state, rest, path) -> Weights:
     if CHECKPOINT_KEY in rest:
         try:
             conventions = Conventions.from_dict(rest[CHECKPOINT_KEY])
-        except ValueError as error:
+        except (OverflowError, ValueError) as error:
             raise InputError(
                 f"{path} has an entry {CHECKPOINT_KEY!r} that kn_detectron did not write "
                 f"({error}): remove it, or write the checkpoint again."
@@ -200,7 +200,7 @@ def _from_detectron2(state, rest, path) -> Weights:
         state,
         "kn_detectron" if ours else "detectron2",
         conventions,
-        bool(rest.get("matching_heuristics", False)) or unprefixed,
+        rest.get("matching_heuristics") is True or unprefixed,
         rest,
     )
 

@@ -1,12 +1,14 @@
 """Writing generated datasets once, and never leaving them half written."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
 from iopath.common.file_io import file_lock
+from portalocker import AlreadyLocked, LockException
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import explained_write_errors
 
 __all__ = ["write_once"]
@@ -35,7 +37,7 @@ def write_once(root, identity, write, accepts_any=False):
     root = Path(root).expanduser().absolute()
     if _is_there(root, identity, accepts_any):
         return
-    with explained_write_errors(root, _ADVICE), file_lock(str(root)):
+    with explained_write_errors(root, _ADVICE), _locked(root):
         # Another process may have written it while this one waited for the lock.
         if _is_there(root, identity, accepts_any):
             return
@@ -48,6 +50,22 @@ def write_once(root, identity, write, accepts_any=False):
         if root.exists():
             root.rmdir()  # empty, or `_is_there` had refused
         partial.rename(root)
+
+
+@contextlib.contextmanager
+def _locked(root):
+    lock = file_lock(str(root))
+    try:
+        lock.acquire()
+    except AlreadyLocked:
+        raise
+    except LockException as error:
+        raise InputError(
+            f"{root} is on a file system without locks ({one_line(error)}): set DETECTRON2_DATASETS to "
+            "a folder on a local disk."
+        ) from error
+    with lock:
+        yield
 
 
 def _is_there(root, identity, accepts_any):

@@ -85,13 +85,13 @@ def _on_rank(main, cfg, args):
     explained = contextlib.nullcontext()
     if isinstance(cfg, CfgNode):  # a run, which can be resumed; a benchmark cannot
         explained = explained_full_disk(f"OUTPUT_DIR {cfg.OUTPUT_DIR}")
-    with explained, full_disk_told_once():
+    with explained:
         main(cfg, args)
 
 
 def _on_one_of_several_ranks(main, cfg, args, sentences):
     try:
-        with without_notices():
+        with without_notices(), full_disk_told_once():
             _on_rank(main, cfg, args)
     except InputError as error:
         # Before this process ends: what the others then fail of is no cause, but may be seen first.

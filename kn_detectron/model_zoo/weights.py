@@ -68,6 +68,10 @@ class _PackageHandler(_InPackage):
                 f"{path} is in the Python package {package}, which is not installed: install it with "
                 f"pip install {package.replace('_', '-')}."
             )
+        if not name:
+            raise InputError(
+                f"{path} names no file of the Python package {package}: give {self.PREFIX}{package}/FILE."
+            )
         for folder in folders:
             if (folder / name).is_file():
                 return str(folder / name)

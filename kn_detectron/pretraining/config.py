@@ -29,7 +29,7 @@ _OTHER_BATCH_NORMS = ("FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 # Keys that are taken over, so that the weights fit the detector. The gain and its schedule are not
 # taken over: a detector's config has values for fine-tuning there.
 _MODEL_KEYS = ("BACKBONE", "RESNETS", "KN", "PIXEL_MEAN", "PIXEL_STD", "DEVICE")
-_SCHEDULE_KEYS = ("GAIN", "GAIN_ANNEAL", "EVAL_STATISTICS")
+_SCHEDULE_KEYS = ("GAIN", "LEARN_GAIN", "GAIN_ANNEAL", "EVAL_STATISTICS")
 
 # Keys whose values classification_config derives or takes over, and which a classifier needs as
 # they are. Mixed precision and the device are as read_config has checked them.

@@ -325,6 +325,13 @@ def test_resuming_takes_no_bare_weights(tmp_path, kn_state):
     assert path in str(error.value)
 
 
+def test_a_question_mark_in_the_path(tmp_path):
+    (tmp_path / "which?").mkdir()
+    torch.save({"model": _model().state_dict()}, tmp_path / "which?" / "m.pth")
+    with pytest.raises(InputError, match="which.*/m.pth has a question mark .*: rename it"):
+        KNCheckpointer(_model()).load(str(tmp_path / "which?" / "m.pth"))
+
+
 @pytest.mark.parametrize(
     "named, sentence",
     [

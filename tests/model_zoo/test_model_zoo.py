@@ -63,6 +63,8 @@ def test_files_of_other_packages_are_opened_by_name():
         PathManager.open(path, "w")
     with pytest.raises(InputError, match="package timm has no file nothing.pth"):
         PathManager.get_local_path("package://timm/nothing.pth")
+    with pytest.raises(InputError, match="names no file of .* timm: give package://timm/FILE"):
+        PathManager.get_local_path("package://timm")
     for name in ("no_such_package", "../escape"):
         with pytest.raises(InputError, match="is not installed: install it with pip install"):
             PathManager.get_local_path(f"package://{name}/weights.pth")

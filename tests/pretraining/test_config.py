@@ -36,9 +36,9 @@ def test_detector_decides_on_architecture_norm_and_pixels():
 def test_nothing_of_fine_tuning_remains():
     detection = resnet_cfg("KN", MODEL__BACKBONE__FREEZE_AT=2, MODEL__WEIGHTS="somewhere.pkl")
     detection.MODEL.KN.GAIN, detection.MODEL.KN.GAIN_ANNEAL = 0.02, [0.6, 0.9]
-    detection.MODEL.KN.EVAL_STATISTICS = "batch"
+    detection.MODEL.KN.EVAL_STATISTICS, detection.MODEL.KN.LEARN_GAIN = "batch", False
     cfg = classification_config(detection, data="d", num_classes=7, num_images=999)
-    assert cfg.MODEL.BACKBONE.FREEZE_AT == 0
+    assert cfg.MODEL.BACKBONE.FREEZE_AT == 0 and cfg.MODEL.KN.LEARN_GAIN
     assert cfg.MODEL.WEIGHTS == ""
     assert (cfg.MODEL.KN.GAIN, cfg.MODEL.KN.GAIN_ANNEAL) == (0.1, [1.0, 1.0])
     assert cfg.MODEL.KN.EVAL_STATISTICS == "moving"

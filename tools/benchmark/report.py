@@ -19,7 +19,6 @@ from kn_detectron.files import atomic_write
 from .presets import WHATS
 
 __all__ = [
-    "describe_group",
     "describe_machine",
     "draw_bars",
     "draw_curves",

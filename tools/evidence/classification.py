@@ -86,7 +86,7 @@ OTHERS = {
 
 
 def _r50(label: str, norm: str, config: str, options: Tuple[str, ...] = (), shares=True) -> Arm:
-    # The same ResNet as in configs/photos/, where a gain is not learned.
+    # The same ResNet as in configs/photos/.
     config = f"shapes/mask_rcnn_slim_R50_C4_{config}.yaml"
     return Arm(label, norm, options, network="", shares=shares, config=config, image_size=64)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import portalocker
 import pytest
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
@@ -155,6 +156,15 @@ def test_other_parameters_are_refused(shapes_root):
     with pytest.raises(InputError, match="other parameters .size 64, not 160") as caught:
         generate_shapes(shapes_root, ShapesSpec(num_train=24, num_val=12, max_shapes=3, seed=5))
     assert str(shapes_root) in str(caught.value)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise portalocker.LockException("No locks available")
+
+    monkeypatch.setattr(portalocker.Lock, "acquire", refuse)
+    with pytest.raises(InputError, match="is on a file system without locks .* a local disk"):
+        generate_shapes(tmp_path / "shapes", SPEC)
 
 
 def test_foreign_folder_is_refused_and_left_alone(tmp_path):
