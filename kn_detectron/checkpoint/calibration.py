@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers import Belief, ClosedFormTransition, KalmanNetwork, KalmanNorm2d, kalman_layers
-from ..layers.calibration import fit_prior, can_be_calibrated, is_fresh, on_priors
+from ..layers.calibration import can_be_calibrated, fit_prior, is_fresh, on_priors
 from ..layers.gain import logit_of
 from ..layers.mixin import INITIAL_PROCESS_NOISE
 from ..layers.modes import in_mode

@@ -57,7 +57,9 @@ def _is_device(name):
 
 
 def _in_order(steps):
-    return list(steps) == sorted(set(steps)) and all(isinstance(step, int) for step in steps)
+    return list(steps) == sorted(set(steps)) and all(
+        isinstance(step, (int, float)) for step in steps
+    )
 
 
 def _one_of(*names):
@@ -92,7 +94,7 @@ _RULES = {
     "SOLVER.BASE_LR": (lambda rate: rate >= 0, "0 or more"),
     "SOLVER.MOMENTUM": (lambda momentum: momentum >= 0, "0 or more"),
     "SOLVER.WEIGHT_DECAY": (lambda decay: decay >= 0, "0 or more"),
-    "SOLVER.STEPS": (_in_order, "whole numbers in ascending order"),
+    "SOLVER.STEPS": (_in_order, "numbers in ascending order"),
     "SOLVER.WARMUP_METHOD": _one_of("linear", "constant"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": _one_of("value", "norm"),
 }

@@ -15,7 +15,7 @@ from torch import nn
 from .belief import Belief
 from .kalman_norm import KalmanNorm2d
 
-__all__ = ["fit_prior", "can_be_calibrated", "is_fresh", "on_priors"]
+__all__ = ["can_be_calibrated", "fit_prior", "is_fresh", "on_priors"]
 
 _logger = logging.getLogger(__name__)
 

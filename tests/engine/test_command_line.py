@@ -74,7 +74,7 @@ def test_ranks_are_refused_by_name_and_before_the_datasets(command, tmp_path, mo
         (["SOLVER.MAX_ITER", "0"], ["SOLVER.MAX_ITER is 0, but must be 1 or more"]),
         (
             ["SOLVER.STEPS", "(4, 2)"],
-            ["SOLVER.STEPS is \\(4, 2\\), but must be whole numbers in ascending order"],
+            ["SOLVER.STEPS is \\(4, 2\\), but must be numbers in ascending order"],
         ),
         (["SOLVER.MOMENTUM", "-1.0"], ["SOLVER.MOMENTUM is -1.0, but must be 0 or more"]),
         (["SOLVER.WEIGHT_DECAY", "-1.0"], ["SOLVER.WEIGHT_DECAY is -1.0, but must be 0 or more"]),

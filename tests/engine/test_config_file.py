@@ -71,7 +71,7 @@ def test_on_the_cpu_there_is_no_mixed_precision(tmp_path, datasets):
         ("_BASE_: nothing.yaml", ["_BASE_ that cannot be read"]),
         ("_BASE_: bad.yaml", ["_BASE_ that leads back to itself"]),
         ("VERSION: 2\nMODEL: {DEVICE: }", ["MODEL.DEVICE is None, but must be a device"]),
-        ("VERSION: 2\nSOLVER: {STEPS: }", ["SOLVER.STEPS is None, but must be whole numbers"]),
+        ("VERSION: 2\nSOLVER: {STEPS: }", ["SOLVER.STEPS is None, but must be numbers"]),
         ("MODEL: {KN: {GIAN: 1}}\nVERSION: 2", ["MODEL.KN.GIAN"]),
         ("SOLVER: {MAX_ITER: many}\nVERSION: 2", ["many"]),
     ],

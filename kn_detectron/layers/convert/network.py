@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from ...errors import InputError, one_line
-from ..calibration import fit_prior, can_be_calibrated, is_fresh, on_priors
+from ..calibration import can_be_calibrated, fit_prior, is_fresh, on_priors
 from ..kalman_norm import check_takes_prior, kalman_layers
 from ..modes import in_mode
 from .chain import Chain
