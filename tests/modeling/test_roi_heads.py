@@ -1,7 +1,7 @@
 import pytest
 import torch
-from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling.roi_heads import Res5ROIHeads, build_roi_heads
 from detectron2.utils.events import EventStorage
 
 from kn_detectron import InputError
@@ -146,12 +146,9 @@ def test_what_it_refuses():
     )
     with pytest.raises(InputError, match="DEPTH is 18, but KNRes5ROIHeads"):
         build_rcnn(cfg)
-    deformable = dict(
-        MODEL__RESNETS__DEFORM_ON_PER_STAGE=[False, False, False, True],
-        MODEL__BACKBONE__NAME="build_resnet_backbone",
-    )
+    cfg = rcnn_cfg("KN", MODEL__RESNETS__DEFORM_ON_PER_STAGE=[False, False, False, True])
     with pytest.raises(InputError, match="DEFORM_ON_PER_STAGE asks .* KNRes5ROIHeads does not"):
-        build_rcnn(rcnn_cfg("KN", **deformable))
+        build_roi_heads(cfg, {"res4": ShapeSpec(channels=64, stride=16)})
     cfg = rcnn_cfg("BN", MODEL__ROI_HEADS__NAME="KNRes5ROIHeads")
     with pytest.raises(InputError, match="NORM is 'BN'"):
         build_rcnn(cfg)
