@@ -40,6 +40,7 @@ setup(
         "tqdm>=4.58",
         "fvcore>=0.1.5.post20221221,<0.1.6",
         "iopath>=0.1.7,<0.1.11",
+        "portalocker>=2.0",
         "safetensors>=0.4",
         "tensorboard>=2.10",
     ],
