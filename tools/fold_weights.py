@@ -9,13 +9,13 @@ Examples:
 
 import argparse
 import os
-import re
 import shlex
 import sys
 
 import torch
 
 from kn_detectron.checkpoint import fold_weights
+from kn_detectron.checkpoint.folding import folded_files
 from kn_detectron.engine import trained_weights
 from kn_detectron.engine.command_line import run
 from kn_detectron.engine.config_file import read_config
@@ -64,7 +64,7 @@ def main():
         help="for the config; without MODEL.WEIGHTS a run's config.yaml means its last checkpoint",
     )
     args = parser.parse_intermixed_args()
-    config = re.sub(r"\.(pth|yaml)$", "", args.output) + ".yaml"
+    _, config = folded_files(args.output)
     if os.path.realpath(config) == os.path.realpath(args.config_file):
         raise InputError(
             f"{config} is the config itself, which folding would overwrite: give another --output."

@@ -131,7 +131,8 @@ class KNCheckpointer(DetectionCheckpointer):
         self._source = path
         self._wanted = tuple(self.checkpointables if checkpointables is None else checkpointables)
         self._strict = bool(self._wanted) if strict is None else strict
-        self._parsed_url_during_load = None  # newer versions leave it set when a load fails
+        if self._reads_queries():
+            self._parsed_url_during_load = None  # it stays set when a load fails
         return super().load(self._local_file(path), checkpointables)
 
     def load_for_evaluation(self, path, *, resume=False):
@@ -153,6 +154,10 @@ class KNCheckpointer(DetectionCheckpointer):
             )
         self.load(path, checkpointables=[], strict=True)
 
+    def _reads_queries(self):
+        """Whether this version of detectron2 takes what follows a question mark for a query."""
+        return hasattr(self, "_parsed_url_during_load")
+
     def _local_file(self, path):
         tag = self._tag_file()
         is_last = self.has_checkpoint() and path == self.get_checkpoint_file()
@@ -168,10 +173,10 @@ class KNCheckpointer(DetectionCheckpointer):
             )
         try:
             local = fetch(path)
-            if "?" in local:
+            if "?" in local and self._reads_queries():
                 raise InputError(
-                    f"{local} has a question mark in its path, behind which detectron2 reads no "
-                    "further: rename it"
+                    f"{local} has a question mark in its path, behind which this detectron2 reads no "
+                    "further: give a copy without one"
                 )
             return local
         except InputError as error:

@@ -28,7 +28,7 @@ from .checkpointer import KNCheckpointer
 from .conventions import CHECKPOINT_KEY, Conventions
 from .matching import leaf, match
 
-__all__ = ["fold", "fold_into", "fold_network", "fold_weights", "stock_config"]
+__all__ = ["fold", "fold_into", "fold_network", "fold_weights", "folded_files", "stock_config"]
 
 _STOCK_NAMES = {
     "build_kn_resnet_backbone": "build_resnet_backbone",
@@ -248,6 +248,12 @@ def fold_network(network):
     return network.restored().eval()
 
 
+def folded_files(output):
+    """The paths of the weights and the config, for a name with or without one of their suffixes."""
+    stem = re.sub(r"\.(pth|yaml)$", "", output)
+    return f"{stem}.pth", f"{stem}.yaml"
+
+
 def fold_weights(cfg, output):
     """Folds the KN model in MODEL.WEIGHTS into two files for detectron2 without this package.
 
@@ -280,8 +286,7 @@ def fold_weights(cfg, output):
             f"{output} is a folder: give the path of the two files, such as "
             f"{os.path.join(output, 'folded')}."
         )
-    stem = re.sub(r"\.(pth|yaml)$", "", os.path.abspath(output))
-    weights, config = stem + ".pth", stem + ".yaml"
+    weights, config = folded_files(os.path.abspath(output))
     if os.path.exists(weights) and os.path.realpath(weights) == os.path.realpath(cfg.MODEL.WEIGHTS):
         raise InputError(
             f"{weights} is MODEL.WEIGHTS itself, which folding would overwrite: give another name "

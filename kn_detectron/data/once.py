@@ -57,7 +57,7 @@ def _locked(root):
     lock = file_lock(str(root))
     try:
         lock.acquire()
-    except AlreadyLocked:
+    except AlreadyLocked:  # there are locks, and another process has had this one for an hour
         raise
     except LockException as error:
         raise InputError(

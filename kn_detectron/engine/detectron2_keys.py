@@ -51,7 +51,7 @@ _UNREGISTERED = {"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals"}
 def _is_device(name):
     try:
         torch.device(name)
-    except (RuntimeError, TypeError):
+    except RuntimeError:
         return False
     return True
 

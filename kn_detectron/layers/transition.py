@@ -6,7 +6,7 @@ a *source*, which is a belief or a feature map sampled from it. Several convolut
 same source.
 """
 
-from typing import Union
+from typing import Union, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ __all__ = [
     "Source",
     "Transition",
     "build_transition",
+    "check_transition",
 ]
 
 PREDICTIONS = ("closed_form", "monte_carlo")
@@ -113,6 +114,18 @@ class MonteCarloTransition:
 
 
 Transition = Union[ClosedFormTransition, MonteCarloTransition]
+
+
+def check_transition(transition: Transition) -> None:
+    """Checks that a transition is one, and not for instance the name of one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(transition, get_args(Transition)):
+        raise ValueError(
+            f"transition is what kn_detectron.layers.build_transition returns, not {transition!r}"
+        )
 
 
 def build_transition(prediction: str, size: int = 0) -> Transition:

@@ -7,7 +7,7 @@ The module is imported on its own, since older versions of detectron2 have no La
 
 import copy
 import logging
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union, get_args
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 from detectron2.config import LazyCall, instantiate
 from detectron2.layers import FrozenBatchNorm2d, get_norm
@@ -27,7 +27,7 @@ from torch import nn
 
 from ..config import IMAGE_STD
 from ..errors import InputError
-from ..layers.transition import Transition
+from ..layers.transition import check_transition
 from .chain import ChainConfig, build_norm, normalized_image_std
 from .fpn import KNFPN
 from .heads import KNFastRCNNConvFCHead, KNMaskRCNNConvUpsampleHead
@@ -168,11 +168,8 @@ def _checked(chain: ChainConfig) -> ChainConfig:
         raise ValueError(f"norm is 'KN' or 'GKN', not {chain.norm!r}")
     if not isinstance(chain.num_groups, int) or chain.num_groups < 1:
         raise ValueError(f"num_groups is a positive whole number, not {chain.num_groups!r}")
-    if not isinstance(chain.transition, (*get_args(Transition), DictConfig)):
-        raise ValueError(
-            f"transition is what kn_detectron.layers.build_transition returns, not "
-            f"{chain.transition!r}"
-        )
+    if not isinstance(chain.transition, DictConfig):  # else it is built with the model
+        check_transition(chain.transition)
     build_norm(chain, chain.num_groups)
     return chain
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from kn_detectron import InputError
@@ -328,8 +329,12 @@ def test_resuming_takes_no_bare_weights(tmp_path, kn_state):
 def test_a_question_mark_in_the_path(tmp_path):
     (tmp_path / "which?").mkdir()
     torch.save({"model": _model().state_dict()}, tmp_path / "which?" / "m.pth")
-    with pytest.raises(InputError, match="which.*/m.pth has a question mark .*: rename it"):
-        KNCheckpointer(_model()).load(str(tmp_path / "which?" / "m.pth"))
+    checkpointer, path = KNCheckpointer(_model()), str(tmp_path / "which?" / "m.pth")
+    if not hasattr(DetectionCheckpointer(_model()), "_parsed_url_during_load"):
+        checkpointer.load(path)  # older versions know no queries
+        return
+    with pytest.raises(InputError, match="which.*/m.pth has a question mark .*: give a copy"):
+        checkpointer.load(path)
 
 
 @pytest.mark.parametrize(

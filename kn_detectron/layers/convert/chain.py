@@ -1,7 +1,7 @@
 """The module that computes the beliefs in a converted network."""
 
 import copy
-from typing import NamedTuple, Optional, Sequence, Tuple, Union, get_args
+from typing import NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..image import ImageBelief
 from ..introspection import forward_of, has_hooks
 from ..kalman_norm import KalmanNorm2d
 from ..passes import pooled_moments
-from ..transition import ClosedFormTransition, Source, Transition
+from ..transition import ClosedFormTransition, Source, Transition, check_transition
 
 __all__ = ["Chain", "ConvArguments"]
 
@@ -62,10 +62,7 @@ class Chain(nn.Module):
                 f"image_mean has {len(image_mean)} numbers and image_std has {len(image_std)}: give "
                 "one number for each channel of the images."
             )
-        if not isinstance(transition, get_args(Transition)):
-            raise ValueError(
-                f"transition is what kn_detectron.layers.build_transition returns, not {transition!r}"
-            )
+        check_transition(transition)
         self.transition = transition
         self.variant = variant
         self.in_evaluation = in_evaluation
