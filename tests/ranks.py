@@ -28,6 +28,7 @@ def two_ranks(rank, folder):
         timeout=timedelta(minutes=15),  # for one that waits in vain, not for a busy machine
     )
     try:
+        dist.barrier()  # none fails, or ends, while the other still connects to it
         yield
         dist.barrier()  # none leaves while the other still waits for it
     finally:
