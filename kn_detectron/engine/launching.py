@@ -51,8 +51,9 @@ def launch_ranks(main, cfg, args):
             for path in sorted(Path(sentences).iterdir()):
                 raise InputError(path.read_text(encoding="utf-8")) from None
             code = getattr(error, "exit_code", None)
-            if code in {128 + signum for signum in STOPPING_SIGNALS}:
-                raise SystemExit(code) from None  # stopped, and said so
+            for signum in STOPPING_SIGNALS:
+                if code in (128 + signum, -signum):  # stopped, and said so; or before it could
+                    raise SystemExit(128 + signum) from None
             raise
 
 
@@ -104,7 +105,10 @@ def _signals_left_to_children():
     """Makes this process pass a signal to stop on to its children, and wait for them."""
 
     def forward(signum, frame):
-        for child in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        if not children:
+            raise SystemExit(128 + signum)
+        for child in children:
             child.terminate()
 
     # A terminal sends Ctrl-C to the children by itself, and tells them too when it is closed.

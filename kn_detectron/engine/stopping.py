@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import threading
+import time
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -19,6 +20,10 @@ _logger = logging.getLogger(__name__)
 STOPPING_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
+
+# A batch system sends SIGTERM to all processes of a run, and the one that started the others passes
+# it on to them. In so many seconds that is one request.
+_ONE_REQUEST = 5.0
 
 
 def signals_to_take_over():
@@ -44,11 +49,12 @@ class StopOnSignal(HookBase):
     The trainer's ``save_checkpoint()`` writes the checkpoint; then :class:`Stopped` leaves the
     loop. If any rank got a signal, all ranks stop after the same step. For that, the code that
     fetches their batches calls :meth:`agree`. A second signal does what it would do without this
-    hook. Place the hook after the hooks that change the model, and before evaluation.
+    hook, except for a SIGTERM within 5 seconds of another. Place the hook after the hooks that change the model, and before evaluation.
     """
 
     def __init__(self):
         self.requested = None  # the signal that this process got, or None
+        self._requested_at = None  # seconds of the monotonic clock
         self._agreed = 0  # the one that a rank had got by the beginning of the step, or 0
         self._at_once = False
         self._former = {}
@@ -72,13 +78,20 @@ class StopOnSignal(HookBase):
     def _on_signal(self, signum, frame):
         if os.getpid() != self._process:
             return  # a forked loader process: the training decides
-        self.requested = signum
+        if self.requested is not None:  # a second SIGTERM
+            if time.monotonic() - self._requested_at >= _ONE_REQUEST:
+                signal.signal(signum, self._former.pop(signum))
+                signal.raise_signal(signum)
+            return
+        self.requested, self._requested_at = signum, time.monotonic()
+        kept = {s: self._former.pop(s) for s in (signal.SIGTERM,) if s == signum}
         self._give_back()
+        self._former = kept
         # A signal to the whole group kills the loader processes too, and torch's handler would
         # report that by an exception in the middle of the step that is to be finished.
         if hasattr(signal, "SIGCHLD"):
             # Not SIG_DFL: of one that is pending Python would report a race with a traceback.
-            self._former = {signal.SIGCHLD: signal.signal(signal.SIGCHLD, lambda *_: None)}
+            self._former[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         if self._at_once:
             raise Stopped(128 + signum)
         # Not through logging: the signal may have interrupted logging in the middle of a line.

@@ -33,9 +33,11 @@ def signals_here():
     """The signals that end this process, which are noted instead."""
     noted = []
     former = {s: signal.signal(s, lambda signum, frame: noted.append(signum)) for s in SIGNALS}
-    yield noted
-    for signum, handler in former.items():
-        signal.signal(signum, handler)
+    try:
+        yield noted
+    finally:
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
 
 
 def test_signals_are_left_to_the_processes_of_the_run(monkeypatch, signals_here):
@@ -56,3 +58,13 @@ def test_signals_are_left_to_the_processes_of_the_run(monkeypatch, signals_here)
     assert after == {signal.SIGINT: 0, signal.SIGTERM: 1} and not signals_here
     os.kill(os.getpid(), signal.SIGTERM)  # as before
     assert signals_here == [signal.SIGTERM] and len(ended) == 1
+
+
+def test_a_sigterm_before_there_are_processes_ends_the_run(monkeypatch, signals_here):
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(comm, "create_local_process_group", None, raising=False)
+    monkeypatch.setattr(launching, "launch", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        launch_ranks(None, None, ARGS)
+    assert stopped.value.code == 128 + signal.SIGTERM and not signals_here

@@ -320,8 +320,14 @@ def test_launch_ranks_gives_the_cause_whichever_process_ends_first(launch):
         launch(_fail_late)
 
 
+def _stop_before_the_training(cfg, args):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @on_cpu
-def test_launch_ranks_ends_as_the_stopped_ones_do(launch):
+@pytest.mark.parametrize("stop", [_stop, _stop_before_the_training])
+def test_launch_ranks_ends_as_the_stopped_ones_do(launch, stop):
     with pytest.raises(SystemExit) as stopped:
-        launch(_stop)
+        launch(stop)
     assert stopped.value.code == 128 + signal.SIGTERM

@@ -4,12 +4,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from kn_detectron.engine import StopOnSignal, Stopped
 from kn_detectron.engine.batches import AgreedBatches
+from kn_detectron.engine.stopping import STOPPING_SIGNALS
 
 from . import tiny
 from .loop import Loop
@@ -32,8 +34,19 @@ def _handlers():
 
 def _handling(signum, handler):
     former = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signum, former)
+
+
+@pytest.fixture(autouse=True)
+def handlers_restored():
+    """What a run that failed in between has left, no other test finds."""
+    former = {s: signal.getsignal(s) for s in (*STOPPING_SIGNALS, signal.SIGCHLD)}
     yield
-    signal.signal(signum, former)
+    for signum, handler in former.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture
@@ -100,6 +113,39 @@ def test_second_signal_stops_at_once(tmp_path, keyboard_interrupts):
         loop.train(0, 9)
     assert loop.steps == [0, 1]
     assert os.listdir(tmp_path) == []
+
+
+def test_a_sigterm_that_comes_twice_is_one_request(tmp_path):
+    """A batch system sends it to all processes of a run, one of which passes it on to the others."""
+    handlers = _handlers()
+    loop = Loop(StopOnSignal(), folder=tmp_path, in_step=_send(*[signal.SIGTERM] * 3, at=1))
+    with pytest.raises(Stopped) as stopped:
+        loop.train(0, 9)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert loop.steps == [0, 1] and (tmp_path / "model_1.pth").is_file()
+    assert _handlers() == handlers
+
+
+def test_a_later_sigterm_stops_at_once(tmp_path, monkeypatch):
+    """One that kills the process would kill the tests: it has a handler here."""
+
+    def in_step(iteration):
+        if iteration == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            now = time.monotonic()
+            monkeypatch.setattr(time, "monotonic", lambda: now + 10)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    class Ended(BaseException):
+        pass
+
+    def end(signum, frame):
+        raise Ended
+
+    signal.signal(signal.SIGTERM, end)
+    with pytest.raises(Ended):
+        Loop(StopOnSignal(), folder=tmp_path, in_step=in_step).train(0, 9)
+    assert os.listdir(tmp_path) == [] and signal.getsignal(signal.SIGTERM) is end
 
 
 def test_signal_during_evaluation_stops_it_and_saves(datasets, tmp_path):
@@ -193,7 +239,10 @@ def test_a_loader_killed_at_the_same_time_leaves_no_traceback(tmp_path, monkeypa
     def in_step(iteration):
         if iteration == 1:
             signal.pthread_sigmask(signal.SIG_BLOCK, both)
-            _send(*both, at=1)(1)
+            # To this thread: another, which blocks neither, would take what the process gets.
+            for signum in both:
+                signal.pthread_kill(threading.get_ident(), signum)
+            assert signal.sigpending() >= both
             signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
 
     with pytest.raises(Stopped):

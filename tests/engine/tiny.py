@@ -157,13 +157,15 @@ def train_net_module():
 
 # Runs a command, and sends its group of processes SIGTERM when a file of this name is complete.
 _STOPPED_AT = """
-import os, runpy, subprocess, sys, time
+import multiprocessing, os, runpy, subprocess, sys
 
 def stop(event, args):
     if event == "os.rename" and os.path.basename(args[1]) == name:
         # By another process: what its parent sends does not kill a process that loads.
-        subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"])
-        time.sleep(1)  # they die meanwhile
+        loaders = multiprocessing.active_children()
+        subprocess.run(["sh", "-c", f"kill -s TERM -- -{os.getpgrp()}"])
+        for loader in loaders:  # they die meanwhile
+            loader.join()
 
 name, *sys.argv = sys.argv[1:]
 sys.addaudithook(stop)
