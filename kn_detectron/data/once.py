@@ -70,6 +70,8 @@ def _locked(root):
 
 def _is_there(root, identity, accepts_any):
     """Tells whether `root` holds the dataset; InputError if it holds something else."""
+    # Before the identity is looked for: another process may rename the dataset to `root` meanwhile.
+    taken = _is_taken(root)
     found = _identity_in(root)
     if found is not None:
         same_kind = found.get("kind") == identity["kind"]
@@ -79,12 +81,21 @@ def _is_there(root, identity, accepts_any):
             f"{root} holds a shapes dataset with other parameters "
             f"({_differences(found, identity)}): remove that folder or choose another one."
         )
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    if taken:
         raise InputError(
             f"{root} exists and is not a shapes dataset: expected a new or an empty folder, so "
             "remove it or choose another one."
         )
     return False
+
+
+def _is_taken(root):
+    try:
+        return any(root.iterdir())
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return True
 
 
 def _identity_in(root):

@@ -5,14 +5,13 @@ import os
 
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import log_first_n
 
 from ..errors import InputError
 from ..files import fetch
 from .annotations import Uses
 
 __all__ = ["check_requirements", "num_classes_node", "uses_of"]
-
-_logger = logging.getLogger(__name__)
 
 # The number of detections of a category in an image that COCO's metric looks at.
 _COCO_MAX_DETECTIONS = 100
@@ -63,6 +62,11 @@ def check_requirements(cfg, truths):
     """
     for check in _CHECKS:
         check(cfg, truths)
+
+
+def _warn_once(sentence):
+    # The requirements are checked again by each trainer and evaluation.
+    log_first_n(logging.WARNING, sentence, name=__name__, key="message")
 
 
 def _all(truths):
@@ -138,8 +142,8 @@ def _check_objects(cfg, truths):
             )
     for truth in truths.get("TEST", {}).values():
         if truth.has_annotations and not truth.num_objects:
-            _logger.warning(
-                "Annotation file %s has no object to find: there will be no AP.", truth.json_file
+            _warn_once(
+                f"Annotation file {truth.json_file} has no object to find: there will be no AP."
             )
 
 
@@ -246,15 +250,11 @@ def _check_proposals(cfg, truths):
 def _warn_of_full_images(cfg, truths):
     for truth in truths.get("TEST", {}).values():
         if truth.most_objects > _COCO_MAX_DETECTIONS:
-            _logger.warning(
-                "Image %s of %s has %d objects, but COCO's AP stops at %d detections of a category "
-                "in an image, and the model at TEST.DETECTIONS_PER_IMAGE %d: what is beyond counts "
-                "as not found.",
-                truth.fullest_image,
-                truth.json_file,
-                truth.most_objects,
-                _COCO_MAX_DETECTIONS,
-                cfg.TEST.DETECTIONS_PER_IMAGE,
+            _warn_once(
+                f"Image {truth.fullest_image} of {truth.json_file} has {truth.most_objects} objects, "
+                f"but COCO's AP stops at {_COCO_MAX_DETECTIONS} detections of a category in an image, "
+                f"and the model at TEST.DETECTIONS_PER_IMAGE {cfg.TEST.DETECTIONS_PER_IMAGE}: what is "
+                "beyond counts as not found."
             )
 
 

@@ -103,28 +103,31 @@ def check_dataset(name, output_dir, uses=Uses(), open_images=False):
     else:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(mended)
-    _use(name, mended if report.is_mended else json_file, stamp)
+    _use(name, mended if report.is_mended else json_file, stamp, truth)
     return truth
 
 
-def use_checked_datasets(cfg, keys=("TRAIN", "TEST")):
+def use_checked_datasets(cfg, keys=("TRAIN", "TEST"), truths=None):
     """Makes this process use the annotations that another one has checked for the same config.
 
     Args:
         cfg, keys: as for :func:`check_datasets`.
+        truths (dict or None): what it gave there, if that is known here.
     """
-    for name in (name for key in keys for name in cfg.DATASETS[key]):
+    for key, name in ((key, name) for key in keys for name in cfg.DATASETS[key]):
         if name in DatasetCatalog.list() and _is_coco(name) and PathManager.isfile(_source(name)):
             json_file = _source(name)
             mended = _path_of_mended(cfg.OUTPUT_DIR, name, json_file)
             used = mended if os.path.exists(mended) else json_file
-            _use(name, used, _stamp(json_file, uses_of(cfg)))
+            truth = truths[key].get(name) if truths else None
+            _use(name, used, _stamp(json_file, uses_of(cfg)), truth)
 
 
 def check_datasets_once(cfg, keys=("TRAIN", "TEST")):
     """Checks what no process of the run has checked yet. All ranks have to call it.
 
-    One rank of each machine does it. Names that are not registered are left to the loaders.
+    One rank of each machine does it. Names that are not registered are left to the loaders. Whether
+    the config fits is looked at each time, since it may be another one.
 
     Args:
         cfg, keys: as for :func:`check_datasets`.
@@ -136,16 +139,25 @@ def check_datasets_once(cfg, keys=("TRAIN", "TEST")):
     if not all(name in DatasetCatalog.list() for name in names):
         return
     if all(comm.all_gather(all(_is_checked(name, uses_of(cfg)) for name in names))):
+        check_requirements(cfg, {key: _known_truths(cfg.DATASETS[key]) for key in keys})
         return
-    fault = None
+    fault = truths = None
     if comm.all_gather(socket.gethostname()).index(socket.gethostname()) == comm.get_rank():
         try:
-            check_requirements(cfg, check_datasets(cfg, keys))
+            truths = check_datasets(cfg, keys)
+            check_requirements(cfg, truths)
         except InputError as error:
             fault = str(error)
-    for found in filter(None, comm.all_gather(fault)):
-        raise InputError(found)
-    use_checked_datasets(cfg, keys)
+    found = comm.all_gather((fault, truths))
+    for fault, _ in found:
+        if fault is not None:
+            raise InputError(fault)
+    use_checked_datasets(cfg, keys, next(truths for _, truths in found if truths is not None))
+
+
+def _known_truths(names):
+    found = {name: MetadataCatalog.get(name).get("truth") for name in names}
+    return {name: truth for name, truth in found.items() if truth is not None}
 
 
 def _check_name(name):
@@ -159,9 +171,9 @@ def _check_name(name):
         )
     close = difflib.get_close_matches(name, DatasetCatalog.list())
     raise InputError(
-        f"Dataset {name!r} is not registered in detectron2's catalog: register it, correct the "
-        f"name{' to ' + ' or '.join(close) if close else ''}, or give a folder in COCO's layout "
-        "with --dataset."
+        f"Dataset {name!r} is not registered in detectron2's catalog: register it at the top of a "
+        f"copy of tools/train_net.py, correct the name{' to ' + ' or '.join(close) if close else ''}, "
+        "or give a folder in COCO's layout with --dataset."
     )
 
 
@@ -235,7 +247,7 @@ def _is_checked(name, uses):
     )
 
 
-def _use(name, json_file, stamp):
+def _use(name, json_file, stamp, truth):
     """Registers a dataset anew with a checked file."""
     source, metadata = _source(name), MetadataCatalog.get(name)
     if json_file != metadata.json_file:
@@ -243,4 +255,5 @@ def _use(name, json_file, stamp):
         load = functools.partial(load_coco_json, json_file, metadata.image_root, name)
         DatasetCatalog.register(name, load)
     # Metadata refuses to change a value by its own methods. Others may hold the object.
-    vars(metadata).update(json_file=json_file, source_json_file=source, checked=stamp)
+    known = dict(json_file=json_file, source_json_file=source, checked=stamp, truth=truth)
+    vars(metadata).update(known)

@@ -83,7 +83,7 @@ def test_import_registers_under_the_folder_of_detectron2s_datasets(shapes):
         text=True,
         check=True,
     )
-    json_file, count = result.stdout.split()
+    json_file, count = result.stdout.splitlines()
     assert json_file == str(shapes / "annotations" / "instances_train.json")
     assert int(count) == SPEC.num_train
 

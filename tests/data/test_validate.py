@@ -4,10 +4,16 @@ import os
 import sys
 
 import pytest
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
-from kn_detectron.data import ShapesSpec, check_dataset, register_shapes_lazily
+from kn_detectron.data import (
+    ShapesSpec,
+    check_dataset,
+    check_datasets_once,
+    register_shapes_lazily,
+)
 from kn_detectron.errors import InputError
 
 
@@ -60,6 +66,22 @@ def test_a_file_that_was_changed_is_checked_again(coco):
     os.utime(json_file, ns=(seen + 10**9, seen + 10**9))  # some file systems have coarse clocks
     assert json_file.stat().st_size == size
     assert "category" in _refused()
+
+
+def test_another_config_is_checked_against_a_dataset_that_is_known(coco, tmp_path):
+    """As in a notebook, with one trainer after another."""
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.DATASETS.TRAIN = ("tiny",)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
+    check_datasets_once(cfg)
+    read = MetadataCatalog.get("tiny").checked
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    with pytest.raises(InputError, match="NUM_CLASSES is 80, but .* has 1 categories"):
+        check_datasets_once(cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
+    check_datasets_once(cfg)
+    assert MetadataCatalog.get("tiny").checked is read
 
 
 def test_metadata_that_a_user_holds_stays_true(coco, tmp_path):

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from kn_detectron.data import CATEGORIES, ShapesSpec, draw_image, generate_shapes, shapes_paths
+from kn_detectron.data import once
 from kn_detectron.data.shapes import detection
 from kn_detectron.errors import InputError
 
@@ -211,8 +213,24 @@ def test_processes_that_start_together_write_one_dataset(shapes_root, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert _files(root) == _files(shapes_root)
+
+
+def test_a_dataset_that_appears_while_it_is_looked_for_is_used(shapes_root, tmp_path, monkeypatch):
+    root, look, looked = tmp_path / "shapes", once._identity_in, []
+
+    def look_too_early(folder):
+        found = look(folder)
+        if not looked:
+            shutil.copytree(shapes_root, root)  # by another process
+        looked.append(found)
+        return found
+
+    monkeypatch.setattr(once, "_identity_in", look_too_early)
+    generate_shapes(root, SPEC)
+    assert looked[0] is None and looked[-1] is not None
     assert _files(root) == _files(shapes_root)
 
 
