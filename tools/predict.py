@@ -234,6 +234,9 @@ def main():
     read = len(photos) - len(faults)
     number = f"{read} photo{'' if read == 1 else 's'}"
     print(f"{number} with {count} detections drawn: {output}/*.png")
+    if results and not count:
+        best = max(result["score"] for result in results)
+        print(f"The best score is {best:.2f}: a lower --min-score draws more.")
     print(f"All {len(results)} detections, down to the lowest score: {output}/detections.json")
     if faults:
         for fault in faults[:-1]:

@@ -15,6 +15,8 @@ from ..files import (
     remove_partial_files,
     unreadable_type,
 )
+from ..layers import KalmanNorm2d, kalman_layers
+from ..layers.calibration import is_fresh
 from .conventions import CHECKPOINT_KEY, Conventions, differences
 from .loading import load_weights
 from .sources import read_weights
@@ -127,6 +129,11 @@ class KNCheckpointer(DetectionCheckpointer):
         """
         if not path:
             _logger.info("MODEL.WEIGHTS is empty: the model starts from scratch.")
+            if _only_predicts_from_scratch(self.model):
+                _logger.warning(
+                    "At gain 0 a deep network does not start from scratch: give MODEL.WEIGHTS of a "
+                    "trained network, or MODEL.KN.GAIN 0.1 MODEL.KN.LEARN_GAIN True."
+                )
             return {}
         self._source = path
         self._wanted = tuple(self.checkpointables if checkpointables is None else checkpointables)
@@ -206,6 +213,17 @@ class KNCheckpointer(DetectionCheckpointer):
                 ", ".join(clauses),
             )
         # Nothing is returned, since detectron2 would report it once more.
+
+
+def _only_predicts_from_scratch(model):
+    layers = [layer for layer in kalman_layers(model).values() if not layer.is_head]
+    return bool(layers) and all(
+        isinstance(layer, KalmanNorm2d)
+        and layer.gain == 0
+        and layer.track_running_stats
+        and is_fresh(layer)
+        for layer in layers
+    )
 
 
 def _check_that_it_can_be_read(path):

@@ -1,12 +1,13 @@
 """The config of a command line: a file and KEY VALUE pairs, with a sentence for each fault."""
 
+import difflib
 import os
 import re
 from pathlib import Path
 
 import torch
 import yaml
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_kn_config, check_config
 from ..errors import InputError, one_line
@@ -126,10 +127,26 @@ def merge_options(cfg, options):
         try:
             cfg.merge_from_list([key, value])
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            near = _near_keys(cfg, key)
+            hint = f" (is {' or '.join(near)} meant?)" if near else _form_that_fits(error)
             raise InputError(
-                f"{key} {value} cannot be set ({one_line(error)}): correct the key or the value"
-                f"{_form_that_fits(error)}."
+                f"{key} {value} cannot be set ({one_line(error)}): correct the key or the value{hint}."
             ) from error
+
+
+def _near_keys(cfg, key):
+    """Keys like one that there is not."""
+    node, *names = cfg, *key.split(".")
+    for i, name in enumerate(names):
+        if name not in node:
+            return [
+                ".".join((*names[:i], near, *names[i + 1 :]))
+                for near in difflib.get_close_matches(name, list(node))
+            ]
+        node = node[name]
+        if not isinstance(node, CfgNode):
+            break
+    return []
 
 
 def _choose_device(cfg, options, num_gpus):

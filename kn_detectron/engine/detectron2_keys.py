@@ -44,6 +44,15 @@ _HEADS = {
     "KNRetinaNet": ("RETINANET",),
 }
 
+# What passes priors, for what of detectron2's builds the same with MODEL.RESNETS.NORM and does not.
+_WITH_PRIORS = {
+    "build_resnet_backbone": "build_kn_resnet_backbone",
+    "build_resnet_fpn_backbone": "build_kn_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone": "build_kn_retinanet_resnet_fpn_backbone",
+    "Res5ROIHeads": "KNRes5ROIHeads",
+}
+_WITHOUT_PRIORS = {"KN": "BatchNorm", "GKN": "GroupNorm"}
+
 # What detectron2 looks for before it asks the registry.
 _UNREGISTERED = {"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals"}
 
@@ -133,6 +142,25 @@ def check_detectron2_keys(cfg):
             f"{cfg.MODEL.PIXEL_STD}, but both must have one number for each channel."
         )
     _check_features(cfg)
+    _check_builders(cfg)
+
+
+def _check_builders(cfg):
+    """Checks that what builds KN passes priors: without, it would be live BatchNorm."""
+    norm = cfg.MODEL.RESNETS.NORM
+    if norm not in ("KN", "GKN"):
+        return
+    keys = ["MODEL.BACKBONE.NAME"]
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":  # others ignore it
+        keys.append("MODEL.ROI_HEADS.NAME")
+    for key in keys:
+        name = attrgetter(key)(cfg)
+        if name in _WITH_PRIORS:
+            raise InputError(
+                f"{key} is {name!r}, which passes no priors to the norms {norm!r} of "
+                f"MODEL.RESNETS.NORM, so that they would be live {_WITHOUT_PRIORS[norm]}: give {key} "
+                f"{_WITH_PRIORS[name]}, or another norm."
+            )
 
 
 def _check_features(cfg):

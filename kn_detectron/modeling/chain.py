@@ -87,10 +87,12 @@ class ChainConfig:
         check_config(cfg)
         kn = cfg.MODEL.KN
         if cfg.MODEL.RESNETS.NORM not in ("KN", "GKN"):
+            others = [cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_HEADS.NAME]
+            others = [name.replace("kn_", "").removeprefix("KN") for name in others]
             raise InputError(
                 f"MODEL.RESNETS.NORM is {cfg.MODEL.RESNETS.NORM!r}, but the KN backbones and heads "
                 'build "KN" and "GKN" only: set one of them, or use detectron2\'s '
-                "build_resnet_backbone and Res5ROIHeads"
+                f"{' and '.join(others)}"
             )
         if cfg.MODEL[part].NORM != cfg.MODEL.RESNETS.NORM:
             raise InputError(

@@ -21,7 +21,7 @@ from detectron2.modeling import build_model
 
 from kn_detectron import InputError
 from kn_detectron.checkpoint import Conventions, KNCheckpointer
-from kn_detectron.layers import KN_STATE
+from kn_detectron.layers import KN_STATE, kalman_layers
 
 from ..engine import tiny
 
@@ -201,7 +201,17 @@ def test_other_classes_are_initialised_with_a_warning(tmp_path, kn_log):
 
 def test_empty_path_is_from_scratch(kn_log):
     assert KNCheckpointer(_model()).load("", []) == {}
-    assert "from scratch" in kn_log.text
+    assert "from scratch" in kn_log.text and "gain 0" not in kn_log.text
+
+
+def test_from_scratch_at_gain_0_is_warned_about(tmp_path, kn_log):
+    model = _model("MODEL.KN.GAIN", 0.0, "MODEL.KN.LEARN_GAIN", False)
+    KNCheckpointer(model).load("", [])
+    assert kn_log.text.count("At gain 0 a deep network does not start from scratch: give") == 1
+    # A backbone may have got its weights elsewhere.
+    next(layer for layer in kalman_layers(model).values() if not layer.is_head).running_var.mul_(2)
+    KNCheckpointer(model).load("", [])
+    assert kn_log.text.count("does not start") == 1
 
 
 @pytest.mark.parametrize("logit", [None, -math.inf], ids=["present", "older"])
@@ -232,7 +242,8 @@ def test_folder_instead_of_a_file(tmp_path):
     _assert_refused(str(tmp_path), "MODEL.WEIGHTS", "is a folder", '""')
 
 
-def test_url_that_cannot_be_had():
+def test_url_that_cannot_be_had(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
     # The discard port of this machine: refused at once, with and without a network.
     path = "http://127.0.0.1:9/ImageNetPretrained/MSRA/R-50.pkl"
     _assert_refused(path, "MODEL.WEIGHTS", "cannot be downloaded", "local file", '""')

@@ -50,7 +50,19 @@ def test_ranks_are_refused_by_name_and_before_the_datasets(command, tmp_path, mo
 @pytest.mark.parametrize(
     "arguments, patterns",
     [
-        (["MODEL.KN.GIAN", "0.1"], ["MODEL.KN.GIAN"]),
+        (["MODEL.KN.GIAN", "0.1"], ["MODEL.KN.GIAN 0.1 .* \\(is MODEL.KN.GAIN meant\\?"]),
+        (["SOLVRE.BASE_LR", "0.1"], ["SOLVRE.BASE_LR .* \\(is SOLVER.BASE_LR meant\\?"]),
+        (["SOLVER.BASE_LR.X", "0.1"], ["SOLVER.BASE_LR.X 0.1 cannot be set"]),
+        (
+            ["MODEL.BACKBONE.NAME", "build_resnet_backbone"],
+            [
+                "no priors .*'KN' .*live BatchNorm: give MODEL.BACKBONE.NAME build_kn_resnet_backbone"
+            ],
+        ),
+        (
+            ["MODEL.ROI_HEADS.NAME", "Res5ROIHeads"],
+            ["no priors .*: give MODEL.ROI_HEADS.NAME KNRes5ROIHeads, or another norm"],
+        ),
         (["MODEL.KN.GAIN", "1.5"], ["MODEL.KN.GAIN is 1.5"]),
         (["MODEL.KN.GAIN", "0"], ["MODEL.KN.GAIN 0 cannot be set", "as in 0.0 for 0"]),
         (["MODEL.KN.GAIN", "2"], ["MODEL.KN.GAIN 2 cannot be set", "as in 2.0 for 2"]),

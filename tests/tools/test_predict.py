@@ -185,3 +185,7 @@ def test_keypoints_that_only_the_training_knows_of(photos, tmp_path, command):
     assert status == 0, error
     results = json.loads((tmp_path / "found" / "detections.json").read_text())
     assert results and all(len(result["keypoints"]) == 9 for result in results)
+    best = max(result["score"] for result in results)
+    options = (*options[:-1], 1, "--opts", "MODEL.WEIGHTS", tmp_path / "model.pth")
+    _, printed, _ = command("predict", next(photos.iterdir()), *options)
+    assert f"The best score is {best:.2f}: a lower --min-score draws more." in printed
