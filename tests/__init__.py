@@ -8,5 +8,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# What commands print and draw is compared, whatever whoever runs the tests likes it to look like.
+os.environ.pop("FORCE_COLOR", None)
+os.environ.pop("MATPLOTLIBRC", None)
+os.environ["PYTHON_COLORS"] = "0"
+
 # Old versions of detectron2 can be imported only once the package has prepared them.
 import kn_detectron  # noqa: E402, F401

@@ -1,7 +1,11 @@
 """Settings for all tests."""
 
+import logging
+
 import pytest
 import torch
+
+from detectron2.utils.logger import setup_logger
 
 from kn_detectron.compat import NOTICES
 
@@ -16,3 +20,15 @@ def pytest_configure(config):
 def _seeded():
     # Not torch.manual_seed, which prints its stack for a GPU that may come: 1 ms in every test.
     torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logs():
+    """Takes back the logging that a test set up, since its standard output is gone after it."""
+    yield
+    for name in ("detectron2", "fvcore", "kn_detectron"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
+    setup_logger.cache_clear()

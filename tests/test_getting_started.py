@@ -12,7 +12,7 @@ import pytest
 from kn_detectron.data import ShapesSpec, generate_shapes, register_shapes_lazily
 
 from .documents import ROOT, blocks, commands
-from .engine.conftest import fresh_logs, shapes_restored  # noqa: F401
+from .engine.conftest import shapes_restored  # noqa: F401
 
 _QUICK = "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0".split()
 _STEPS = {"output/first": 2, "resume": 4, "output/my_data": 2, "output/second": 2}
@@ -41,7 +41,7 @@ def call(words, monkeypatch):
     assert not ended.value.code, words
 
 
-@pytest.mark.usefixtures("fresh_logs", "shapes_restored")
+@pytest.mark.usefixtures("shapes_restored")
 def test_the_page_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("tools", "configs", "kn_detectron"):

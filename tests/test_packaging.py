@@ -25,7 +25,9 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("setup.py", "pyproject.toml", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "kn_detectron", folder / "kn_detectron")
+    # Other tests' processes may be writing compiled modules.
+    compiled = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "kn_detectron", folder / "kn_detectron", ignore=compiled)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     result = subprocess.run(
         [*command, "--no-index", "--wheel-dir", str(folder), str(folder)],

@@ -1,3 +1,3 @@
 """What the tests of training have too."""
 
-from ..engine.conftest import fresh_logs, kn_log  # noqa: F401
+from ..engine.conftest import kn_log  # noqa: F401

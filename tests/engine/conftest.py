@@ -4,7 +4,6 @@ import logging
 import sys
 
 import pytest
-from detectron2.utils.logger import setup_logger
 
 from kn_detectron.engine.command_line import run
 
@@ -33,18 +32,6 @@ def shapes_restored():
     """Puts back what was registered as the shapes before a test."""
     yield
     tiny.restore_shapes()
-
-
-@pytest.fixture(autouse=True)
-def fresh_logs():
-    """Takes back the logging that a test set up, since its standard output is gone after it."""
-    yield
-    for name in ("detectron2", "fvcore", "kn_detectron"):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.setLevel(logging.NOTSET)
-        logger.propagate = True
-    setup_logger.cache_clear()
 
 
 @pytest.fixture

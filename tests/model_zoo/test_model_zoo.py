@@ -73,7 +73,7 @@ def test_files_of_other_packages_are_opened_by_name():
 def test_a_trained_model_has_the_released_weights():
     path = get_checkpoint_file(TRAINED)
     state = torch.load(path, weights_only=True)["model"]
-    model = get(TRAINED, trained=True)
+    model = get(TRAINED, trained=True, device="cpu")
     assert model.training
     loaded = model.state_dict()
     assert set(loaded) == set(state)
@@ -91,7 +91,7 @@ def test_a_trained_model_has_the_released_weights():
 def test_a_config_starts_from_its_released_backbone(config):
     cfg = get_config(config)
     state = torch.load(PathManager.get_local_path(cfg.MODEL.WEIGHTS), weights_only=True)["model"]
-    loaded = get(config).state_dict()
+    loaded = get(config, device="cpu").state_dict()
     for name, prefix in (("stem.conv1", "backbone"), ("res5.2.conv3", "roi_heads")):
         for leaf in ("weight", "norm.weight", "norm.running_var"):
             want = state[f"{name}.{leaf}"].float()
@@ -104,5 +104,5 @@ def test_a_config_without_weights_says_so():
 
 
 def test_released_weights_fit_the_checkpointer_by_name():
-    model = get(TRAINED)
+    model = get(TRAINED, device="cpu")
     KNCheckpointer(model).load_for_evaluation("kn://mask_rcnn_lite0_FPN_KN.pth")

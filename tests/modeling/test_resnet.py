@@ -43,12 +43,13 @@ def test_same_network_and_keys_as_detectron2(network):
     }
     assert ours.output_shape() == theirs.output_shape()
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    x = images()
+    # In double, since rounding grows over 152 layers by an amount that differs between machines.
+    ours, theirs, x = ours.double(), theirs.double(), images().double()
     # With gain 1 it is the same function in training, statistics and all, and then in evaluation.
     for training in (True, False):
         got, want = ours.train(training)(x), theirs.train(training)(x)
         for name in theirs.output_shape():
-            assert (got[name] - want[name]).abs().max() < 1e-3 * want[name].abs().max(), name
+            assert (got[name] - want[name]).abs().max() < 1e-8 * want[name].abs().max(), name
     assert set(got) == set(want)  # no beliefs in evaluation
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from kn_detectron.pretraining import classification_config
 
-from ..engine.conftest import fresh_logs, kn_log  # noqa: F401
+from ..engine.conftest import kn_log  # noqa: F401
 from ..models import resnet_cfg
 
 CLASSES = ("blue", "green", "red")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ..engine.conftest import fresh_logs  # noqa: F401
 from .commands import run_train_net
 
 

@@ -14,14 +14,14 @@ import torch
 
 from kn_detectron.engine.command_line import run
 
-from ..engine.conftest import fresh_logs, shapes_restored  # noqa: F401
+from ..engine.conftest import shapes_restored  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def process_restored(fresh_logs, shapes_restored):  # noqa: F811
-    """Takes back what a tool leaves behind in this process: logs, datasets, number of threads."""
+def process_restored(shapes_restored):  # noqa: F811
+    """Takes back what a tool leaves behind in this process: datasets, number of threads."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -11,7 +11,6 @@ from torch import nn
 from kn_detectron import data
 from kn_detectron.data import ShapesSpec, generate_shapes
 
-from ...engine.conftest import fresh_logs  # noqa: F401
 from .test_runs import call
 
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from kn_detectron.layers import KalmanNorm2d, belief
 
-from ...engine.conftest import fresh_logs  # noqa: F401
 from ...pretraining.conftest import folder, write_images  # noqa: F401
 from .test_runs import call
 
