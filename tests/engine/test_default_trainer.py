@@ -53,7 +53,9 @@ def test_it_calibrates_to_batch_norm_and_not_when_it_resumes(
     for layer in kalman_layers(source).values():
         layer.running_var.uniform_(0.5, 2)
     state = {k: v for k, v in source.state_dict().items() if "running" in k or "weight" in k}
-    torch.save({"model": state, "__author__": "t", "matching_heuristics": True}, tmp_path / "bn.pth")
+    torch.save(
+        {"model": state, "__author__": "t", "matching_heuristics": True}, tmp_path / "bn.pth"
+    )
     cfg.MODEL.WEIGHTS = str(tmp_path / "bn.pth")
     cfg.OUTPUT_DIR = str(tmp_path / "run")
     (tmp_path / "run").mkdir()  # as detectron2's default_setup does
@@ -68,6 +70,10 @@ def test_it_calibrates_to_batch_norm_and_not_when_it_resumes(
     assert calibrated.abs().max() > 0.1
     trainer.train()
     kept = torch.cat(
-        [layer.log_var_scale for layer in kalman_layers(trainer.model).values() if not layer.is_head]
+        [
+            layer.log_var_scale
+            for layer in kalman_layers(trainer.model).values()
+            if not layer.is_head
+        ]
     )
     assert torch.equal(scales(True)[1], kept)

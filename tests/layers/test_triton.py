@@ -17,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmark.measure import is_free
-from kn_detectron.layers import Belief, ClosedFormTransition, KalmanNorm2d, passes
+from kn_detectron.layers import Belief, ClosedFormTransition, KalmanNorm2d, kalman_layers, passes
 from kn_detectron.layers import triton as choice
 from kn_detectron.layers.belief import Convolve, Rectify
 from kn_detectron.layers.filter import Running, Spec, Vectors
 from kn_detectron.layers.filter_gradient import Filter
 from kn_detectron.layers.sets import Sets
 
-from ..models import randomize
+from ..models import build_rcnn, fpn_rcnn_cfg, randomize, rcnn_inputs
 from .gpu_operators import gpu_operators, on_gpu
 from .inputs import prior_of
 from .test_norm_module import (
@@ -69,7 +69,8 @@ def doubled(tensors):
 
 def chosen(dtype=torch.float32):
     """What runs for the moments behind a ReLU."""
-    return choice.fastest(Rectify, *torch.ones(2, 1, 3, device=DEVICE, dtype=dtype))
+    belief = (torch.ones(1, 3, device=DEVICE, dtype=dtype) for _ in range(2))
+    return choice.fastest(Rectify, *belief)
 
 
 @pytest.fixture
@@ -144,7 +145,95 @@ def test_what_is_checked_is_what_is_launched(operation, variants, monkeypatch):
     monkeypatch.setattr(twin, "forward", staticmethod(forward))
     for variant in variants:
         assert disagreement(operation, twin, variant, torch.device(DEVICE)) is None
-    assert seen == variants
+    # Where a prior can be dropped, one that is dropped comes second.
+    assert list(dict.fromkeys(seen)) == variants
+    dropped = [v for v in variants if operation is Filter and v[0]]
+    assert len(seen) == len(variants) + len(dropped)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_only_beliefs_of_one_row_have_kernels(rows):
+    """A belief about no images, detections or regions has none, and a kernel would read one."""
+    from kn_detectron.layers.triton import kernels as twins
+
+    belief, weight = Belief(torch.zeros(rows, 4), torch.ones(rows, 4)), torch.ones(2, 4, 1, 1)
+    assert (twins.Convolve.variant(*belief, weight, 1) is not None) == (rows == 1)
+    spec = Spec(Sets(1, 4, 1, 4), 1e-5, False, True)
+    arguments = Vectors(*belief), Belief(torch.zeros(1, 4), torch.ones(1, 4)), spec, None, 9
+    assert (twins.Filter.variant(*arguments) is not None) == (rows == 1)
+
+
+@kernels
+def test_a_belief_of_no_rows_crosses_a_block():
+    conv = nn.Conv2d(6, 6, 3, bias=False).to(DEVICE)
+    belief = [torch.zeros(0, 6, device=DEVICE, requires_grad=True) for _ in range(2)]
+    transition = ClosedFormTransition()
+    source = transition.activation(Belief(*belief), torch.zeros(0, 6, 1, 1), "relu")
+    prior = transition.conv(source, conv)
+    assert prior.mean.shape == prior.var.shape == (0, 6)
+    (prior.mean.sum() + prior.var.sum()).backward()
+    assert belief[0].grad.shape == (0, 6) and not conv.weight.grad.any()
+
+
+@kernels
+def test_group_norms_detect_nothing():
+    """The mask head has a belief of as many rows as there are detections."""
+    cfg = fpn_rcnn_cfg("GKN", MODEL__DEVICE=DEVICE, MODEL__ROI_HEADS__SCORE_THRESH_TEST=1.0)
+    model, rows = build_rcnn(cfg).eval(), []
+    for layer in kalman_layers(model.roi_heads.mask_head).values():
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: rows.append(kwargs["prior"].mean.shape[0]),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        found = model(rcnn_inputs(2, size=64))
+    assert all(len(f["instances"]) == 0 for f in found)
+    assert rows == [0, 0]
+
+
+@kernels
+def test_tensors_whose_addresses_are_no_multiples_of_16_have_no_kernels():
+    """Triton compiles another form for them, which nothing has checked."""
+    mean, var = torch.ones(1, 3, device=DEVICE), torch.ones(2, 1, 3, device=DEVICE)[1]
+    assert mean.data_ptr() % 16 == 0 and var.data_ptr() % 16 == 12
+    assert choice.fastest(Rectify, mean, var) is Rectify
+    assert choice.fastest(Rectify, mean, var.clone()) is not Rectify
+
+
+@kernels
+def test_the_gradient_of_an_evaluation_before_a_training_step_is_an_error():
+    """As with torch's BatchNorm: the statistics that it needs are no longer there."""
+    layer, x = KalmanNorm2d(5).to(DEVICE), torch.randn(2, 5, 3, 3, device=DEVICE)
+    prior = Belief(*(v.to(DEVICE) for v in prior_of(5)))
+    loss = layer.eval()(x.requires_grad_(), prior=prior)[0].square().sum()
+    y, _ = layer.train()(x, prior=prior)
+    assert y.grad_fn.filter.__module__ == "kn_detectron.layers.triton.kernels"
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    statistics = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    before = [t._version for t in statistics]
+    layer(x, prior=prior)
+    assert all(t._version > version for t, version in zip(statistics, before))
+
+
+@kernels
+def test_a_kernel_that_is_wrong_where_the_prior_is_dropped_is_found(monkeypatch):
+    from kn_detectron.layers.triton import kernels as twins
+    from kn_detectron.layers.triton.check import disagreement
+
+    right = twins.Filter.forward
+
+    def forward(v, measured, spec, *rest):
+        found = right(v, measured, spec, *rest)
+        if (v.prior_var / measured.var).mean() >= 100:
+            found[0].mean.add_(0.1)
+        return found
+
+    monkeypatch.setattr(twins.Filter, "forward", staticmethod(forward))
+    for paper in (False, True):  # the network variant drops none
+        variant = paper, True, True, True, "yes", 8, False
+        found = disagreement(Filter, twins.Filter, variant, torch.device(DEVICE))
+        assert (found is not None) == paper
 
 
 @kernels
@@ -343,7 +432,8 @@ def test_they_compile_for_a_gpu_without_spilling(variant, capability, monkeypatc
     What is compiled is what the functions launch on a narrow layer and on the widest that there may be,
     which is as wide as ResNet's widest. No kernel may use the stack, where registers go that are too many.
     """
-    from triton import compile, knobs
+    knobs = pytest.importorskip("triton.knobs", reason="Triton before 3.4")
+    from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
@@ -423,6 +513,8 @@ def test_a_variant_that_disagrees_is_not_used_and_others_are(monkeypatch, unchec
     (warning,) = [r for r in caplog.records if "is not used" in r.message]  # once
     assert "Filter (False, True, True, True, 'yes', 8, False)" in warning.message
     assert "Tensor-likes are not close" in warning.message
+    (name,) = choice.refused()
+    assert name.startswith("Filter (False, True, True, True, 'yes', 8, False) on ")
 
 
 @kernels

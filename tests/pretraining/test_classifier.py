@@ -71,7 +71,7 @@ def test_every_norm_is_built_and_has_its_gradient(norm, kind, options):
     assert losses[0] - losses[1] == pytest.approx(2e-6, rel=1e-4)
 
 
-@pytest.mark.parametrize(
+MEMORY_FORMATS = pytest.mark.parametrize(
     "norm, together, expected",
     [
         ("BN", 0, torch.channels_last),
@@ -83,12 +83,24 @@ def test_every_norm_is_built_and_has_its_gradient(norm, kind, options):
         ("GKN", 0, torch.contiguous_format),
     ],
 )
+
+
+@MEMORY_FORMATS
 def test_features_have_the_faster_memory_format(norm, together, expected):
-    """Where a CPU measures parts of a batch, changing the format costs more than it gains."""
+    """Where parts of a batch are measured, changing the format costs more than it gains."""
     model = ImageClassifier(config("d", norm, norm_batch_size=together))
     x = model.backbone(_batch()["image"].float())["res5"]
     assert x.shape[1] > 1 and x.shape[2] > 1  # else both formats are one
     assert x.is_contiguous(memory_format=expected)
+
+
+@MEMORY_FORMATS
+def test_the_memory_format_does_not_depend_on_the_device(norm, together, expected):
+    """The meta device stands in for a GPU: it is no CPU."""
+    cfg = config("d", norm, norm_batch_size=together)
+    cfg.MODEL.DEVICE = "meta"
+    weight = ImageClassifier(cfg).backbone.res2[0].conv2.weight
+    assert weight.is_meta and weight.is_contiguous(memory_format=expected)
 
 
 def test_loss_and_accuracy_are_those_of_the_scores():

@@ -17,7 +17,14 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from kn_detectron.engine.config_file import read_config
-from kn_detectron.layers import Belief, GroupKalmanNorm2d, KalmanNorm2d, build_transition
+from kn_detectron.layers import (
+    Belief,
+    ClosedFormTransition,
+    GroupKalmanNorm2d,
+    KalmanNorm2d,
+    Transition,
+    build_transition,
+)
 from kn_detectron.model_zoo import get_config
 from kn_detectron.modeling import Feature
 
@@ -39,6 +46,7 @@ class Candidate:
         backward: computes the gradients from the result; None if there are none.
         constants: tensors that exist before and after a run: parameters, buffers, inputs.
         finish: the rest of a training step: the optimiser.
+        scale: what the loss is multiplied by. It drops where gradients overflowed.
         parameters: number of learned values.
     """
 
@@ -47,6 +55,7 @@ class Candidate:
     constants: List[Tensor] = ()
     finish: Callable[[], None] = lambda: None
     parameters: int = 0
+    scale: Callable[[], float] = lambda: 1.0
 
     def run(self) -> None:
         """Runs all of it once."""
@@ -64,6 +73,13 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def _autocasts_on_cpu() -> bool:
+    try:
+        return torch.is_autocast_enabled("cpu")
+    except TypeError:  # torch before 2.4, where this is about GPUs and takes no argument
+        return torch.is_autocast_cpu_enabled()
+
+
 @contextlib.contextmanager
 def _autocast(group: Group, device: torch.device):
     half = group.dtype != "float32"
@@ -71,7 +87,7 @@ def _autocast(group: Group, device: torch.device):
         device.type, dtype=getattr(torch, group.dtype) if half else None, enabled=half
     ):
         # Old versions of torch warn and go on in float32.
-        if half and device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        if half and device.type == "cpu" and not _autocasts_on_cpu():
             raise NotRun(f"autocast to {group.dtype} does not work on a CPU with this torch")
         yield
 
@@ -277,8 +293,9 @@ def _build_step(group: Group, norm: str, device: torch.device) -> Candidate:
     if group.dtype == "float16":
         if device.type == "cpu":
             raise NotRun("float16 needs gradient scaling, which detectron2 has for GPUs only")
-        # With the usual scale the first gradients may overflow, and steps that are timed be skipped.
-        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+        # With the usual scale, and with 2^10 too, the first gradients may overflow, and steps that
+        # are timed be skipped.
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**7)
 
     def forward():
         torch.manual_seed(0)
@@ -296,19 +313,37 @@ def _build_step(group: Group, norm: str, device: torch.device) -> Candidate:
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    return Candidate(forward, backward, _constants(model), finish, _count(model))
+    candidate = Candidate(forward, backward, _constants(model), finish, _count(model))
+    return candidate if scaler is None else replace(candidate, scale=scaler.get_scale)
+
+
+# The smallest image, whose features in res4 have more than one pixel, as live statistics need.
+_TINY = 32
+
+
+def _needs_an_image(transition: Transition, device: torch.device) -> bool:
+    return device.type == "cuda" and isinstance(transition, ClosedFormTransition)
 
 
 def _predict(group: Group, norm: str, device: torch.device) -> Candidate:
-    """All predictions of a training step: the network runs on an empty batch.
+    """All predictions of a training step: the network runs on next to nothing.
 
-    Its features are empty but have a height and a width, which a sampled prediction needs. The
-    little work on empty features is measured too.
+    On a CPU this is an empty batch. Its features are empty but have a height and a width, which a
+    sampled prediction needs. The little work on empty features is measured too.
+
+    On a GPU layers with empty features leave their filter to torch's operators, dozens of launches
+    where a real step has one of Triton's each way. There a prediction in closed form, which does
+    not depend on the size of the image, runs on one image of 32 x 32 and one region. The launches
+    of the convolutions and the norms on them are measured too, so the result is an upper bound. A
+    sampled prediction runs on the empty batch, with the height and the width that it depends on.
     """
     if norm not in ("KN", "KN-paper", "KN-paper-MC", "GKN"):
         raise NotRun("it predicts nothing")
     _, model = _detector(group, norm, device)
-    images, transition = _images(group, device), model.backbone.chain.transition
+    transition, count = model.backbone.chain.transition, 0
+    if _needs_an_image(transition, device):
+        group, count = replace(group, shape=(1, 3, _TINY, _TINY)), 1
+    images = _images(group, device)
     parameters = [
         *(p for p in model.backbone.parameters() if p.requires_grad),
         *model.roi_heads.res5.parameters(),
@@ -318,7 +353,7 @@ def _predict(group: Group, norm: str, device: torch.device) -> Candidate:
         features = model.backbone(images)
         (name,) = map(str, model.roi_heads.in_features)
         belief = features.beliefs[name]
-        regions = features[name].new_zeros(0, belief.mean.shape[1], 14, 14)
+        regions = features[name].new_zeros(count, belief.mean.shape[1], 14, 14)
         result = model.roi_heads.res5(Feature(regions, transition.source(belief, regions)))
         return [features[name], result.value, *transition.moments(result.belief)]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kn_detectron.errors import one_line
+from kn_detectron.layers import triton
 
 from .candidates import Candidate, NotRun, build
 from .presets import Group
@@ -155,21 +156,35 @@ def _is_lack(error: Exception, group: Group) -> bool:
 def _prepare(group: Group, name: str, device: torch.device, warmup: int):
     """Builds a candidate, warms it up and counts: (candidate or None, row, seconds of a run)."""
     row = {"name": name, "status": "measured"}
-    candidate, seconds = None, 0.0
+    candidate, seconds, raised = None, 0.0, False
     try:
         candidate = build(group, name, device)
         for _ in range(warmup):
             seconds = _seconds(candidate, 1, device)
-        row.update(_count(candidate, group, device))
+        scale = candidate.scale()
+        found = _count(candidate, group, device)
+        if candidate.scale() < scale:
+            raise NotRun(
+                f"gradients overflowed with the loss times {scale:g}: the optimiser's step was "
+                "skipped, and would not be in the times"
+            )
+        row.update(found)
     except NotRun as reason:
         row.update(status="not run", reason=str(reason))
     except (NotImplementedError, RuntimeError) as error:
         # A whole run must not be lost to one candidate.
         lacks = _is_lack(error, group)
-        reason = one_line(error)[:300]
+        reason, raised = one_line(error)[:300], True
         row.update(status="not run" if lacks else "failed", reason=reason)
         if not lacks:
             traceback.print_exc()
+    if raised:
+        # What did not fit must not take the memory of the next candidate. Here the error is gone,
+        # which kept it alive, but reference cycles and torch's cache still hold it.
+        candidate = None
+        gc.collect()
+        if device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.empty_cache()
     # Several processes must all measure the same candidates, or they would wait for ever.
     others = [r for r in comm.all_gather(row) if r["status"] != "measured"]
     if others and row["status"] == "measured":
@@ -200,9 +215,10 @@ def measure_group(
         min_time: in seconds; a run that takes less is repeated within a round.
 
     Returns:
-        dict: the fields of the group, ``device``, and ``rows``. Each row has the ``name`` of a
-        candidate and its ``status``, "measured", "not run" or "failed". A candidate that was not
-        measured has a ``reason``. One that was measured has
+        dict: the fields of the group, ``device``, ``kernels_refused`` (Triton's kernels that did
+        not pass their check until then), and ``rows``. Each row has the ``name`` of a candidate and
+        its ``status``, "measured", "not run" or "failed". A candidate that was not measured has a
+        ``reason``. One that was measured has
 
         - ``seconds`` (median, q1, q3), ``seconds_by_round`` and ``parameters``;
         - ``ratios``: the median, q1 and q3 by base;
@@ -242,4 +258,5 @@ def measure_group(
         torch.cuda.empty_cache()
     if group.what == "compiled":
         torch._dynamo.reset()
-    return {**dataclasses.asdict(group), "device": device.type, "rows": rows}
+    result = {**dataclasses.asdict(group), "device": device.type, "rows": rows}
+    return {**result, "kernels_refused": triton.refused()}

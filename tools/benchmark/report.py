@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 import kn_detectron
 from kn_detectron.files import atomic_write
+from kn_detectron.layers import triton as kernels
 
 from .presets import WHATS
 
@@ -36,8 +37,25 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__
+
+
+def _describe_kernels() -> Dict:
+    """Triton, and whether its kernels are switched off, and which did not pass their check so far."""
+    return {
+        "triton": _triton_version(),
+        "kernels_off": kernels.switched_off(),
+        "kernels_refused": kernels.refused(),
+    }
+
+
 def describe_machine() -> Dict:
-    """What the figures depend on besides the code: hardware, threads and versions."""
+    """What the figures depend on besides the code: hardware, threads, versions and kernels."""
     gpu = torch.cuda.is_available()
     return {
         "cpu": _cpu_name(),
@@ -51,6 +69,7 @@ def describe_machine() -> Dict:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **_describe_kernels(),
         "torchvision": torchvision.__version__,
         "detectron2": detectron2.__version__,
         "kn_detectron": kn_detectron.__version__,
@@ -127,6 +146,8 @@ def format_group(group: Dict) -> str:
             size += f" ({_bytes(row) / _bytes(measured[bases[0]]):.3f})"
         table.append([*cells, size, _launches(row)])
     lines = [f"**{describe_group(group)}**", ""]
+    if group.get("kernels_refused"):
+        lines += [f"Without Triton's kernels {', '.join(group['kernels_refused'])}.", ""]
     if measured:
         lines += [_markdown(head, table), ""]
     for row in group["rows"]:
@@ -165,7 +186,13 @@ def _markdown(head: List[str], rows: List[List[str]]) -> str:
 
 
 def write_json(result: Dict, path: str) -> None:
-    """Writes a result. If this is interrupted, the old file stays."""
+    """Writes a result. If this is interrupted, the old file stays.
+
+    A kernel is checked when it is first used, after the machine was described. So the kernels are
+    described once more.
+    """
+    if "machine" in result:
+        result = {**result, "machine": {**result["machine"], **_describe_kernels()}}
     with atomic_write(path) as file:
         file.write(json.dumps(result, indent=1).encode())
 

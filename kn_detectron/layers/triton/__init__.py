@@ -9,14 +9,14 @@ never used. With the environment variable KN_DETECTRON_TRITON=0 no kernel is use
 import functools
 import logging
 import os
-from typing import Dict, Iterator, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
 
 from ..introspection import is_traced
 
-__all__ = ["fastest", "tensors_in"]
+__all__ = ["fastest", "refused", "switched_off", "tensors_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def fastest(operation, *arguments):
     Returns:
         ``operation`` itself, or the class of :mod:`.kernels` with the same name.
     """
-    if torch.compiler.is_compiling() or os.environ.get("KN_DETECTRON_TRITON", "1") == "0":
+    if torch.compiler.is_compiling() or switched_off():
         return operation
     tensors = list(tensors_in(arguments))
     first = tensors[0]
@@ -55,8 +55,11 @@ def fastest(operation, *arguments):
         return operation
     if any(t.dtype != torch.float32 for t in tensors if t.is_floating_point()):
         return operation
-    if any(t.device != first.device for t in tensors):
-        return operation  # which says so; a kernel would read what is not there
+    # Torch's operators say so where tensors are on several devices; a kernel would read what is not
+    # there. Triton compiles another form, which is not checked, for an address that is no multiple
+    # of 16.
+    if any(t.device != first.device or t.data_ptr() % 16 for t in tensors):
+        return operation
     kernels = _kernels()
     if kernels is None:
         return operation
@@ -65,6 +68,20 @@ def fastest(operation, *arguments):
     if variant is None or not _may_be_used(operation, twin, variant, first.device):
         return operation
     return twin
+
+
+def switched_off() -> bool:
+    """Whether the environment variable says that no kernel is to be used."""
+    return os.environ.get("KN_DETECTRON_TRITON", "1") == "0"
+
+
+def refused() -> List[str]:
+    """The variants of kernels that did not pass their check, among those used until now."""
+    return [
+        f"{operation} {variant} on {device}"
+        for (operation, variant, device), agrees in _verdicts.items()
+        if not agrees
+    ]
 
 
 @functools.lru_cache(maxsize=None)

@@ -81,6 +81,14 @@ def _convolve(operation, variant, numbers: _Numbers) -> List[Tensor]:
 
 
 def _filter(operation, variant, numbers: _Numbers) -> List[Tensor]:
+    paper, _, _, measures, *_ = variant
+    results = _filter_once(operation, variant, numbers)
+    if paper and measures:  # and a prior so wide that the gate drops it
+        results += _filter_once(operation, variant, numbers, prior_width=1000.0)
+    return results
+
+
+def _filter_once(operation, variant, numbers: _Numbers, prior_width: float = 1.0) -> List[Tensor]:
     paper, has_process_model, has_scale, measures, tracks, block, is_aligned = variant
     # Some threads have no channel, if a size of that kind allows it.
     channels, images, pixels = max(block - block // 4, 1), 2, (2, 3)
@@ -89,8 +97,10 @@ def _filter(operation, variant, numbers: _Numbers) -> List[Tensor]:
     count = images * math.prod(pixels)
     spec = Spec(Sets(images, channels, 1, channels), 1e-5, paper, measures)
     offset, log_scale = numbers(channels), numbers(channels, high=0.5)
+    prior = numbers.belief(channels)
     vectors = Vectors(
-        *numbers.belief(channels),
+        prior.mean,
+        prior.var * prior_width,
         gain_logit=numbers(1)[0],
         gain_scale=numbers(1, low=0.7)[0],
         mean_offset=offset if has_process_model and not paper else None,

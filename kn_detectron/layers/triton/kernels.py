@@ -227,7 +227,7 @@ class Convolve:
     @staticmethod
     def variant(mean: Tensor, var: Tensor, weight: Tensor, groups: int) -> Optional[Tuple]:
         """Taps, outputs and inputs, if the beliefs have one row and there are no groups."""
-        if groups > 1 or mean.shape[0] > 1:
+        if groups > 1 or mean.shape[0] != 1:  # a belief about no images has no rows
             return None
         return weight.shape[2:].numel(), *(kind_of_size(size) for size in weight.shape[:2])
 
@@ -553,7 +553,7 @@ class Filter:
         """The kind of layer, if it has BatchNorm's sets and a prior of one row."""
         sets = spec.sets
         fits = sets.is_batch and v.prior_mean is not None
-        if not fits or v.prior_mean.shape[0] > 1 or sets.channels > LARGEST_CHANNELS:
+        if not fits or v.prior_mean.shape[0] != 1 or sets.channels > LARGEST_CHANNELS:
             return None
         has_process_model = v.mean_offset is not None or v.process_noise is not None
         tracks = "no" if running is None else "cumulative" if running.momentum is None else "yes"
@@ -601,6 +601,10 @@ class Filter:
             CUMULATIVE=momentum is None,
             **switches,
         )
+        if running is not None:
+            # Else autograd would not see that a backward pass in evaluation needs the old values.
+            for changed in statistics:  # one by one, as torch 2.3 takes them
+                torch.autograd.graph.increment_version(changed)
         return Statistics(mean, scale, belief), None
 
     @staticmethod

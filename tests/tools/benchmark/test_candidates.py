@@ -3,12 +3,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
+from torch import nn
 
-from benchmark import Group, candidates, make_groups, measure_group
+from benchmark import Group, candidates, make_groups, measure, measure_group
 from benchmark.candidates import NotRun, build, network_config
 from benchmark.presets import DTYPES, FORMATS, NORMS
-from kn_detectron.layers import kalman_layers
+from kn_detectron.layers import kalman_layers, normalize
 
 CPU = torch.device("cpu")
 LAYER = Group("layer", ("BN",), ("BN",), (2, 32, 4, 4))
@@ -38,6 +40,21 @@ def test_a_layer_gives_features_and_gradients_like_the_ones_it_gets(dtype, memor
         # weight and bias, and those of the prior, b, r and the gain where there are such
         count = {"FrozenBN": 0, "KN": 7, "KN-gain0": 6, "KN-paper": 6, "GKN": 7}.get(norm, 2)
         assert len(others) == count and all(v is not None for v in others), norm
+
+
+@pytest.mark.filterwarnings("ignore:torch.is_autocast_cpu_enabled:DeprecationWarning")
+def test_autocast_on_a_cpu_works_where_torch_asks_about_gpus_only(monkeypatch):
+    """As torch does before 2.4."""
+
+    class OldTorch:
+        is_autocast_enabled = staticmethod(lambda: False)
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    monkeypatch.setattr(candidates, "torch", OldTorch())
+    layer = build(replace(LAYER, dtype="bfloat16"), "BN", CPU)
+    assert layer.forward().dtype == torch.bfloat16
 
 
 def test_the_layers_are_what_they_are_called():
@@ -139,6 +156,70 @@ def test_what_is_predicted_is_what_a_training_step_predicts(models):
     assert len(predicted) == 42 and list(predicted) == list(real)  # all but those that are frozen
     for name, prior in predicted.items():
         torch.testing.assert_close(tuple(prior), tuple(real[name]))
+
+
+def test_on_a_gpu_a_prediction_takes_a_real_steps_path(monkeypatch):
+    """On empty features layers are composed of torch's nodes, which use no kernel."""
+    needs, composed = candidates._needs_an_image, []
+    monkeypatch.setattr(
+        candidates, "_needs_an_image", lambda transition, _: needs(transition, torch.device("cuda"))
+    )
+    compose = normalize._composed
+    monkeypatch.setattr(normalize, "_composed", lambda *a: composed.append(a) or compose(*a))
+    expected = {"KN": False, "KN-paper": False, "GKN": False, "KN-paper-MC": True}
+    for norm, is_empty in expected.items():
+        composed.clear()
+        prediction = build(
+            Group("prediction", (), (), (0, 3, 64, 64), slim=True), f"{norm}@64", CPU
+        )
+        features, regions, *belief = result = prediction.forward()
+        assert (len(features) == 0, len(regions) == 0, len(composed) > 0) == (is_empty,) * 3
+        # A sampled map has the size of the features.
+        assert features.shape[-2:] == ((4, 4) if is_empty else (2, 2))
+        assert all(v.isfinite().all() for v in belief)
+        gradients = prediction.backward(result)
+        assert sum(g is not None for g in gradients) > 100 and len(belief) == 2
+    with_a_step = build(STEP, "KN-prediction", CPU)
+    assert with_a_step.forward()[0].shape[0] == 1
+
+
+@pytest.fixture
+def step_of_a_gpu(monkeypatch):
+    """Makes a step in float16 whose gradient, in float16 on its way, is a given number."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda _, **options: scaler("cpu", **options))
+
+    class Model(nn.Module):
+        def __init__(self, gradient):
+            super().__init__()
+            self.weight, self.gradient = nn.Parameter(torch.zeros(1)), gradient
+
+        def forward(self, inputs):
+            return {"loss": (self.weight.half() * self.gradient).float().sum()}
+
+    def make(gradient):
+        monkeypatch.setattr(candidates, "_detector", lambda *_: (get_cfg(), Model(gradient)))
+        group = replace(STEP, dtype="float16")
+        return candidates._build_step(group, "BN", torch.device("cuda"))
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_the_loss_in_float16_is_not_scaled_beyond_its_range(step_of_a_gpu):
+    step = step_of_a_gpu(100.0)  # times 2^10 it is beyond 65504
+    scale = step.scale()
+    step.run()
+    assert step.scale() == scale > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_step_whose_gradients_overflow_is_not_measured(step_of_a_gpu, monkeypatch):
+    monkeypatch.setattr(measure, "build", lambda group, name, device: step_of_a_gpu(float(name)))
+    group = replace(STEP, candidates=("60000", "100"), bases=("100",), rounds=1)
+    overflows, fine = measure_group(group, CPU, warmup=1, min_time=0)["rows"]
+    assert (overflows["status"], fine["status"]) == ("not run", "measured")
+    assert "gradients overflowed with the loss times 64" in overflows["reason"]
 
 
 def test_evaluation_needs_as_many_operations_as_with_frozen_batchnorm():

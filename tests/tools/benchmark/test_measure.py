@@ -1,4 +1,6 @@
+import gc
 import statistics
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from benchmark import Group, measure, measure_group
 from benchmark.candidates import Candidate, NotRun
 from benchmark.measure import _LAUNCH, count_launches, saved_bytes, summarize
+from kn_detectron.layers import triton
 
 CPU = torch.device("cpu")
 
@@ -162,6 +165,41 @@ def test_one_that_cannot_be_run_is_a_row_with_the_reason_and_the_others_go_on(mo
     assert rows["broken"]["reason"] == "sizes do not match"
     assert "seconds" not in rows["broken"]
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_did_not_fit_is_gone_before_the_next_is_built(monkeypatch, device):
+    emptied, left = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(left[0]() is None))
+
+    def huge():
+        model = torch.nn.Linear(2, 2)
+        model.cycle = [model]  # as networks have them
+        left.append(weakref.ref(model))
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+    def after():
+        assert left[0]() is None
+        assert emptied == [True] * (device == "cuda")
+        raise NotRun("it was built")
+
+    group, was_enabled = with_candidates(monkeypatch, huge=huge, after=after), gc.isenabled()
+    gc.disable()  # otherwise a collection may happen to come
+    try:
+        first, second = measure_group(group, torch.device(device))["rows"]
+    finally:
+        if was_enabled:
+            gc.enable()
+    assert (first["status"], second["reason"]) == ("not run", "it was built")
+
+
+def test_kernels_that_are_wrong_are_named(monkeypatch):
+    monkeypatch.setattr(triton, "_verdicts", {("Filter", (1,), "cuda:0"): True})
+    group = with_candidates(monkeypatch, a=lambda: Candidate(lambda: None))
+    assert measure_group(group, CPU, min_time=0.0)["kernels_refused"] == []
+    triton._verdicts["Rectify", (16,), "cuda:0"] = False
+    assert measure_group(group, CPU, min_time=0.0)["kernels_refused"] == ["Rectify (16,) on cuda:0"]
 
 
 def test_a_defect_of_another_kind_is_not_hidden(monkeypatch):

@@ -1,6 +1,8 @@
 import json
 import re
+import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -14,6 +16,7 @@ from benchmark import (
     format_summary,
     write_json,
 )
+from kn_detectron.layers import triton
 
 
 def row(name, seconds, ratio, **fields):
@@ -77,6 +80,39 @@ def test_table_of_nothing_but_reasons():
     group["rows"] = group["rows"][2:]
     lines = format_group(group).splitlines()
     assert lines[1:] == ["", "- SyncBN: not run: no GPU"]
+
+
+def test_table_names_the_kernels_that_were_refused():
+    group = {
+        **layer_result(),
+        "kernels_refused": ["Rectify (16,) on cuda:0", "Filter (1,) on cuda:0"],
+    }
+    title, _, refused, _, head, *_ = format_group(group).splitlines()
+    assert refused == "Without Triton's kernels Rectify (16,) on cuda:0, Filter (1,) on cuda:0."
+    assert head.startswith("|")
+
+
+def test_the_machine_has_its_kernels(monkeypatch):
+    monkeypatch.setattr(triton, "_verdicts", {})
+    for value, off in (("1", False), ("0", True)):
+        monkeypatch.setenv("KN_DETECTRON_TRITON", value)
+        assert describe_machine()["kernels_off"] is off
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="1.2.3"))
+    assert describe_machine()["triton"] == "1.2.3"
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    assert describe_machine()["triton"] == "none"
+
+
+def test_json_has_the_kernels_that_were_refused_after_the_machine_was_described(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(triton, "_verdicts", {})
+    content = {"machine": describe_machine(), "groups": []}
+    assert content["machine"]["kernels_refused"] == []
+    triton._verdicts["Rectify", (16,), "cuda:0"] = False
+    write_json(content, str(tmp_path / "benchmark.json"))
+    machine = json.loads((tmp_path / "benchmark.json").read_text())["machine"]
+    assert machine == {**content["machine"], "kernels_refused": ["Rectify (16,) on cuda:0"]}
 
 
 def test_json_is_whole_or_the_old_one(tmp_path):
