@@ -46,8 +46,8 @@ class Candidate:
         backward: computes the gradients from the result; None if there are none.
         constants: tensors that exist before and after a run: parameters, buffers, inputs.
         finish: the rest of a training step: the optimiser.
-        scale: what the loss is multiplied by. It drops where gradients overflowed.
         parameters: number of learned values.
+        scale: what the loss is multiplied by. It drops where gradients overflowed.
     """
 
     forward: Callable[[], object]
@@ -317,7 +317,7 @@ def _build_step(group: Group, norm: str, device: torch.device) -> Candidate:
     return candidate if scaler is None else replace(candidate, scale=scaler.get_scale)
 
 
-# The smallest image, whose features in res4 have more than one pixel, as live statistics need.
+# The side of an image whose features in res4 have more than one pixel, as live statistics need.
 _TINY = 32
 
 
