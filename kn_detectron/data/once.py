@@ -94,8 +94,8 @@ def _is_taken(root):
         return any(root.iterdir())
     except FileNotFoundError:
         return False
-    except NotADirectoryError:
-        return True
+    except NotADirectoryError:  # it is a file, or would be below one
+        return root.exists()
 
 
 def _identity_in(root):

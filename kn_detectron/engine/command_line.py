@@ -25,6 +25,7 @@ from ..data import (
 from ..errors import InputError
 from ..files import atomic_write
 from .config_file import read_config
+from .detectron2_keys import check_builders
 from .launching import check_ranks
 from .logs import full_disk_told_once
 from .output_dir import folder_of_run, make_output_dir
@@ -79,6 +80,8 @@ def load_config(args):
         InputError: something in it is wrong.
     """
     cfg = read_config(args)
+    if not args.eval_only:
+        check_builders(cfg)
     folder = folder_of_run(args.config_file)
     if folder and (args.resume or args.eval_only) and "OUTPUT_DIR" not in args.opts[::2]:
         cfg.OUTPUT_DIR = folder

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..errors import InputError
 
-__all__ = ["check_detectron2_keys"]
+__all__ = ["check_builders", "check_detectron2_keys"]
 
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
@@ -142,11 +142,17 @@ def check_detectron2_keys(cfg):
             f"{cfg.MODEL.PIXEL_STD}, but both must have one number for each channel."
         )
     _check_features(cfg)
-    _check_builders(cfg)
 
 
-def _check_builders(cfg):
-    """Checks that what builds KN passes priors: without, it would be live BatchNorm."""
+def check_builders(cfg):
+    """Checks that what builds a detector with KN passes priors: without, it is live BatchNorm.
+
+    Args:
+        cfg (CfgNode): detectron2's config.
+
+    Raises:
+        InputError: naming the key, and the name that passes priors.
+    """
     norm = cfg.MODEL.RESNETS.NORM
     if norm not in ("KN", "GKN"):
         return
