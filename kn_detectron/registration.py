@@ -45,7 +45,7 @@ def _group_head(channels: int) -> nn.Module:
 
 _NORMS = {"KN": lambda channels: KalmanNorm2d(channels, gain=None), "GKN": _group_head}
 
-_EQUIVALENT = {"KN": "BatchNorm", "GKN": "GroupNorm"}
+WITHOUT_PRIORS = {"KN": "BatchNorm", "GKN": "GroupNorm"}
 _told = set()
 
 
@@ -89,7 +89,7 @@ def get_norm(norm, out_channels):
         _told.add((norm, asking))
         logger.warning(
             f"{asking} builds layers with norm={norm!r} where nothing passes them a prior: each is "
-            f"the head of its own chain, that is {_EQUIVALENT[norm]}. The backbones, FPNs and "
+            f"the head of its own chain, that is {WITHOUT_PRIORS[norm]}. The backbones, FPNs and "
             "heads whose names have KN in them build chains: see MODEL.META_ARCHITECTURE, "
             "MODEL.BACKBONE.NAME, MODEL.ROI_HEADS.NAME, MODEL.ROI_BOX_HEAD.NAME and "
             "MODEL.ROI_MASK_HEAD.NAME."

@@ -24,23 +24,12 @@ from ..config import check_config, without_kn_config
 from ..errors import InputError
 from ..files import atomic_write, explained_write_errors
 from ..layers import KN_STATE, GroupKalmanNorm2d, KalmanNetwork, KalmanNorm2d
+from ..modeling.stock_names import STOCK_NAMES
 from .checkpointer import KNCheckpointer
 from .conventions import CHECKPOINT_KEY, Conventions
 from .matching import leaf, match
 
 __all__ = ["fold", "fold_into", "fold_network", "fold_weights", "folded_files", "stock_config"]
-
-_STOCK_NAMES = {
-    "build_kn_resnet_backbone": "build_resnet_backbone",
-    "build_kn_resnet_fpn_backbone": "build_resnet_fpn_backbone",
-    "build_kn_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
-    "KNCascadeROIHeads": "CascadeROIHeads",
-    "KNFastRCNNConvFCHead": "FastRCNNConvFCHead",
-    "KNMaskRCNNConvUpsampleHead": "MaskRCNNConvUpsampleHead",
-    "KNRes5ROIHeads": "Res5ROIHeads",
-    "KNRetinaNet": "RetinaNet",
-    "KNStandardROIHeads": "StandardROIHeads",
-}
 
 _NETWORKS = ("build_kn_network_backbone", "build_kn_network_fpn_backbone")
 
@@ -77,7 +66,7 @@ def stock_config(cfg):
             f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, and detectron2 has no such network, so "
             "its models run with this package only: keep using it for inference."
         )
-    if {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_HEADS.NAME} & set(_STOCK_NAMES):
+    if {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_HEADS.NAME} & set(STOCK_NAMES):
         if cfg.MODEL.RESNETS.NORM == "GKN":
             raise InputError(
                 'MODEL.RESNETS.NORM is "GKN", which cannot be folded since it takes its statistics '
@@ -110,7 +99,7 @@ def _rename(node, prefix=""):
         elif key == "NORM":
             node[key] = _stock_norm(value, prefix + key)
         elif key in ("NAME", "META_ARCHITECTURE"):
-            node[key] = _STOCK_NAMES.get(value, value)
+            node[key] = STOCK_NAMES.get(value, value)
 
 
 def _changes(cfg, default):

@@ -18,6 +18,8 @@ from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from PIL import Image
 
 from ..errors import InputError
+from ..modeling.stock_names import STOCK_NAMES
+from ..registration import WITHOUT_PRIORS
 
 __all__ = ["check_builders", "check_detectron2_keys"]
 
@@ -44,14 +46,7 @@ _HEADS = {
     "KNRetinaNet": ("RETINANET",),
 }
 
-# What passes priors, for what of detectron2's builds the same with MODEL.RESNETS.NORM and does not.
-_WITH_PRIORS = {
-    "build_resnet_backbone": "build_kn_resnet_backbone",
-    "build_resnet_fpn_backbone": "build_kn_resnet_fpn_backbone",
-    "build_retinanet_resnet_fpn_backbone": "build_kn_retinanet_resnet_fpn_backbone",
-    "Res5ROIHeads": "KNRes5ROIHeads",
-}
-_WITHOUT_PRIORS = {"KN": "BatchNorm", "GKN": "GroupNorm"}
+_WITH_PRIORS = {stock: name for name, stock in STOCK_NAMES.items()}
 
 # What detectron2 looks for before it asks the registry.
 _UNREGISTERED = {"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals"}
@@ -156,15 +151,17 @@ def check_builders(cfg):
     norm = cfg.MODEL.RESNETS.NORM
     if norm not in ("KN", "GKN"):
         return
-    keys = ["MODEL.BACKBONE.NAME"]
-    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":  # others ignore it
-        keys.append("MODEL.ROI_HEADS.NAME")
-    for key in keys:
-        name = attrgetter(key)(cfg)
+    builders = {"MODEL.BACKBONE.NAME": cfg.MODEL.BACKBONE.NAME}
+    if (
+        cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+        and cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads"
+    ):
+        builders["MODEL.ROI_HEADS.NAME"] = "Res5ROIHeads"  # other heads do not build with this norm
+    for key, name in builders.items():
         if name in _WITH_PRIORS:
             raise InputError(
                 f"{key} is {name!r}, which passes no priors to the norms {norm!r} of "
-                f"MODEL.RESNETS.NORM, so that they would be live {_WITHOUT_PRIORS[norm]}: give {key} "
+                f"MODEL.RESNETS.NORM, so that they would be live {WITHOUT_PRIORS[norm]}: give {key} "
                 f"{_WITH_PRIORS[name]}, or another norm."
             )
 

@@ -84,7 +84,9 @@ class StopOnSignal(HookBase):
                 signal.raise_signal(signum)
             return
         self.requested, self._requested_at = signum, time.monotonic()
-        kept = {s: self._former.pop(s) for s in (signal.SIGTERM,) if s == signum}
+        kept = {}
+        if signum == signal.SIGTERM:
+            kept[signum] = self._former.pop(signum)
         self._give_back()
         self._former = kept
         # A signal to the whole group kills the loader processes too, and torch's handler would

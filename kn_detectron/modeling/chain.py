@@ -21,6 +21,7 @@ from ..layers.belief import add, frozen
 from ..layers.kalman_norm import check_takes_prior
 from ..layers.transition import Transition
 from .features import Feature
+from .stock_names import STOCK_NAMES
 
 __all__ = [
     "ChainConfig",
@@ -87,12 +88,12 @@ class ChainConfig:
         check_config(cfg)
         kn = cfg.MODEL.KN
         if cfg.MODEL.RESNETS.NORM not in ("KN", "GKN"):
-            others = [cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_HEADS.NAME]
-            others = [name.replace("kn_", "").removeprefix("KN") for name in others]
+            names = (cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_HEADS.NAME)
+            others = [STOCK_NAMES[name] for name in names if name in STOCK_NAMES]
             raise InputError(
                 f"MODEL.RESNETS.NORM is {cfg.MODEL.RESNETS.NORM!r}, but the KN backbones and heads "
                 'build "KN" and "GKN" only: set one of them, or use detectron2\'s '
-                f"{' and '.join(others)}"
+                f"{' and '.join(others) or 'own'}"
             )
         if cfg.MODEL[part].NORM != cfg.MODEL.RESNETS.NORM:
             raise InputError(
