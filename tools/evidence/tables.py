@@ -46,10 +46,16 @@ PAPER = {
 }
 _NOT_RUN = "not run"
 _SEED_HEADER = ("box, by seed", "box", "mask, by seed", "mask")
+# GitHub shows what is between these marks when a reader asks for it.
+_FOLDED = """<details><summary>{}</summary>
+
+{}
+
+</details>"""
 
 
 def detection_tables(data: Dict) -> str:
-    """The tables of the detectors in Markdown, one pair for each number of images per step."""
+    """The tables of the detectors in Markdown: means and differences by images per step."""
     parts = []
     for images in sorted({run["images"] for run in data["runs"]}, reverse=True):
         rows = [
@@ -70,18 +76,19 @@ def detection_tables(data: Dict) -> str:
         what = f"{images_text(images)} per step"
         parts.append(f"**{what}**, mean (lowest to highest of the seeds):")
         parts.append(tabulate(rows, header, tablefmt="github", disable_numparse=True))
-        rows = _difference_rows(data, images)
-        if rows:
-            parts.append(f"Differences at {what}, in AP, with the 95% interval over photographs:")
-            header = ["", "of seeds", "box", "mask"]
-            parts.append(tabulate(rows, header, tablefmt="github", disable_numparse=True))
         rows = _seed_rows(data, images)
         if rows:
             parts.append(
-                "The same by seed, with the 95% interval of the mean over three seeds or more:"
+                f"Differences at {what}, in AP, by seed, and their mean; from three seeds on with its"
+                " 95% interval over seeds:"
             )
             header = ["", "seeds", *_SEED_HEADER]
             parts.append(tabulate(rows, header, tablefmt="github", disable_numparse=True))
+            rows = _difference_rows(data, images)
+            header = ["", "of seeds", "box", "mask"]
+            table = tabulate(rows, header, tablefmt="github", disable_numparse=True)
+            summary = "The same with the 95% interval over photographs, by what ran side by side"
+            parts.append(_FOLDED.format(summary, table))
     return _escaped("\n\n".join(parts))
 
 
@@ -155,11 +162,11 @@ def _with_interval(centre: float, low: float, high: float) -> str:
 
 
 def _seed_rows(data: Dict, images: int) -> List[List]:
-    """The comparisons of two seeds or more."""
+    """A line for each comparison, of the seeds of all machines."""
     rows = []
     for comparison, by_task in by_comparison(data["differences"]).items():
         seeds = by_task["bbox"]
-        if comparison[2] == images and len(seeds) > 1:
+        if comparison[2] == images:
             cells = [cell for task in TASKS for cell in _seed_cells(by_task[task])]
             rows.append([_comparison(data, *comparison), ", ".join(map(str, seeds)), *cells])
     return rows
