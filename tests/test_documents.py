@@ -177,13 +177,12 @@ def python_blocks():
 
 
 def write_readme_config(folder):
-    """The config that README shows, with detectron2's beside it."""
+    """The config that README shows, with the full path of detectron2's, as it says."""
     (block,) = [block for block in blocks("README.md") if block.language == "yaml"]
-    (folder / "my_config.yaml").write_text(block.code)
-    configs = detectron2_configs()
-    base = (configs / "COCO-InstanceSegmentation" / "mask_rcnn_R_50_C4_1x.yaml").read_text()
-    base = base.replace("../Base-RCNN-C4.yaml", str(configs / "Base-RCNN-C4.yaml"))
-    (folder / "mask_rcnn_R_50_C4_1x.yaml").write_text(base)
+    base = "mask_rcnn_R_50_C4_1x.yaml"
+    path = detectron2_configs() / "COCO-InstanceSegmentation" / base
+    assert f'_BASE_: "{base}"' in block.code
+    (folder / "my_config.yaml").write_text(block.code.replace(base, str(path)))
 
 
 @pytest.mark.parametrize("name, code", python_blocks())
