@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
-from detectron2.model_zoo import model_zoo
 from detectron2.modeling import build_model
 
 import kn_detectron
@@ -198,7 +198,10 @@ def test_code_runs(name, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_readme_config(tmp_path)
     # Where detectron2's setup.py puts a link to them, which a clone does not have.
-    monkeypatch.setattr(model_zoo, "get_config_file", lambda name: str(detectron2_configs() / name))
+    for module in (model_zoo, model_zoo.model_zoo):
+        monkeypatch.setattr(
+            module, "get_config_file", lambda name: f"{detectron2_configs()}/{name}"
+        )
     try:
         exec(compile(code, name, "exec"), {"__name__": "__main__"})
     except ModuleNotFoundError as error:
