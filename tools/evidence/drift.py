@@ -2,10 +2,10 @@
 """Measures how far the statistics of a trained detector are from those that it normalises with.
 
 Example:
-    python tools/evidence/drift.py output/evidence/BN_frozen_2im_seed1 --photos persons/train
+    python tools/evidence/drift.py output/evidence/BN_frozen_2im_seed1 --dataset persons
 
-For the run of tools/evidence/detection.py, and for its network before the run, this feeds photographs
-and measures the mean m and variance v of each channel in front of each norm, over all of them. The
+For the run of tools/evidence/detection.py, and for its network before the run, this feeds the
+validation photographs and measures the mean m and variance v of each channel in front of each norm, over all of them. The
 norm itself takes a mean mu and variance w: the frozen ones of BN*, or what Kalman Normalization at
 gain 0 predicts. The drift is the average over channels and norms of |log(v / w)|, and of
 |m - mu| / sqrt(w). At 0 the norm does what it says.
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from kn_detectron.checkpoint import KNCheckpointer
 from kn_detectron.engine import load_run
 from kn_detectron.engine.command_line import run
-from kn_detectron.errors import InputError
 
 # Behind kn_detectron, which makes old versions of detectron2 importable.
 from detectron2.data import DatasetMapper  # isort: skip
@@ -69,13 +68,12 @@ def drift(network: nn.Module, batches: Iterable[Tensor]) -> Tuple[float, float]:
     return torch.cat(of_variance).mean().item(), torch.cat(of_mean).mean().item()
 
 
-def photographs(cfg: CfgNode, model: nn.Module, folder: Path, count: int) -> Iterable[Tensor]:
-    """The first ``count`` photographs of a folder, as the backbone of the model gets them."""
-    paths = sorted(folder.glob("*.jpg"))[:count]
-    if not paths:
-        raise InputError(f"Folder {folder} has no .jpg files: give one with photographs.")
+def photographs(cfg: CfgNode, model: nn.Module, folder: Path) -> Iterable[Tensor]:
+    """The validation photographs of a folder in COCO's layout, as the backbone gets them."""
+    content = json.loads((folder / "annotations" / "instances_val.json").read_text())
     mapper = DatasetMapper(cfg, is_train=False)
-    for path in tqdm.tqdm(paths, unit="photo"):
+    for image in tqdm.tqdm(content["images"], unit="photo"):
+        path = folder / "val" / image["file_name"]
         yield model.preprocess_image([mapper({"file_name": str(path)})]).tensor
 
 
@@ -85,8 +83,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of detection.py's runs")
-    parser.add_argument("--photos", required=True, type=Path, help="folder of photographs")
-    parser.add_argument("--count", type=int, default=100, help="photographs (%(default)s)")
+    parser.add_argument("--dataset", required=True, type=Path, help="folder in COCO's layout")
     parser.add_argument("--output", default="docs/evidence/drift.json", help="(%(default)s)")
     args = parser.parse_args()
     found = []
@@ -101,7 +98,7 @@ def main():
         for when in ("before", "after"):
             if when == "after":
                 KNCheckpointer(model).load_for_evaluation(weights)
-            images = photographs(cfg, model, args.photos, args.count)
+            images = photographs(cfg, model, args.dataset)
             row[when] = [round(value, 4) for value in drift(model.backbone, images)]
         found.append(row)
         print(row, flush=True)

@@ -1,14 +1,12 @@
 """The drift of a detector's features from the statistics of its norms."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from evidence import detection, drift, tables
 from torch import nn
 
-from kn_detectron import data
 from kn_detectron.data import ShapesSpec, generate_shapes
 
 from .test_runs import call
@@ -40,12 +38,10 @@ def test_runs_are_measured_before_and_after(tmp_path, monkeypatch):
     call(monkeypatch, detection, *arguments, "--seeds", 1, "--opts", *options)
     (run,) = output.iterdir()
     result = tmp_path / "drift.json"
-    photos = Path(data.__file__).parent / "photos" / "train"
-    arguments = ("--photos", photos, "--output", result, "--count", 2)
-    call(monkeypatch, drift, run, *arguments)
+    call(monkeypatch, drift, run, "--dataset", shapes, "--output", result)
     (found,) = rows = json.loads(result.read_text())
     assert (found["arm"], found["learning_rate"], found["steps"]) == ("BN_frozen", 0.02, 2)
-    # These are not ImageNet's photographs, and two steps change the weights a little.
+    # Shapes are not ImageNet's photographs, and two steps change the weights a little.
     assert min(found["before"]) > 0.05
     assert found["before"] != found["after"] == pytest.approx(found["before"], abs=0.5)
     assert "| BN\\*, frozen" in tables.drift_table(rows)
