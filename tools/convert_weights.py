@@ -35,7 +35,7 @@ def main():
         "--norm",
         choices=NORMS,
         default="KN",
-        help="of the ResNet; same: as it is, in any network (%(default)s)",
+        help="of the ResNet; same: as it is, in other networks too (%(default)s)",
     )
     parser.add_argument(
         "--variant", choices=VARIANTS, default="network", help="of KN (%(default)s)"

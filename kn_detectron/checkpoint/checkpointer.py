@@ -165,19 +165,33 @@ class KNCheckpointer(DetectionCheckpointer):
         """Whether this version of detectron2 takes what follows a question mark for a query."""
         return hasattr(self, "_parsed_url_during_load")
 
-    def _local_file(self, path):
-        tag = self._tag_file()
-        is_last = self.has_checkpoint() and path == self.get_checkpoint_file()
-        if is_last and not os.path.basename(path):  # a disk that was full may leave it empty
+    def last_file(self):
+        """The last checkpoint of the folder.
+
+        Returns:
+            str or None: its path; None if there is no checkpoint yet.
+
+        Raises:
+            InputError: the file "last_checkpoint" names none, or one that is not there.
+        """
+        if not self.has_checkpoint():
+            return None
+        tag, path = self._tag_file(), self.get_checkpoint_file()
+        if not os.path.basename(path):  # a disk that was full may leave it empty
             raise InputError(
                 f"{tag} is empty, but must name the last checkpoint: put the name of one beside it "
                 "into it."
             )
-        if is_last and not os.path.isfile(path):
+        if not os.path.isfile(path):
             raise InputError(
                 f"{path} does not exist although {tag} names it as the last checkpoint: put it "
                 f"back, or put the name of another checkpoint into {tag}."
             )
+        return path
+
+    def _local_file(self, path):
+        if self.has_checkpoint() and path == self.get_checkpoint_file():
+            self.last_file()  # which is what can be wrong with it
         try:
             local = fetch(path)
             if "?" in local and self._reads_queries():

@@ -47,8 +47,9 @@ def convert_weights(
     Args:
         source: file or address of weights; see :func:`~kn_detectron.checkpoint.read_weights`.
         target: ``.pth`` file to write or to replace. It is never left half written.
-        norm: "KN", "GKN", "BN" or "GN"; "same" converts nothing and takes any network. It makes a
-            small file of a training's checkpoint, without the optimiser and with ``half``.
+        norm: "KN", "GKN", "BN" or "GN"; "same" converts nothing, and takes other networks too, but
+            no ResNets with other layers than detectron2's. It makes a small file of a training's
+            checkpoint, without the optimiser and with ``half``.
         variant: of "KN", "network" or "paper".
         half: whether to write filters in float16, which halves the file. The tensors of the norms
             stay as they are: they are small, and a small variance would become 0.
@@ -65,8 +66,13 @@ def convert_weights(
     if norm != "same":
         state = _with_norm(weights, source, norm, variant)
     if half:
-        state = {name: _halved(t) for name, t in state.items()}
+        state = {name: t if _is_constant(name) else _halved(t) for name, t in state.items()}
     write_weights(target, state, weights.conventions, weights.matching_heuristics)
+
+
+def _is_constant(name: str) -> bool:
+    """Whether a tensor is one of those that old versions of detectron2 save, such as anchors."""
+    return name in ("pixel_mean", "pixel_std") or ".cell_anchors." in name
 
 
 def _halved(t: Tensor) -> Tensor:

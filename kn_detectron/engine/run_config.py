@@ -94,9 +94,12 @@ def trained_weights(config_file, options):
     Returns:
         str or None: MODEL.WEIGHTS of the options, or the last checkpoint beside a config.yaml, or
         None.
+
+    Raises:
+        InputError: the checkpoint that is named as the last one is not there.
     """
     given = dict(zip(options[::2], options[1::2])).get("MODEL.WEIGHTS")
     folder = folder_of_run(config_file)
     if given is not None or folder is None:
         return given
-    return KNCheckpointer(None, folder).get_checkpoint_file()
+    return KNCheckpointer(None, folder).last_file()

@@ -24,6 +24,7 @@ frozen BatchNorm   its statistics are the posterior      ours
 =================  ====================================  ==================================
 """
 
+import contextlib
 import math
 from typing import NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -201,18 +202,23 @@ class _Rectified(torch.autograd.Function):
         return ctx.operation.backward(*ctx.saved_tensors, *d_out)
 
 
+def _without_autocast(x: Tensor):
+    # "meta", where nothing is computed, has no autocast.
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 class _Convolved(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean, var, weight, groups):
         ctx.save_for_backward(mean, var, weight)
         ctx.groups, ctx.operation = groups, fastest(Convolve, mean, var, weight, groups)
-        with torch.autocast(mean.device.type, enabled=False):  # it would round the products
+        with _without_autocast(mean):  # it would round the products
             return ctx.operation.forward(mean, var, weight, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *d_out):
-        with torch.autocast(d_out[0].device.type, enabled=False):
+        with _without_autocast(d_out[0]):
             return *ctx.operation.backward(*ctx.saved_tensors, *d_out, ctx.groups), None
 
 

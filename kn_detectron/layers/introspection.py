@@ -6,7 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-__all__ = ["forward_of", "has_hooks", "is_traced"]
+__all__ = ["forward_of", "has_children", "has_hooks", "is_traced"]
+
+
+def has_children(module: nn.Module) -> bool:
+    """Whether a module contains others. Not their truth values, which call ``len`` of containers."""
+    return next(module.children(), None) is not None
 
 
 def has_hooks(module: nn.Module) -> bool:

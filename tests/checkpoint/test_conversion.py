@@ -134,6 +134,9 @@ def test_filters_in_half_precision(tmp_path, kn_detector):
 def test_what_float16_cannot_hold_stays_as_it_is(tmp_path):
     source, target = str(tmp_path / "in.pth"), str(tmp_path / "out.pth")
     state = {"index": torch.arange(2040, 2060).view(4, 5), "large": torch.tensor([[1.0, 1e5]])}
+    # Old versions of detectron2 have these in their checkpoints.
+    anchors = "proposal_generator.anchor_generator.cell_anchors.0"
+    state.update({"pixel_mean": torch.full((3, 1, 1), 116.28), anchors: torch.full((3, 4), 22.627)})
     torch.save(state, source)
     convert_weights(source, target, "same", half=True)
     for name, tensor in _content(target)["model"].items():

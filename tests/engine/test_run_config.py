@@ -28,6 +28,9 @@ def test_the_config_of_a_run_stands_for_its_last_checkpoint(command, plain, tmp_
     assert trained_weights(str(config), []) == str(run / "model_final.pth")
     assert trained_weights(str(config), ["MODEL.WEIGHTS", "other.pth"]) == "other.pth"
     assert trained_weights(str(tmp_path / "tiny.yaml"), []) is None
+    (run / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(InputError, match="model_0000009.pth does not exist although"):
+        trained_weights(str(config), [])
     (run / "last_checkpoint").unlink()
     assert trained_weights(str(config), []) is None
 

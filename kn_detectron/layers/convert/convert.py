@@ -9,15 +9,16 @@ from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from ...errors import InputError
-from ..introspection import forward_of, has_hooks
+from ..introspection import forward_of, has_children, has_hooks
 from ..kalman_norm import GroupKalmanNorm2d, KalmanNorm2d, kalman_layers
 from ..transition import ClosedFormTransition, Transition
 from .about import End
 from .chain import Chain
 from .network import KalmanNetwork, Program
-from .tracing import is_frozen_norm, is_norm, is_of_tracing, trace
+from .tracing import behind_all_norms, is_frozen_norm, is_norm, is_of_tracing, trace
 from .walk import Walk
 
 __all__ = ["convert_kalman_norm"]
@@ -53,7 +54,9 @@ def convert_kalman_norm(
 
     Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` it works in place: the result shares
     its modules with ``network``, and the norms among them are replaced. Use the result and not
-    ``network``.
+    ``network``. Modules that hold others can be exchanged before the conversion only, except behind
+    the last norm. Weight decay would pull the gains to 0.5 and undo a calibration:
+    :func:`~kn_detectron.engine.exempt_filters_from_decay` prevents it.
 
     Args:
         network: has BatchNorm2d, SyncBatchNorm or GroupNorm, and a forward function that torch.fx
@@ -76,12 +79,20 @@ def convert_kalman_norm(
 
     Raises:
         InputError: the network has no norm that could be converted, three-dimensional layers,
-            Kalman layers, or hooks that would be lost; or it cannot be traced, or takes images with
-            another number of channels.
+            Kalman layers, compiled parts, statistics that are not finite, or hooks that would be
+            lost; or it cannot be traced, or takes images with another number of channels.
     """
     _check(network)
+    if gain is None:
+        raise InputError(
+            "gain is None, which would make every norm the head of a chain: give a float from 0.0 "
+            "to 1.0."
+        )
     channels = len(image_std) if variant == "network" else None
     graphs = {"training": trace(network, True), "online": trace(network, False)}
+    if not return_beliefs:
+        whole = behind_all_norms(network, graphs.values())
+        graphs = {mode: trace(network, mode == "training", whole) for mode in graphs}
     plain = _returning_no_beliefs(graphs["online"], return_beliefs)
     walks = {mode: Walk(network, graph, channels) for mode, graph in graphs.items()}
     ends = _heads(walks.values())
@@ -99,6 +110,7 @@ def convert_kalman_norm(
         for walk in walks.values()
         for call in walk.norms
     }
+    _check_statistics(norms)
     grouped = any(isinstance(norm, nn.GroupNorm) for norm in norms.values())
     untracked = not all(getattr(norm, "track_running_stats", True) for norm in norms.values())
     in_evaluation = grouped or untracked or eval_statistics == "batch"
@@ -120,6 +132,7 @@ def convert_kalman_norm(
         converted.put_norm(name, layer)
     left = {name: end for walk in walks.values() for name, end in walk.left.items()}
     _warn({**ends, **left}, len({*norms, *left}), network)
+    _warn_of_vectors(network)
     converted.fit_priors(kalman_layers(converted))
     return converted
 
@@ -134,7 +147,7 @@ def _returning_no_beliefs(graph: fx.Graph, return_beliefs: bool) -> fx.Graph:
     return graph
 
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def _check(network: nn.Module) -> None:
@@ -182,7 +195,12 @@ def _check(network: nn.Module) -> None:
                 f"{name} has a {type(module).__name__}, {path}: only networks of images, with "
                 "features of shape (N, C, H, W), can be converted to KN."
             )
-        replaced = is_norm(module) or any(module.children())
+        if module is not network and _is_compiled(module):
+            raise InputError(
+                f"{name} has a compiled part, {path}, into which the conversion to KN does not see: "
+                "convert the network, and then compile it."
+            )
+        replaced = is_norm(module) or has_children(module)
         if has_hooks(module) and replaced and module is not network:
             raise InputError(
                 f"{name} has hooks at {path}, which would not be called after a conversion to KN: "
@@ -197,6 +215,21 @@ def _check(network: nn.Module) -> None:
         raise InputError(
             f"{name} has neither BatchNorm2d nor GroupNorm: there is nothing to convert to KN."
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _check_statistics(norms: Dict[str, nn.Module]) -> None:
+    for path, norm in norms.items():
+        for name in ("running_mean", "running_var"):
+            values = getattr(norm, name, None)
+            if values is not None and not values.is_meta and not values.isfinite().all():
+                raise InputError(
+                    f"{path}.{name} has values that are not finite, to which no prior can be "
+                    "calibrated: load sound weights, or call reset_running_stats() of this norm."
+                )
 
 
 def _is_plain(norm: nn.Module) -> bool:
@@ -266,6 +299,19 @@ def _warn(ends: Dict[str, End], norms: int, network: nn.Module) -> None:
         norms,
         "\n  ".join(lines),
     )
+
+
+def _warn_of_vectors(network: nn.Module) -> None:
+    """Warns of BatchNorm that is not for feature maps, which stays."""
+    paths = [path for path, m in network.named_modules() if isinstance(m, nn.BatchNorm1d)]
+    if paths:
+        logger.warning(
+            "%d BatchNorm1d stay as they are (%s%s), and measure in training whatever the gain is: "
+            "to keep their statistics, call eval() on them after each train().",
+            len(paths),
+            paths[0],
+            " and others" if paths[1:] else "",
+        )
 
 
 def _place(node: fx.Node, network: nn.Module) -> Tuple[str, str]:

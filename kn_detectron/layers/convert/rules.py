@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from ...errors import InputError
 from ..activations import ACTIVATIONS, Activation
 from ..introspection import forward_of
 from . import channels as on_channels
@@ -92,7 +91,7 @@ def _clamp(walk, x, min=None, max=None) -> About:
 
 
 def _conv_module(walk, module: nn.Conv2d, x) -> About:
-    _check_channels(walk.about(x), module.in_channels)
+    walk.check_channels(walk.about(x), module.in_channels)
     return walk.convolved(x, module.out_channels)
 
 
@@ -104,17 +103,8 @@ def _conv2d(walk, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=
     if groups is None:
         raise End("its groups depend on the images")
     channels, per_group = walk.constant(weight).shape[:2]
-    _check_channels(about, per_group * groups)
+    walk.check_channels(about, per_group * groups)
     return walk.convolved(x, channels, weight, bias, stride, padding, dilation, groups)
-
-
-def _check_channels(about: About, channels: int) -> None:
-    known = on_channels.one_channel_dimension(about)
-    if known != channels:  # the layers fit each other, so the images must have other channels
-        raise InputError(
-            f"image_mean and image_std are about images of {known} channels, but the network takes "
-            f"{channels}: give one number for each channel of its images."
-        )
 
 
 # Arithmetic.

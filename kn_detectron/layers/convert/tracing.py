@@ -5,19 +5,21 @@ import inspect
 import operator
 import os
 import random
+import sysconfig
 import traceback
 from pathlib import Path
+from typing import Collection, Iterable, List, Set
 
 import numpy as np
 import torch
 from torch import fx, nn
 
 from ...errors import InputError, one_line
-from ..introspection import has_hooks
+from ..introspection import has_children, has_hooks
 from ..modes import in_mode
 from .rules import is_ruled
 
-__all__ = ["IN_PLACE", "is_frozen_norm", "is_norm", "is_of_tracing", "trace"]
+__all__ = ["IN_PLACE", "behind_all_norms", "is_frozen_norm", "is_norm", "is_of_tracing", "trace"]
 
 # Operators in place, and what each is for numbers. fx.Proxy would record y += x as y = y + x, but y
 # may have other names.
@@ -33,8 +35,13 @@ IN_PLACE = {
 
 
 def is_of_tracing(file: str) -> bool:
-    """Whether a file is torch's own or this one, and so is not the code of the network."""
-    return file == __file__ or file.startswith(str(Path(torch.__file__).parent) + os.sep)
+    """Whether a file is torch's, Python's or this one, and so is not the code of the network."""
+    paths = sysconfig.get_paths()
+    if file == __file__ or file.startswith(str(Path(torch.__file__).parent) + os.sep):
+        return True
+    of_python = file.startswith(paths["stdlib"] + os.sep)
+    # Installed packages may lie in a folder of Python's own.
+    return of_python and not file.startswith((paths["purelib"] + os.sep, paths["platlib"] + os.sep))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -125,13 +132,18 @@ def _must_be_recorded(module: nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Makes one node of each norm, and of each module without norms that cannot be traced."""
+    """Makes one node of each norm, and of each module without norms that cannot be traced.
+
+    Args:
+        whole: names of modules of which it makes one node each, too.
+    """
 
     # Buffers are read where forward reads them: they change, and move to other devices.
     proxy_buffer_attributes = True
 
-    def __init__(self):
+    def __init__(self, whole: Collection[str] = ()):
         super().__init__()
+        self._whole = whole
         self.record_stack_traces = True  # for the warnings
         self._contexts = _contexts()
 
@@ -151,9 +163,10 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """See :class:`torch.fx.Tracer`."""
-        whole = is_norm(module) or is_frozen_norm(module) or is_ruled(type(module))
+        whole = name in self._whole or is_norm(module)
+        whole = whole or is_frozen_norm(module) or is_ruled(type(module))
         # Hooks are called where the module is, and would not be if its parts were.
-        whole = whole or (has_hooks(module) and not any(module.children()))
+        whole = whole or (has_hooks(module) and not has_children(module))
         return whole or super().is_leaf_module(module, name)
 
     def call_module(self, module: nn.Module, forward, args, kwargs):
@@ -188,10 +201,34 @@ def _defaults(network: nn.Module) -> dict:
 def _line(frames: traceback.StackSummary) -> str:
     """The innermost line of the network's own code."""
     own = [frame for frame in frames if not is_of_tracing(frame.filename)]
+    if not own:  # as where torch's own containers call each other
+        return "its forward"
     return f"{own[-1].filename}:{own[-1].lineno}, {own[-1].line!r}"
 
 
-def trace(network: nn.Module, training: bool) -> fx.Graph:
+def behind_all_norms(network: nn.Module, graphs: Iterable[fx.Graph]) -> Set[str]:
+    """The names of the modules that hold others and are only called when all norms have been.
+
+    No belief has to pass through these, so they can stay in one piece.
+
+    Args:
+        network: the traced network.
+        graphs: what it does, in each mode.
+    """
+    before, behind = set(), set()
+    for graph in graphs:
+        found: List[str] = []
+        for node in graph.nodes:
+            found += [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
+            if node.op == "call_module" and is_norm(network.get_submodule(node.target)):
+                before.update(found)
+                found = []
+        behind.update(found)
+    modules = {path: network.get_submodule(path) for path in behind - before}
+    return {path for path, module in modules.items() if has_children(module)}
+
+
+def trace(network: nn.Module, training: bool, whole: Collection[str] = ()) -> fx.Graph:
     """Traces what a network does in training or in evaluation.
 
     Each norm is one node. So is a module that cannot be traced, unless it contains norms.
@@ -199,6 +236,7 @@ def trace(network: nn.Module, training: bool) -> fx.Graph:
     Args:
         network: is not changed.
         training: whether to trace it in training mode.
+        whole: names of modules that become one node each.
 
     Returns:
         fx.Graph: the calls of modules, functions and methods.
@@ -213,7 +251,7 @@ def trace(network: nn.Module, training: bool) -> fx.Graph:
     with in_mode(network, training), torch.enable_grad():
         try:
             with _must_be_recorded(network):
-                graph = _Tracer().trace(network, defaults or None)
+                graph = _Tracer(whole).trace(network, defaults or None)
         except _Unrecorded as error:
             raise InputError(
                 f"{type(network).__name__} cannot be converted to KN, because torch.fx does not "

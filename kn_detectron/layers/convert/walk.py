@@ -7,6 +7,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Se
 import torch
 from torch import fx, nn
 
+from ...errors import InputError
+from . import channels as on_channels
 from .about import NO_FEATURE_MAP, About, End
 from .memory import Memory
 from .rules import find_rule
@@ -123,6 +125,19 @@ class Walk:
     def is_batch_size(self, x: Any) -> bool:
         """Whether an argument is the batch size of a feature."""
         return self._sizes.value(x) is IMAGES
+
+    def check_channels(self, about: About, channels: int) -> None:
+        """Checks that a layer takes as many channels as its input is known to have.
+
+        Raises:
+            InputError: the layers fit each other, so the images must have other channels.
+        """
+        known = on_channels.one_channel_dimension(about)
+        if known != channels:
+            raise InputError(
+                f"image_mean and image_std are about images of {known} channels, but the network "
+                f"takes {channels}: give one number for each channel of its images."
+            )
 
     def belief(self, about: About) -> fx.Node:
         """The node that makes the belief. It is added if there is none yet."""
@@ -288,7 +303,10 @@ class Walk:
         node, end, prior = self._node, None, None
         self._here = node.prev
         try:
-            prior = self.belief(self.about(node.args[0]))
+            about = self.about(node.args[0])
+            if len(about.channels) == 1:  # where a norm is the first layer, nothing else checks it
+                self.check_channels(about, _channels(norm))
+            prior = self.belief(about)
             if self._grouped and not isinstance(norm, nn.GroupNorm):
                 self._here = prior  # where a joined convolution can follow it
                 prior = self._insert("of_batch", prior)

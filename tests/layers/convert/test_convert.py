@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
@@ -393,6 +394,9 @@ def test_layers_and_chain_are_where_the_network_is(norm):
     converted = convert_kalman_norm(network.to("meta"))
     state = [*converted.parameters(), *converted.buffers()]
     assert state and all(tensor.is_meta for tensor in state)
+    features = converted.train()(torch.empty(2, 3, 16, 16, device="meta"))
+    features.sum().backward()
+    assert features.is_meta and converted.get_parameter("3.weight").grad.is_meta
 
 
 def test_a_joined_convolution_sees_its_input_before_it_is_changed():
@@ -766,6 +770,21 @@ def with_parametrized_norm():
     return network
 
 
+def with_compiled_part(in_place):
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.Flatten())
+    if in_place:
+        network[0].compile(backend="eager")
+    else:
+        network[0] = torch.compile(network[0], backend="eager")
+    return network
+
+
+def with_broken_statistics():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    network[1].running_var[2] = float("nan")
+    return network
+
+
 @pytest.mark.parametrize(
     "network, why",
     [
@@ -779,11 +798,62 @@ def with_parametrized_norm():
         (torch.compile(Branchy(), backend="eager"), "OptimizedModule is the wrapper of a network"),
         (with_another_forward(), "The forward function of this Branchy was replaced"),
         (with_parametrized_norm(), "parametrization at last.1, which a Kalman layer"),
+        (nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 1)), "images of 3 channels.* takes 1"),
+        (AveragedModel(Branchy()), "AveragedModel is the wrapper of a network"),
+        (nn.ModuleList([nn.BatchNorm2d(3)]), "ModuleList cannot be traced .*needs: its forward"),
+        (with_compiled_part(in_place=False), "has a compiled part, 0, into which"),
+        (with_compiled_part(in_place=True), "has a compiled part, 0, into which"),
+        (with_broken_statistics(), "1.running_var has values that are not finite"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_in_a_sentence(network, why):
     with pytest.raises(InputError, match=why):
         convert_kalman_norm(network)
+
+
+def test_a_network_that_is_refused_is_left_as_it_was():
+    network = with_broken_statistics()
+    with pytest.raises(InputError, match="not finite"):
+        convert_kalman_norm(network)
+    assert type(network[1]) is nn.BatchNorm2d
+    network[1].reset_running_stats()
+    assert len(kalman_layers(convert_kalman_norm(network))) == 1
+
+
+def test_a_gain_of_none_is_refused(original):
+    with pytest.raises(InputError, match="gain is None"):
+        convert_kalman_norm(original, gain=None)
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5)),
+        nn.Linear(4, 5),
+        nn.Identity(),
+    ],
+)
+def test_the_part_behind_all_norms_may_be_exchanged(head):
+    """As for fine-tuning to other classes. It stays in one piece, whose own forward is called."""
+    original = trained(Classifier())
+    converted = convert_kalman_norm(copy.deepcopy(original), gain=0.0, learn_gain=False)
+    assert torch.equal(converted.eval()(images()), original.eval()(images()))
+    original.classifier = copy.deepcopy(head)
+    converted.classifier = copy.deepcopy(head)
+    for training in (True, False):
+        torch.testing.assert_close(converted.train(training)(images()), original(images()))
+    converted.train()(images()).sum().backward()
+    assert all(p.grad is not None for p in converted.classifier.parameters())
 
 
 def test_a_network_that_was_compiled_in_place_runs_converted():
@@ -886,6 +956,13 @@ def test_a_norm_of_no_feature_map_stays(caplog):
     assert "1 of the 2 norms" in caplog.text and "its output is no feature map" in caplog.text
     assert torch.equal(converted.eval()(images()), original.eval()(images()))
     assert converted.train()(images()).shape == original(images()).shape
+
+
+def test_batch_norm_of_vectors_is_warned_of(caplog):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1))
+    network.extend([nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2)])
+    convert_kalman_norm(network)
+    assert "1 BatchNorm1d stay as they are (4), and measure in training" in caplog.text
 
 
 class Gated(Tokens):
