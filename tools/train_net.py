@@ -23,9 +23,12 @@ def train_or_evaluate(cfg, args):
     """What each process does."""
     set_up(cfg, args)
     if args.eval_only:
+        weights = trained_weights(args.config_file, args.opts) or cfg.MODEL.WEIGHTS
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = weights  # or the model would look for what the run had started from
         model = Trainer.build_model(cfg)
         checkpointer = KNCheckpointer(model, cfg.OUTPUT_DIR)
-        weights = trained_weights(args.config_file, args.opts) or cfg.MODEL.WEIGHTS
         checkpointer.load_for_evaluation(weights, resume=args.resume)
         Trainer.test(cfg, model)
         return

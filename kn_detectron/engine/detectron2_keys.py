@@ -136,6 +136,14 @@ def check_detectron2_keys(cfg):
             f"MODEL.PIXEL_MEAN is {cfg.MODEL.PIXEL_MEAN} and MODEL.PIXEL_STD is "
             f"{cfg.MODEL.PIXEL_STD}, but both must have one number for each channel."
         )
+    heads = cfg.MODEL.ROI_HEADS.NAME
+    takes_box_head = heads.removeprefix("KN") in ("StandardROIHeads", "CascadeROIHeads")
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and takes_box_head:
+        if not cfg.MODEL.ROI_BOX_HEAD.NAME:
+            raise InputError(
+                f"MODEL.ROI_BOX_HEAD.NAME is empty, but MODEL.ROI_HEADS.NAME {heads!r} needs a box "
+                "head: give FastRCNNConvFCHead, or KNFastRCNNConvFCHead for one with KN."
+            )
     _check_features(cfg)
 
 
@@ -184,6 +192,18 @@ def _check_features(cfg):
         raise InputError(
             f"MODEL.RESNETS.OUT_FEATURES is {out}, but must be some of {', '.join(parts)}."
         )
+    if "fpn" in name:
+        inputs = cfg.MODEL.FPN.IN_FEATURES
+        if not inputs or not set(inputs) <= set(out):
+            raise InputError(
+                f"MODEL.FPN.IN_FEATURES is {inputs}, but must be some of MODEL.RESNETS.OUT_FEATURES, "
+                f"which has {', '.join(out)}."
+            )
+        if "retinanet" in name and "res5" not in out:
+            raise InputError(
+                f"MODEL.RESNETS.OUT_FEATURES is {out}, but MODEL.BACKBONE.NAME {name!r} makes P6 of "
+                "res5: add res5."
+            )
     for head in _HEADS.get(cfg.MODEL.META_ARCHITECTURE, ()):
         wanted = cfg.MODEL[head].IN_FEATURES
         if head == "RPN" and cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals":

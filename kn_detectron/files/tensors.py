@@ -43,9 +43,8 @@ def checked_tensors(
             )
         if not is_numeric(value):
             raise InputError(
-                f"{path} is not a checkpoint of a model: its entry {name!r} is of type "
-                f"{type(value).__name__} where a tensor was expected; give the file that a "
-                "training run wrote."
+                f"{path} is not a checkpoint of a model: its entry {name!r} is {_what(value)} where "
+                "a dense tensor of real numbers was expected; give the file that a training run wrote."
             )
         if isinstance(value, np.ndarray):
             # Arrays out of a pickle may be read-only or of another byte order.
@@ -60,6 +59,12 @@ def checked_tensors(
             "before, with a lower SOLVER.BASE_LR."
         )
     return state
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {value.dtype}, {value.layout} on {value.device.type}"
+    return f"of type {type(value).__name__}"
 
 
 def check_variances(state: Dict[str, torch.Tensor], path: str) -> None:

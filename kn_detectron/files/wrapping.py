@@ -32,12 +32,13 @@ _SCALARS = (bool, int, float, str, type(None), np.generic)
 
 
 def is_numeric(value: Any) -> bool:
-    """Whether a value is a dense tensor or an array of real numbers."""
+    """Whether a value is a dense tensor or an array of real numbers of 16 bits or more, or integers."""
     if isinstance(value, np.ndarray):
         return value.dtype.kind in "biuf"
     if not isinstance(value, torch.Tensor) or value.is_complex() or value.is_quantized:
         return False
-    return value.layout is torch.strided and not value.is_meta
+    is_float8 = value.is_floating_point() and value.element_size() == 1  # few operations take it
+    return value.layout is torch.strided and not value.is_meta and not is_float8
 
 
 def unwrapped_content(content: Dict, path: str) -> Tuple[Any, Dict]:

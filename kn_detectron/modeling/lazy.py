@@ -95,7 +95,8 @@ def with_kalman_norm(
 
     Args:
         model: the config of the detector, with detectron2's ``ResNet`` in its backbone. It stays as
-            it is.
+            it is. Set ``pixel_std`` and ``input_format`` in it before: the prediction starts from
+            images that are normalised so.
         image_std: standard deviation of the pixels of the training images in 0 to 255, one per
             channel, in the order of the model's ``input_format``. None is ImageNet's.
         settings: the fields of :class:`~kn_detectron.modeling.ChainConfig`, such as ``gain=0.0,

@@ -1,5 +1,6 @@
 """Backbones from networks of torchvision and timm, with Kalman Normalization or BatchNorm."""
 
+import logging
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from ..config import check_config
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import (
     check_variances,
     checked_tensors,
@@ -20,13 +21,16 @@ from ..files import (
     unwrapped_content,
     unwrapped_names,
 )
-from ..layers import Belief, KalmanNetwork, convert_kalman_norm
+from ..layers import KN_STATE, Belief, KalmanNetwork, convert_kalman_norm
+from ..layers.introspection import has_children
 from ..networks import build_network
 from ..networks.efficientnet import is_efficientnet_port, timm_names
 from .chain import ChainConfig, normalized_image_std
 from .features import Features
 
 __all__ = ["KNNetwork", "PlainNetwork", "build_kn_network_backbone", "convert_network"]
+
+_logger = logging.getLogger(__name__)
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -203,14 +207,22 @@ def _features(
     """The part of a network that makes the wanted features, and their shapes."""
     # torchvision need not trace into these modules, and cannot trace into some of them.
     norms = nn.BatchNorm2d, nn.GroupNorm
+    holders = {type(m) for m in network.modules() if has_children(m)}  # some of which may be empty
     innermost = {
-        type(m) for m in network.modules() if isinstance(m, norms) or not any(m.children())
+        type(m) for m in network.modules() if isinstance(m, norms) or type(m) not in holders
     }
     options = dict(tracer_kwargs={"leaf_modules": list(innermost)})
-    nodes = _block_ends(*get_graph_node_names(network, **options))
-    with torch.no_grad():
+    try:
+        nodes = _block_ends(*get_graph_node_names(network, **options))
         extractor = create_feature_extractor(network, nodes, **options).eval()
-        outputs = extractor(torch.zeros(1, 3, _SIDE, _SIDE))
+        with torch.no_grad():
+            outputs = extractor(torch.zeros(1, 3, _SIDE, _SIDE))
+    except Exception as error:  # forward gets proxies, with which anything may fail
+        why = one_line(error) or type(error).__name__
+        raise InputError(
+            f"MODEL.KN.NETWORK is {name!r}, which torch.fx cannot trace, or which takes no images of "
+            f"{_SIDE} x {_SIDE} pixels ({why}): take another network"
+        ) from error
     last = {
         _SIDE // value.shape[2]: (node, value.shape[1])
         for node, value in outputs.items()
@@ -252,6 +264,12 @@ def _load(extractor: nn.Module, path: str, name: str) -> None:
     except InputError as error:
         raise InputError(f"MODEL.KN.NETWORK_WEIGHTS {error}") from error
     state = unwrapped_names(state, own.__contains__, path)
+    of_kn = [key for key in state if key.rpartition(".")[2] in KN_STATE]
+    if of_kn:
+        raise InputError(
+            f"MODEL.KN.NETWORK_WEIGHTS {path} has {of_kn[0]}, of Kalman Normalization, and is read "
+            "before that is there: give the file as MODEL.WEIGHTS"
+        )
     if is_efficientnet_port(state):
         state = {new: state[old] for old, new in timm_names(state, own).items()}
     for key, tensor in own.items():
@@ -266,3 +284,4 @@ def _load(extractor: nn.Module, path: str, name: str) -> None:
                 f"but {name} has one of {tuple(tensor.shape)}: give weights of that network"
             )
     extractor.load_state_dict(state, strict=False)  # it may have the classifier too
+    _logger.info("%s starts from MODEL.KN.NETWORK_WEIGHTS %s.", name, path)

@@ -170,7 +170,7 @@ def classification_config(
     solver = cfg.SOLVER
     solver.IMS_PER_BATCH = batch_size
     solver.BASE_LR = 0.1 * batch_size / 256 if lr is None else lr
-    solver.WEIGHT_DECAY = weight_decay
+    solver.WEIGHT_DECAY = solver.WEIGHT_DECAY_BIAS = weight_decay
     solver.MAX_ITER = math.ceil(epochs * num_images / batch_size)
     solver.LR_SCHEDULER_NAME = "WarmupCosineLR"
     solver.WARMUP_ITERS = solver.MAX_ITER // 20

@@ -130,6 +130,25 @@ def test_ranks_are_refused_by_name_and_before_the_datasets(command, tmp_path, mo
                 "MODEL.RPN.IN_FEATURES is \\['p2'\\], but .*'build_kn_resnet_backbone' has res4: take"
             ],
         ),
+        (
+            ["MODEL.BACKBONE.NAME", "build_kn_resnet_fpn_backbone"],
+            ["MODEL.FPN.IN_FEATURES is \\[\\], but must be some of .*, which has res4"],
+        ),
+        (
+            "MODEL.BACKBONE.NAME build_kn_resnet_fpn_backbone MODEL.FPN.IN_FEATURES ['res2']".split(),
+            ["MODEL.FPN.IN_FEATURES is \\['res2'\\], but must be some of .*, which has res4"],
+        ),
+        (
+            [
+                *("MODEL.BACKBONE.NAME", "build_kn_retinanet_resnet_fpn_backbone"),
+                *("MODEL.FPN.IN_FEATURES", "['res4']"),
+            ],
+            ["OUT_FEATURES is \\['res4'\\], but .* makes P6 of res5: add res5"],
+        ),
+        (
+            ["MODEL.ROI_HEADS.NAME", "KNStandardROIHeads"],
+            ["ROI_BOX_HEAD.NAME is empty, but .* 'KNStandardROIHeads' needs a box head"],
+        ),
         (["MODEL.ANCHOR_GENERATOR.NAME", "Default"], ["'Default', which is not registered"]),
         (["MODEL.PROPOSAL_GENERATOR.NAME", "RPNN"], ["'RPNN', .* \\(is RPN or RRPN meant\\?"]),
         (

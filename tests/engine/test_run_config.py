@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from kn_detectron import InputError
+from kn_detectron import InputError, data
 from kn_detectron.engine import load_run, trained_weights
+
+from kn_detectron.files import fetch
+from kn_detectron.model_zoo import get_config
 
 from . import tiny
 
@@ -77,3 +81,22 @@ def test_a_dataset_that_a_script_has_registered_keeps_its_classes(tmp_path, kn_l
     finally:
         DatasetCatalog.pop("of_this_script")
         MetadataCatalog.pop("of_this_script")
+
+
+def test_a_run_is_evaluated_without_the_weights_that_it_started_from(command, tmp_path):
+    """As on another machine. The builder of such networks reads them, if nothing else is given."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(fetch("kn://mask_rcnn_lite0_FPN_KN.pth"), run / "model_final.pth")
+    (run / "last_checkpoint").write_text("model_final.pth")
+    cfg = get_config("photos/mask_rcnn_lite0_FPN_KN.yaml")
+    cfg.MODEL.KN.NETWORK_WEIGHTS = "/nowhere/lite0.pth"
+    (run / "config.yaml").write_text(cfg.dump())
+    photos = Path(data.__file__).parent / "photos"
+    options = ("OUTPUT_DIR", tmp_path / "found", "MODEL.DEVICE", "cpu")
+    status, _, err = command(
+        "--eval-only", "--dataset", photos, *options, config=run / "config.yaml"
+    )
+    assert status == 0, err
+    found = json.loads((tmp_path / "found/inference/results.json").read_text())
+    assert found["bbox"]["AP"] > 30

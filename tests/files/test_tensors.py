@@ -32,8 +32,10 @@ def test_arrays_become_tensors_of_their_own(array):
         ([], "file.pth is not a checkpoint of a model: a dict of tensors was expected"),
         ({}, "file.pth is not a checkpoint of a model: a dict of tensors was expected"),
         ({3: torch.ones(1)}, "the name of its entry 3 is no text"),
-        ({"a": "text"}, "its entry 'a' is of type str where a tensor was expected"),
-        ({"a": torch.ones(1, dtype=torch.cfloat)}, "its entry 'a' is of type Tensor"),
+        ({"a": "text"}, "its entry 'a' is of type str where a dense tensor"),
+        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, "'a' is a tensor of torch.float8_e4m3fn"),
+        ({"a": torch.zeros(2).to_sparse()}, "'a' is a tensor of torch.float32, torch.sparse_coo"),
+        ({"a": torch.ones(1, dtype=torch.cfloat)}, "its entry 'a' is a tensor of torch.complex64"),
         (
             {"a": torch.ones(1), "b": torch.tensor([1.0, math.nan]), "c": torch.tensor(math.inf)},
             "not finite in 2 of 3 tensors, the first b",

@@ -86,6 +86,13 @@ def test_a_feature_that_its_stride_does_not_divide_is_none():
                 _features(network, "own", ["res2"])
 
 
+def test_an_empty_container_does_not_hide_what_others_hold():
+    conv = torch.nn.Conv2d
+    stages = torch.nn.Sequential(conv(3, 5, 4, 4), conv(5, 6, 2, 2))
+    network = torch.nn.Sequential(stages, torch.nn.Sequential())
+    assert set(_features(network, "own", ["res2", "res3"])[1]) == {"res2", "res3"}
+
+
 @pytest.mark.parametrize("kind", ["wrapped", "arrays"])
 def test_its_weights_may_be_of_a_wrapped_network_or_arrays(tmp_path, kind):
     network, path = trained_mobilenet(tmp_path)
@@ -259,6 +266,10 @@ def test_it_is_not_folded():
         ({"features.0.0.weight": "text"}, "its entry 'features.0.0.weight' is of type str"),
         ({"features.0.1.running_var": -torch.ones(32)}, "negative variances in 1 tensors"),
         ({"classifier.1.bias": torch.ones(1000)}, "has no features.0.0.weight, which mobilenet_v2"),
+        (
+            {"features.0.1.gain_logit": torch.zeros(())},
+            "has features.0.1.gain_logit, of Kalman Norm",
+        ),
     ],
 )
 def test_weights_that_cannot_be_those_of_the_network(tmp_path, state, sentence):
@@ -274,6 +285,7 @@ def test_what_it_refuses(tmp_path):
     for options, sentence in (
         (dict(MODEL__KN__NETWORK="nothing"), "no network 'nothing'"),
         (dict(MODEL__KN__NETWORK="vgg11"), "neither BatchNorm2d nor GroupNorm"),
+        (dict(MODEL__KN__NETWORK="vit_b_16"), "NETWORK is 'vit_b_16', which torch.fx cannot trace"),
         (dict(MODEL__RESNETS__OUT_FEATURES=["res6"]), "has 'res6', .* give some of res2, res3"),
         (dict(MODEL__BACKBONE__FREEZE_AT=2), "FREEZE_AT is 2, but"),
         (dict(MODEL__RESNETS__NORM="GKN"), "NORM is 'GKN', but"),

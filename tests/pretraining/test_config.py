@@ -62,7 +62,8 @@ def test_learning_rate_follows_the_batch_size_unless_it_is_given():
 
 
 def test_the_weight_decay_is_the_one_that_is_given():
-    assert config("d", weight_decay=0.3).SOLVER.WEIGHT_DECAY == 0.3
+    solver = config("d", weight_decay=0.3).SOLVER
+    assert solver.WEIGHT_DECAY == solver.WEIGHT_DECAY_BIAS == 0.3
 
 
 def test_short_schedules_evaluate_once_per_epoch():
