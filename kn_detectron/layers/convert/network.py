@@ -69,8 +69,8 @@ class KalmanNetwork(nn.Module):
     torch.fx.GraphModule. Its norms are KN or GKN, and it has one more module. Its ``forward`` is
     generated code, which passes beliefs along with the features and calls the innermost modules one
     by one, up to the last norm. The ``forward`` functions and hooks of the modules around them would
-    pass no beliefs, and are not called. For the same reason it has no other method of the original's class, nor is it an
-    instance of that class.
+    pass no beliefs, and are not called. For the same reason it has no other method of the original's
+    class, nor is it an instance of that class.
 
     If it is given weights with running statistics and without a filter, as of the original, the
     priors are calibrated to the statistics.
