@@ -45,6 +45,7 @@ def _group_head(channels: int) -> nn.Module:
 
 _NORMS = {"KN": lambda channels: KalmanNorm2d(channels, gain=None), "GKN": _group_head}
 
+# What each is where nothing passes it a prior.
 WITHOUT_PRIORS = {"KN": "BatchNorm", "GKN": "GroupNorm"}
 _told = set()
 

@@ -165,18 +165,18 @@ class KNCheckpointer(DetectionCheckpointer):
         """Whether this version of detectron2 takes what follows a question mark for a query."""
         return hasattr(self, "_parsed_url_during_load")
 
-    def last_file(self):
+    def get_checkpoint_file(self):
         """The last checkpoint of the folder.
 
         Returns:
-            str or None: its path; None if there is no checkpoint yet.
+            str: its path; empty if there is no checkpoint yet.
 
         Raises:
             InputError: the file "last_checkpoint" names none, or one that is not there.
         """
-        if not self.has_checkpoint():
-            return None
-        tag, path = self._tag_file(), self.get_checkpoint_file()
+        tag, path = self._tag_file(), super().get_checkpoint_file()
+        if not path:
+            return path
         if not os.path.basename(path):  # a disk that was full may leave it empty
             raise InputError(
                 f"{tag} is empty, but must name the last checkpoint: put the name of one beside it "
@@ -190,8 +190,6 @@ class KNCheckpointer(DetectionCheckpointer):
         return path
 
     def _local_file(self, path):
-        if self.has_checkpoint() and path == self.get_checkpoint_file():
-            self.last_file()  # which is what can be wrong with it
         try:
             local = fetch(path)
             if "?" in local and self._reads_queries():

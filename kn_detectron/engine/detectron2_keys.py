@@ -136,14 +136,7 @@ def check_detectron2_keys(cfg):
             f"MODEL.PIXEL_MEAN is {cfg.MODEL.PIXEL_MEAN} and MODEL.PIXEL_STD is "
             f"{cfg.MODEL.PIXEL_STD}, but both must have one number for each channel."
         )
-    heads = cfg.MODEL.ROI_HEADS.NAME
-    takes_box_head = heads.removeprefix("KN") in ("StandardROIHeads", "CascadeROIHeads")
-    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and takes_box_head:
-        if not cfg.MODEL.ROI_BOX_HEAD.NAME:
-            raise InputError(
-                f"MODEL.ROI_BOX_HEAD.NAME is empty, but MODEL.ROI_HEADS.NAME {heads!r} needs a box "
-                "head: give FastRCNNConvFCHead, or KNFastRCNNConvFCHead for one with KN."
-            )
+    _check_box_head(cfg)
     _check_features(cfg)
 
 
@@ -172,6 +165,18 @@ def check_builders(cfg):
                 f"MODEL.RESNETS.NORM, so that they would be live {WITHOUT_PRIORS[norm]}: give {key} "
                 f"{_WITH_PRIORS[name]}, or another norm."
             )
+
+
+def _check_box_head(cfg):
+    """Checks that there is a box head where the ROI heads do not bring one, as those of res5 do."""
+    heads = cfg.MODEL.ROI_HEADS.NAME
+    takes_one = heads.removeprefix("KN") in ("StandardROIHeads", "CascadeROIHeads")
+    is_used = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    if is_used and takes_one and not cfg.MODEL.ROI_BOX_HEAD.NAME:
+        raise InputError(
+            f"MODEL.ROI_BOX_HEAD.NAME is empty, but MODEL.ROI_HEADS.NAME {heads!r} needs a box "
+            "head: give FastRCNNConvFCHead, or KNFastRCNNConvFCHead for one with KN."
+        )
 
 
 def _check_features(cfg):

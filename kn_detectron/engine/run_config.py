@@ -102,4 +102,4 @@ def trained_weights(config_file, options):
     folder = folder_of_run(config_file)
     if given is not None or folder is None:
         return given
-    return KNCheckpointer(None, folder).last_file()
+    return KNCheckpointer(None, folder).get_checkpoint_file()

@@ -24,7 +24,6 @@ frozen BatchNorm   its statistics are the posterior      ours
 =================  ====================================  ==================================
 """
 
-import contextlib
 import math
 from typing import NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .modes import without_autocast
 from .passes import pooled_moments, statistics_dtype
 from .triton import fastest
 
@@ -202,23 +202,18 @@ class _Rectified(torch.autograd.Function):
         return ctx.operation.backward(*ctx.saved_tensors, *d_out)
 
 
-def _without_autocast(x: Tensor):
-    # "meta", where nothing is computed, has no autocast.
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 class _Convolved(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean, var, weight, groups):
         ctx.save_for_backward(mean, var, weight)
         ctx.groups, ctx.operation = groups, fastest(Convolve, mean, var, weight, groups)
-        with _without_autocast(mean):  # it would round the products
+        with without_autocast(mean):  # it would round the products
             return ctx.operation.forward(mean, var, weight, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *d_out):
-        with _without_autocast(d_out[0]):
+        with without_autocast(d_out[0]):
             return *ctx.operation.backward(*ctx.saved_tensors, *d_out, ctx.groups), None
 
 

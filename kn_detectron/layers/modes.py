@@ -1,11 +1,12 @@
-"""Training and evaluation mode of whole networks."""
+"""Modes that code runs in: training and evaluation of whole networks, and without autocast."""
 
 import contextlib
-from typing import Iterator
+from typing import ContextManager, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["in_mode"]
+__all__ = ["in_mode", "without_autocast"]
 
 
 @contextlib.contextmanager
@@ -26,3 +27,9 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
                 module.train(mode)
         for module, mode in modes:  # one that has two parents may have followed the other one
             module.training = mode
+
+
+def without_autocast(x: Tensor) -> ContextManager:
+    """Context in which autocast does not round what is computed on the device of a tensor."""
+    # "meta", where nothing is computed, has no autocast.
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import belief as closed_form
 from .activations import ACTIVATIONS
 from .belief import Belief
+from .modes import without_autocast
 
 __all__ = [
     "ClosedFormTransition",
@@ -90,7 +91,7 @@ class MonteCarloTransition:
 
     def conv(self, source: Tensor, conv: nn.Conv2d) -> Belief:
         """Convolves the sampled map as the network does, and measures it."""
-        with torch.autocast(source.device.type, enabled=False):
+        with without_autocast(source):
             y = F.conv2d(
                 source,
                 conv.weight.to(source.dtype),

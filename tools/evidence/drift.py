@@ -5,10 +5,10 @@ Example:
     python tools/evidence/drift.py output/evidence/BN_frozen_2im_seed1 --dataset persons
 
 For the run of tools/evidence/detection.py, and for its network before the run, this feeds the
-validation photographs and measures the mean m and variance v of each channel in front of each norm, over all of them. The
-norm itself takes a mean mu and variance w: the frozen ones of BN*, or what Kalman Normalization at
-gain 0 predicts. The drift is the average over channels and norms of |log(v / w)|, and of
-|m - mu| / sqrt(w). At 0 the norm does what it says.
+validation photographs and measures the mean m and variance v of each channel in front of each norm,
+over all of them. The norm itself takes a mean mu and variance w: the frozen ones of BN*, or what
+Kalman Normalization at gain 0 predicts. The drift is the average over channels and norms of
+|log(v / w)|, and of |m - mu| / sqrt(w). At 0 the norm does what it says.
 """
 
 import argparse

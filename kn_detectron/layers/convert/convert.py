@@ -90,8 +90,8 @@ def convert_kalman_norm(
         )
     channels = len(image_std) if variant == "network" else None
     graphs = {"training": trace(network, True), "online": trace(network, False)}
-    if not return_beliefs:
-        whole = behind_all_norms(network, graphs.values())
+    whole = set() if return_beliefs else behind_all_norms(network, graphs.values())
+    if whole:
         graphs = {mode: trace(network, mode == "training", whole) for mode in graphs}
     plain = _returning_no_beliefs(graphs["online"], return_beliefs)
     walks = {mode: Walk(network, graph, channels) for mode, graph in graphs.items()}
